@@ -1,0 +1,10 @@
+"""HiFT: full-parameter fine-tuning on one GPU, one block of layers at a time.
+
+Importing this package registers the strategy: ``lightning.Trainer(strategy="hift")``.
+"""
+
+from hift_lightning.engine.hift import HiFT, HiFTSettings
+from hift_lightning.manual import HiFTManualMixin
+from hift_lightning.strategies import HiFTStrategy
+
+__all__ = ["HiFT", "HiFTManualMixin", "HiFTSettings", "HiFTStrategy"]

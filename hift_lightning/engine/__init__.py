@@ -1,0 +1,1 @@
+"""HiFT in plain torch: partition, rotation, residency, update and delayed learning rate."""

@@ -1,0 +1,399 @@
+"""Hierarchical full-parameter fine-tuning of any model with any optimizer, in plain torch.
+
+One optimizer step flows like this, driven by the optimizer's own step hooks, so every loop that calls
+``optimizer.step()`` (plain PyTorch, Fabric, Lightning, a GradScaler) is a HiFT loop::
+
+    forward, backward      only the active block requires a gradient; autograd stops below its lowest layer
+    optimizer.step()       pre-hook: page in the block's optimizer state (after the closure, if there is one)
+                           the user's optimizer, untouched: it passes over parameters without a gradient
+                           post-hook: free the gradients, park the state, give the next block its turn
+
+A step that a GradScaler skips never reaches the optimizer, so the block keeps its turn.
+
+Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", https://arxiv.org/abs/2401.15207
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.lr import DelayedLRScheduler, check_lr_update
+from hift_lightning.engine.partition import Block, partition
+from hift_lightning.engine.report import BlockReport, Report
+from hift_lightning.engine.residency import Residency, check_offload, load_optimizer_state
+from hift_lightning.engine.rotation import Rotation, check_order, check_steps_per_block
+
+
+@dataclass(frozen=True)
+class HiFTSettings:
+    """How a model is trained block by block.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+    """
+
+    group_size: int = 1
+    """Layers per block (the paper's m)."""
+    order: str = "top2down"
+    """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
+    lr_update: str = "cycle"
+    """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
+    had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
+    steps_per_block: int = 1
+    """Optimizer steps before the next block has its turn."""
+    offload: str = "cpu"
+    """Where optimizer state is parked: ``cpu`` (host memory) or ``none`` (it stays on the device)."""
+    layers: Sequence[str] | None = None
+    """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
+    frozen: Sequence[str] | None = None
+    """Shell-style patterns on parameter names that are never trained."""
+    seed: int = 0
+    """Seed of the ``random`` order."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
+            raise ConfigurationError(
+                f"`group_size={self.group_size!r}` must be an integer of at least 1: the layers in a block."
+            )
+        check_order(self.order)
+        check_lr_update(self.lr_update)
+        check_steps_per_block(self.steps_per_block)
+        check_offload(self.offload)
+
+
+class HiFT:
+    """Trains all weights of a model while only one block of layers is active in any step.
+
+    Between :meth:`start` and :meth:`finish` (or within ``with HiFT(...):``) only the active block's parameters
+    require a gradient, and every ``optimizer.step()`` ends with the next block's turn::
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        with HiFT(model, optimizer) as hift:
+            for batch in loader:
+                model(batch).loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()  # gradients are freed here; no `zero_grad` is needed
+
+    Gradient accumulation is calling ``backward`` several times before ``optimizer.step()``. Three things differ
+    from full fine-tuning: the gradient norm is that of the active block; Adam's ``step`` counts a parameter's own
+    updates; and a delayed scheduler (:meth:`delay`) changes the rate between cycles only.
+
+    Args:
+        model: the model, on the device that it is trained on.
+        optimizer: any torch optimizer over the model's parameters with the user's param groups, or a function
+            that makes one from a list of parameters. Parameters that require a gradient but are in no param
+            group are frozen while training.
+        settings: see :class:`HiFTSettings`.
+        others: further optimizers on the same model, whose parameters are left alone.
+
+    Raises:
+        ConfigurationError: if the optimizer cannot be used (LBFGS; one without parameters of the model), or a
+            pattern in ``settings`` matches nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer],
+        settings: HiFTSettings = HiFTSettings(),
+        *,
+        others: Sequence[Optimizer] = (),
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        if not isinstance(optimizer, Optimizer):
+            layers = partition(model, frozen=settings.frozen).layers
+            optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
+        if isinstance(optimizer, LBFGS):
+            raise ConfigurationError(
+                "The optimizer `LBFGS` keeps one history over all parameters and runs the closure several times a "
+                "step, so it cannot be rotated over blocks; choose another, such as AdamW."
+            )
+        self.optimizer = optimizer
+        self._parameters = dict(model.named_parameters())
+        self.plan = partition(
+            model,
+            settings.group_size,
+            layers=settings.layers,
+            frozen=settings.frozen,
+            trainable=_names_in(self._parameters, optimizer),
+        )
+        self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
+        self.residency = Residency(optimizer, settings.offload)
+        self.updates = 0
+        """Updates performed; the rotation is a function of this number."""
+        self.page_in_ms = 0.0
+        """Milliseconds that the host spent in the last page-in."""
+        left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
+        governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
+        self._governed = list(governed.values())
+        self._warn_of_unoptimized(governed.keys() - {name for b in self.plan.blocks for name in b.parameters})
+        self._required_grad: list[bool] | None = None
+        self._handles: list[RemovableHandle] = []
+        self._backward_ran = False
+        self._reached_blocks: set[int] = set()
+        self._warned_blocks: set[int] = set()
+
+    @property
+    def block(self) -> Block:
+        """The active block."""
+        return self.plan.blocks[self.rotation.block_at(self.updates)]
+
+    @property
+    def cycle(self) -> int:
+        """Whole cycles performed."""
+        return self.rotation.cycle_at(self.updates)
+
+    @property
+    def active(self) -> bool:
+        """Whether training has been started and not finished."""
+        return self._required_grad is not None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any parameter of the active block has a gradient."""
+        return any(p.grad is not None for p in self._block_parameters())
+
+    def start(self) -> None:
+        """Freeze everything but the active block and attach to the optimizer."""
+        if self.active:
+            return
+        self._required_grad = [p.requires_grad for p in self._governed]
+        for parameter in self._governed:
+            parameter.requires_grad_(False)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+        for block in self.plan.blocks:
+            self.residency.park(self._parameters[name] for name in block.parameters)
+        self._activate()
+
+    def finish(self) -> None:
+        """Detach from the optimizer, park everything, and let every parameter require what it did before."""
+        if self._required_grad is None:
+            return
+        self.settle()
+        for parameter, required_grad in zip(self._governed, self._required_grad, strict=True):
+            parameter.requires_grad_(required_grad)
+        self._required_grad = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.residency.synchronize()
+
+    def settle(self) -> None:
+        """Free the block's gradients and park its state, whatever became of the step. The block keeps its turn."""
+        self._backward_ran = False
+        for parameter in self._block_parameters():
+            parameter.grad = None
+        self.residency.park(self._block_parameters())
+
+    def after_backward(self) -> None:
+        """Tell that a backward pass has run, also one that the block took no part in.
+
+        Optional in a plain loop. With it, a block that no gradient reaches is named in a warning, and it does
+        not keep its turn for ever.
+
+        Raises:
+            RuntimeError: if no block has been reached in a whole cycle.
+        """
+        self._backward_ran = True
+        block = self.block
+        if self.has_gradient:
+            self._reached_blocks.add(block.index)
+        elif block.index not in self._reached_blocks | self._warned_blocks:
+            self._warned_blocks.add(block.index)
+            if len(self._warned_blocks) == len(self.plan.blocks):
+                raise RuntimeError(
+                    f"No gradient reached any of the {len(self.plan.blocks)} blocks in a whole cycle: the loss does "
+                    "not depend on the parameters that are trained; check that it is computed from them and is "
+                    "not detached."
+                )
+            warnings.warn(
+                f"No gradient reached block {block.index} (`{block.name}`): the loss does not depend on its "
+                "parameters, so it is not trained. Keep it out of the rotation with `frozen=[...]` patterns.",
+                stacklevel=2,
+            )
+
+    def pass_turn(self) -> None:
+        """End the turn of a block that no gradient reached, where the optimizer was not called for it."""
+        if self._backward_ran and not self.has_gradient:
+            self._advance()
+
+    def delay(self, scheduler: Any) -> Any:
+        """Give the scheduler to step once per optimizer step, as ``settings.lr_update`` says.
+
+        Args:
+            scheduler: a learning-rate scheduler of :attr:`optimizer`.
+
+        Returns:
+            A :class:`~hift_lightning.engine.lr.DelayedLRScheduler`, or the scheduler itself for ``step``.
+        """
+        if self.settings.lr_update == "step":
+            return scheduler
+        return DelayedLRScheduler(scheduler, self.settings.lr_update, lambda: self.cycle)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the rotation and the plan's fingerprint: primitives only.
+
+        The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
+        that is read or saved.
+        """
+        return {
+            "updates": self.updates,
+            "group_size": self.settings.group_size,
+            "turns": list(self.rotation.turns),
+            "steps_per_block": self.settings.steps_per_block,
+            "plan": self.plan.fingerprint(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigurationError: if it belongs to another plan or another order of it.
+        """
+        mine = self.state_dict()
+        differing = [key for key in mine if key != "updates" and state_dict.get(key) != mine[key]]
+        if differing:
+            saved = ", ".join(f"{key}={state_dict.get(key)!r}" for key in differing)
+            present = ", ".join(f"{key}={mine[key]!r}" for key in differing)
+            raise ConfigurationError(
+                f"The checkpoint was made with {saved}, and this run has {present}, so its position in the rotation "
+                "does not carry over; resume with the checkpoint's values."
+            )
+        self.updates = state_dict["updates"]
+        if self.active:
+            self._activate()
+
+    def load_optimizer_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the optimizer's state without putting it on the device.
+
+        Args:
+            state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
+        """
+        load_optimizer_state(self.optimizer, state_dict)
+        self.residency.adopt_state()
+
+    def report(self) -> Report:
+        """What each block is, how often it has been updated, and where its state is now."""
+        rows = []
+        for block in self.plan.blocks:
+            parameters = [self._parameters[name] for name in block.parameters]
+            parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
+            rows.append(
+                BlockReport(
+                    index=block.index,
+                    name=block.name,
+                    numel=block.numel,
+                    weight_bytes=block.nbytes,
+                    visits=self.rotation.visits(block.index, self.updates),
+                    parked_bytes=parked,
+                    device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
+                    active=block == self.block,
+                )
+            )
+        return Report(tuple(rows), self.rotation.cycle_length, self.updates)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.finish()
+
+    def _block_parameters(self) -> Iterable[nn.Parameter]:
+        return (self._parameters[name] for name in self.block.parameters)
+
+    def _warn_of_unoptimized(self, names: Collection[str]) -> None:
+        chosen = self.settings.frozen or ()
+        forgotten = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in chosen))
+        if forgotten:
+            warnings.warn(
+                f"{len(forgotten)} parameters require a gradient but are in no param group of the optimizer, so they "
+                f"are frozen while training: {', '.join(forgotten[:3])}{', …' if len(forgotten) > 3 else ''}.",
+                stacklevel=3,
+            )
+
+    def _activate(self) -> None:
+        for parameter in self._governed:
+            parameter.requires_grad_(False)
+        for parameter in self._block_parameters():
+            parameter.requires_grad_(True)
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._page_in()
+            return None
+
+        def closure_then_page_in() -> Any:
+            result = closure()
+            self._page_in()
+            return result
+
+        return (args[0],), {**kwargs, "closure": closure_then_page_in}
+
+    def _page_in(self) -> None:
+        if not self.has_gradient:
+            return
+        started = time.perf_counter()
+        self.residency.page_in(self._block_parameters())
+        self.page_in_ms = (time.perf_counter() - started) * 1000
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
+        found_inf = getattr(optimizer, "found_inf", None)
+        skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
+        if not skipped and (self._backward_ran or self.has_gradient):
+            self._advance()
+        else:
+            self.settle()
+
+    def _advance(self) -> None:
+        self.settle()
+        before = self.block
+        self.updates += 1
+        if self.block != before:
+            for name in before.parameters:
+                self._parameters[name].requires_grad_(False)
+            for parameter in self._block_parameters():
+                parameter.requires_grad_(True)
+
+
+def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
+    """Names of the parameters that require a gradient and are in the optimizer's param groups."""
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in parameters.items() if p in optimized and p.requires_grad]
+    if not names:
+        raise ConfigurationError(
+            f"The optimizer `{type(optimizer).__name__}` holds no parameter of the model that requires a gradient; "
+            "make it from `model.parameters()`, after the model is complete."
+        )
+    strangers = optimized.difference(parameters.values())
+    if strangers:
+        shapes = ", ".join(str(tuple(p.shape)) for p in list(strangers)[:3])
+        raise ConfigurationError(
+            f"The optimizer `{type(optimizer).__name__}` holds {len(strangers)} parameters that are not in the model "
+            f"(shapes {shapes}), so they belong to no layer; register them in the model or leave them out."
+        )
+    return names

@@ -1,0 +1,92 @@
+"""Delayed learning-rate update: the rate is held through a cycle (HiFT, arXiv 2401.15207)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hift_lightning.engine.errors import ConfigurationError
+
+LR_UPDATES = ("cycle", "cycle_once", "step")
+
+
+def check_lr_update(lr_update: str) -> None:
+    """Raise if it is not a way to delay the rate.
+
+    Args:
+        lr_update: see :class:`DelayedLRScheduler`, or ``"step"`` for no delay.
+
+    Raises:
+        ConfigurationError: for any other value.
+    """
+    if lr_update not in LR_UPDATES:
+        raise ConfigurationError(
+            f"`lr_update={lr_update!r}` is not a way to update the learning rate; "
+            f"choose one of {', '.join(LR_UPDATES)}."
+        )
+
+
+class DelayedLRScheduler:
+    """A stand-in for a scheduler that counts its steps and passes them on when a cycle has ended.
+
+    Everything else (state dict, attributes, ``isinstance``) is the scheduler's own, so checkpoints, the
+    learning-rate monitor and user code see what they know.
+
+    Args:
+        scheduler: any learning-rate scheduler that is stepped once per optimizer step, without arguments.
+        lr_update: ``"cycle"`` passes on all steps counted in the cycle, so the scheduler's horizon in optimizer
+            steps holds; ``"cycle_once"`` passes on one, as the published code does.
+        cycles: gives the number of whole cycles performed so far.
+    """
+
+    def __init__(self, scheduler: Any, lr_update: str, cycles: Callable[[], int]) -> None:
+        self._scheduler = scheduler
+        self._lr_update = lr_update
+        self._cycles = cycles
+        self._cycle = cycles()
+        self.held_steps = 0
+        """Steps counted in this cycle and not yet passed on."""
+
+    def resume(self, held_steps: int) -> None:
+        """Go on within the present cycle.
+
+        Args:
+            held_steps: what :attr:`held_steps` was when the run was saved.
+        """
+        self._cycle = self._cycles()
+        self.held_steps = held_steps
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Count one step; at the end of a cycle pass the counted steps on.
+
+        Raises:
+            ConfigurationError: if called with arguments (an epoch), which cannot be counted.
+        """
+        if args or kwargs:
+            raise ConfigurationError(
+                f"`{type(self._scheduler).__name__}.step` was called with arguments {args or kwargs}, and a delayed "
+                "learning rate counts plain steps; call it without, or use `lr_update='step'`."
+            )
+        self.held_steps += 1
+        if self._cycles() == self._cycle:
+            return
+        self._cycle = self._cycles()
+        for _ in range(self.held_steps if self._lr_update == "cycle" else 1):
+            self._scheduler.step()
+        self.held_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's own state."""
+        state: dict[str, Any] = self._scheduler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the scheduler's own state."""
+        self._scheduler.load_state_dict(state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_scheduler":  # not yet set, as while unpickling
+            raise AttributeError(name)
+        return getattr(self._scheduler, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # so that `isinstance` sees the scheduler, as with `weakref.proxy`
+        return self._scheduler.__class__

@@ -1,0 +1,65 @@
+"""What a training step holds in memory, counted from the tensors that are alive."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+ROLES = ("weights", "gradients", "optimizer_state", "parked")
+
+
+def bytes_by_role(
+    model: nn.Module, optimizer: Optimizer, is_parked: Callable[[nn.Parameter], bool] | None = None
+) -> dict[str, int]:
+    """Count the bytes of weights, gradients and optimizer state; each storage counts once, in its first role.
+
+    Args:
+        model: whose parameters, buffers and gradients are counted.
+        optimizer: whose state is counted.
+        is_parked: tells whether the optimizer state of a parameter is parked; this decides where the device is
+            the CPU, so that parked state lies in the same memory. `None`: nothing is.
+
+    Returns:
+        Bytes by role. `weights`: parameters and buffers. `gradients`: what stands in `.grad`.
+        `optimizer_state`: state on the device of its parameter and not parked. `parked`: all other state that
+        the optimizer refers to; also Adam's step counters, which torch keeps on the CPU whatever the device.
+    """
+    seen: set[tuple[torch.device, int]] = set()
+    parameters = list(model.parameters())
+    states = {"optimizer_state": list[Tensor](), "parked": list[Tensor]()}
+    for parameter, state in optimizer.state.items():
+        parked = is_parked is not None and is_parked(parameter)
+        for tensor in tensors_in(state):
+            on_device = not parked and tensor.device == parameter.device
+            states["optimizer_state" if on_device else "parked"].append(tensor)
+    return {
+        "weights": _bytes([*parameters, *model.buffers()], seen),
+        "gradients": _bytes((parameter.grad for parameter in parameters if parameter.grad is not None), seen),
+        "optimizer_state": _bytes(states["optimizer_state"], seen),
+        "parked": _bytes(states["parked"], seen),
+    }
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from tensors_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from tensors_in(inner)
+
+
+def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        key = (tensor.device, storage.data_ptr())
+        if storage.nbytes() and key not in seen:
+            seen.add(key)
+            total += storage.nbytes()
+    return total

@@ -1,0 +1,257 @@
+"""What every HiFT strategy does, whatever the number of devices: the hooks between Lightning and the engine."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from hift_lightning.engine.hift import HiFT, HiFTSettings
+from hift_lightning.engine.lr import DelayedLRScheduler
+from hift_lightning.engine.report import Report
+from hift_lightning.engine.residency import parameters_stay_themselves
+
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
+
+
+class BlockwiseTraining(_Base):
+    """Mixed into a Lightning strategy, it trains one block of layers at a time.
+
+    The engine drives itself by the optimizer's step hooks; here it is only built, started and ended at the right
+    moments, and told of what optimizers do not see (a backward pass that the active block took no part in).
+    """
+
+    settings: HiFTSettings
+    engines: list[HiFT]
+    """One engine an optimizer; empty before ``fit``."""
+
+    @property
+    def hift(self) -> HiFT | None:
+        """The engine of the first optimizer, or ``None`` before ``fit``."""
+        return self.engines[0] if self.engines else None
+
+    def report(self) -> Report:
+        """What each block is, how often it has been updated, and where its optimizer state is now.
+
+        Raises:
+            MisconfigurationException: before ``fit`` has set the training up.
+        """
+        if self.hift is None:
+            raise MisconfigurationException(
+                "`report()` was called before `Trainer.fit`, and the blocks are cut at the start of it; call it "
+                "later, or print `hift_lightning.engine.partition.partition(model)`."
+            )
+        return self.hift.report()
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        _refuse_callbacks_that_freeze(trainer)
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
+        # constructor, beside them.
+        self.setup_optimizers(trainer)
+        self.model_to_device()
+        self.model = self._setup_model(self.model)
+        self.setup_precision_plugin()
+        # Lightning would now move all optimizer state to the device; it stays parked.
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        module = self.lightning_module
+        assert module is not None
+        _refuse_optimizers(self.optimizers, module)
+        self.engines = [
+            HiFT(
+                module,
+                optimizer,
+                self.settings,
+                others=[other for other in self.optimizers if other is not optimizer],
+            )
+            for optimizer in self.optimizers
+        ]
+        for config in self.lr_scheduler_configs:
+            if config.interval == "step" and not config.reduce_on_plateau:
+                config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
+
+    @override
+    def model_to_device(self) -> None:
+        with parameters_stay_themselves(self.root_device):
+            super().model_to_device()  # type: ignore[safe-super]
+
+    @override
+    def on_train_start(self) -> None:
+        # Only now is anything frozen: summaries and optimizer filters have seen every parameter trainable.
+        super().on_train_start()
+        for engine in self.engines:
+            engine.start()
+            self._announce(engine)
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._finish()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        self._finish()
+
+    @override
+    def teardown(self) -> None:
+        self._finish()
+        with parameters_stay_themselves(self.root_device):
+            super().teardown()
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        training = [engine for engine in self.engines if engine.active]
+        if not closure_loss.requires_grad and training:
+            # no parameter of the active block took part in the loss, so there is nothing to go back through
+            loss = closure_loss.detach()
+        else:
+            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if len(training) == 1:  # with several optimizers, which one a loss is for is known at its step only
+            training[0].after_backward()
+        return loss
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: LightningModule | Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        engine = self.engine_of(optimizer)
+        if not engine.active:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def closure_for_reached_block() -> Any:
+            result = closure()
+            # `None` tells the AMP plugin that there is no gradient to unscale
+            return result if engine.has_gradient else None
+
+        try:
+            result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
+            engine.pass_turn()
+            return result
+        finally:
+            engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        self.engine_of(optimizer).residency.synchronize()
+        return super().optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self.engines:
+            checkpoint["hift"] = {
+                "engines": [engine.state_dict() for engine in self.engines],
+                "held_lr_steps": [
+                    delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
+                ],
+            }
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        for engine, state in zip(self.engines, checkpoint["optimizer_states"], strict=True):
+            engine.load_optimizer_state_dict(state)
+        saved = checkpoint.get("hift")
+        if saved is None:  # made without HiFT: the rotation begins here
+            return
+        for engine, state in zip(self.engines, saved["engines"], strict=True):
+            engine.load_state_dict(state)
+        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=True):
+            if delayed := _delayed(config):
+                delayed.resume(held_steps)
+
+    def engine_of(self, optimizer: Optimizer) -> HiFT:
+        """The engine that rotates this optimizer.
+
+        Args:
+            optimizer: one that ``configure_optimizers`` returned, or Lightning's wrapper of it.
+        """
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return next(engine for engine in self.engines if engine.optimizer is optimizer)
+
+    def _finish(self) -> None:
+        for engine in reversed(self.engines):
+            engine.finish()
+
+    def _announce(self, engine: HiFT) -> None:
+        plan, rotation, settings = engine.plan, engine.rotation, self.settings
+        largest = plan.largest
+        rank_zero_info(
+            f"HiFT: {len(plan.blocks)} blocks from {len(plan.layers)} layers (group_size={settings.group_size}, "
+            f"order={settings.order}); the largest, `{largest.name}`, has {largest.numel:,} of {plan.numel:,} "
+            f"parameters ({largest.numel / plan.numel:.0%}); one cycle is {rotation.cycle_length} optimizer steps."
+        )
+        assert self.lightning_module is not None
+        steps = self.lightning_module.trainer.estimated_stepping_batches
+        if engine.updates < steps < rotation.cycle_length:
+            rank_zero_warn(
+                f"HiFT: {steps:.0f} optimizer steps are planned and one cycle takes {rotation.cycle_length}, so "
+                f"{_unvisited(engine, int(steps))} of the {len(plan.blocks)} blocks will not be trained; train for "
+                "longer, or use a larger `group_size` or a smaller `steps_per_block`."
+            )
+
+
+def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:
+    scheduler: object = config.scheduler
+    return scheduler if isinstance(scheduler, DelayedLRScheduler) else None
+
+
+def _unvisited(engine: HiFT, steps: int) -> int:
+    return sum(engine.rotation.visits(block.index, steps) == 0 for block in engine.plan.blocks)
+
+
+def _refuse_callbacks_that_freeze(trainer: Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                f"The callback `{type(callback).__name__}` freezes and unfreezes layers and adds param groups while "
+                "training, and HiFT decides at the start which block requires a gradient when; remove the callback, "
+                "or name what is never to be trained in `HiFTStrategy(frozen=[...])`."
+            )
+
+
+def _refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> None:
+    if not optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in optimizers):
+        raise MisconfigurationException(
+            f"`{type(module).__name__}.configure_optimizers` returned no optimizer, so HiFT has nothing to rotate; "
+            "return one, or train without `strategy='hift'`."
+        )
+    seen: set[Tensor] = set()
+    for optimizer in optimizers:
+        parameters = {p for group in optimizer.param_groups for p in group["params"]}
+        if seen & parameters:
+            raise MisconfigurationException(
+                f"{len(seen & parameters)} parameters are in more than one optimizer of "
+                f"`{type(module).__name__}.configure_optimizers`, so their block would have two turns at once; give "
+                "each parameter to one optimizer."
+            )
+        seen |= parameters

@@ -1,0 +1,102 @@
+"""``Trainer(strategy="hift")``: HiFT on one device."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import _DEVICE
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from hift_lightning.engine.hift import HiFTSettings
+from hift_lightning.strategies.blockwise import BlockwiseTraining
+
+
+class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
+    """Full-parameter fine-tuning of an unchanged LightningModule, one block of layers at a time.
+
+    Under automatic optimization there is one optimizer, of any kind but LBFGS; for several use manual
+    optimization, where each is rotated over its own parameters.
+
+    Args:
+        group_size: layers per block.
+        order: order of the blocks' turns: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
+        lr_update: when a scheduler with ``interval="step"`` changes the rate. ``"cycle"``: when every block has had
+            its turn, by as many scheduler steps as there were optimizer steps; ``"cycle_once"``: then, by one step,
+            as the published code does; ``"step"``: at every optimizer step. Schedulers with ``interval="epoch"`` and
+            ReduceLROnPlateau are left as they are.
+        steps_per_block: optimizer steps before the next block has its turn.
+        offload: where optimizer state is parked: ``"cpu"`` or ``"none"`` (it stays on the device).
+        layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
+        frozen: shell-style patterns on parameter names that are never trained.
+        seed: seed of the ``"random"`` order.
+        device: the device, by default the one that the Trainer chooses.
+        accelerator: as for :class:`~lightning.pytorch.strategies.SingleDeviceStrategy`.
+        checkpoint_io: likewise.
+        precision_plugin: likewise.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+        MisconfigurationException: from the Trainer, if more than one device is asked for or visible.
+
+    Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy",
+    https://arxiv.org/abs/2401.15207
+    """
+
+    strategy_name = "hift"
+
+    def __init__(
+        self,
+        *,
+        group_size: int = 1,
+        order: str = "top2down",
+        lr_update: str = "cycle",
+        steps_per_block: int = 1,
+        offload: str = "cpu",
+        layers: Sequence[str] | None = None,
+        frozen: Sequence[str] | None = None,
+        seed: int = 0,
+        device: _DEVICE | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            device="cpu" if device is None else device,
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self._parallel_devices = None if device is None else [self.root_device]
+        self.settings = HiFTSettings(
+            group_size=group_size,
+            order=order,
+            lr_update=lr_update,
+            steps_per_block=steps_per_block,
+            offload=offload,
+            layers=layers,
+            frozen=frozen,
+            seed=seed,
+        )
+        self.engines = []
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The one device, or ``None`` until the Trainer has chosen it.
+
+        The registry builds a strategy before devices are known; the Trainer then sets this attribute, as on
+        strategies for many devices.
+        """
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device]) -> None:
+        if len(devices) > 1:
+            raise MisconfigurationException(
+                f"`strategy='hift'` trains on one device and the Trainer has {len(devices)}; pass `devices=1`, or "
+                "`strategy='hift_ddp'` for data-parallel training."
+            )
+        self._parallel_devices = devices
+        self._root_device = devices[0]
