@@ -1,0 +1,177 @@
+"""The engine in a plain PyTorch loop, without Lightning."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.hift import HiFT, HiFTSettings
+from tests.reference_loop import reference_loop, turns_of
+from tests.small_transformer import LAYERS, SmallTransformer, make_batches
+
+
+def plain_loop(model, optimizer, settings, batches, scheduler=None, clip=None):
+    losses = []
+    with HiFT(model, optimizer, settings) as hift:
+        delayed = hift.delay(scheduler) if scheduler else None
+        for batch in batches:
+            loss = model.loss(batch)
+            losses.append(loss.item())
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            if delayed:
+                delayed.step()
+    return hift, losses
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_plain_loop_equals_the_reference_loop(group_size, clip):
+    batches = make_batches(9)
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = HiFTSettings(group_size=group_size, order="bottom2up", lr_update="cycle_once")
+    hift, losses = plain_loop(
+        model, optimizer, settings, batches, LinearLR(optimizer, 1.0, 0.1, total_iters=3), clip
+    )
+    reference = SmallTransformer()
+    expected_optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    expected, _ = reference_loop(
+        reference,
+        expected_optimizer,
+        [block.parameters for block in hift.plan.blocks],
+        turns_of("bottom2up", len(hift.plan.blocks)),
+        batches,
+        clip_norm=clip,
+        scheduler=LinearLR(expected_optimizer, 1.0, 0.1, total_iters=3),
+    )
+    assert losses == expected
+    for left, right in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_gradients_are_freed_and_only_the_active_block_requires_one():
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with HiFT(model, optimizer) as hift:
+        for batch in make_batches(LAYERS):
+            active = set(hift.block.parameters)
+            assert {name for name, p in model.named_parameters() if p.requires_grad} == active
+            model.loss(batch).backward()
+            assert {name for name, p in model.named_parameters() if p.grad is not None} == active
+            optimizer.step()
+            assert all(p.grad is None for p in model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_accumulates_over_several_backwards():
+    model, twice = SmallTransformer(), SmallTransformer()
+    batch, other = make_batches(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with HiFT(model, optimizer) as hift:
+        model.loss(batch).backward()
+        model.loss(other).backward()
+        optimizer.step()
+    assert hift.updates == 1
+    (twice.loss(batch) + twice.loss(other)).backward()
+    expected = twice.head.weight.detach() - 0.1 * twice.head.weight.grad
+    assert torch.allclose(model.head.weight, expected, atol=1e-7)
+
+
+def test_a_step_without_backward_keeps_the_turn():
+    model = SmallTransformer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with HiFT(model, optimizer) as hift:
+        optimizer.step()
+        assert hift.updates == 0
+        assert hift.block.name == "head"
+
+
+def test_a_closure_is_run_once_and_before_state_is_paged_in():
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = make_batches(2 * LAYERS)
+    calls = []
+    with HiFT(model, optimizer) as hift:
+        for batch in batches:
+
+            def closure(batch=batch):
+                parked = [hift.residency.is_parked(p) for p in model.parameters()]
+                calls.append(sum(parked))
+                loss = model.loss(batch)
+                loss.backward()
+                return loss
+
+            assert optimizer.step(closure).requires_grad
+    everything = len(list(model.parameters()))
+    assert calls[LAYERS:] == [everything] * LAYERS  # while a closure runs, all state is parked
+    assert hift.cycle == 2
+
+
+def test_a_grad_scaler_in_a_plain_loop_keeps_the_turn_on_overflow():
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with HiFT(model, optimizer) as hift:
+        for i, batch in enumerate(make_batches(3)):
+            scaler.scale(model.loss(batch) * (float("inf") if i == 1 else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if i == 1:
+                hift.settle()
+    assert hift.updates == 2
+
+
+def test_an_optimizer_can_be_made_from_the_parameters_that_are_trained():
+    model = SmallTransformer()
+    settings = HiFTSettings(frozen=["embedding.*"])
+    hift = HiFT(model, lambda parameters: torch.optim.SGD(parameters, lr=0.1), settings)
+    held = {id(p) for group in hift.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if not name.startswith("embedding")}
+
+
+def test_state_dict_brings_the_position_back():
+    batches = make_batches(7)
+    straight = SmallTransformer()
+    optimizer = torch.optim.AdamW(straight.parameters(), lr=1e-2)
+    plain_loop(straight, optimizer, HiFTSettings(order="random"), batches)
+
+    first = SmallTransformer()
+    optimizer = torch.optim.AdamW(first.parameters(), lr=1e-2)
+    hift, _ = plain_loop(first, optimizer, HiFTSettings(order="random"), batches[:3])
+    saved = hift.state_dict(), optimizer.state_dict()
+
+    optimizer = torch.optim.AdamW(first.parameters(), lr=1.0)
+    with HiFT(first, optimizer, HiFTSettings(order="random")) as hift:
+        hift.load_state_dict(saved[0])
+        hift.load_optimizer_state_dict(saved[1])
+        for batch in batches[3:]:
+            first.loss(batch).backward()
+            optimizer.step()
+    for left, right in zip(first.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("group_size", [0, -1, True, 1.5, "2"])
+def test_a_bad_group_size_is_named(group_size):
+    with pytest.raises(ConfigurationError, match="`group_size="):
+        HiFTSettings(group_size=group_size)
+
+
+def test_the_engine_imports_without_lightning_hydra_or_transformers():
+    code = (
+        "import sys, types; package = types.ModuleType('hift_lightning'); "
+        "package.__path__ = ['hift_lightning']; sys.modules['hift_lightning'] = package; "
+        "import hift_lightning.engine.hift; "
+        "print([m for m in ('lightning', 'hydra', 'omegaconf', 'transformers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

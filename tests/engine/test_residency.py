@@ -1,0 +1,73 @@
+"""Residency on the CPU: nothing is copied, and the record is right. Copies are tested on a second device."""
+
+import pytest
+import torch
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import Residency, load_optimizer_state
+
+
+def stepped(make=torch.optim.AdamW, **arguments):
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    optimizer = make(parameters, lr=0.1, **arguments)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return parameters, optimizer
+
+
+def test_on_the_cpu_parking_copies_nothing():
+    (first, second), optimizer = stepped()
+    residency = Residency(optimizer)
+    tensors = {key: value for key, value in optimizer.state[first].items()}
+    residency.page_in([first])
+    residency.park([first])
+    assert all(optimizer.state[first][key] is value for key, value in tensors.items())
+    assert residency.bytes_paged_in == residency.bytes_parked == 0
+
+
+def test_bytes_and_places_are_those_of_the_state():
+    (first, second), optimizer = stepped()
+    residency = Residency(optimizer)
+    assert residency.is_parked(first)
+    assert residency.parked_bytes == 2 * 4 * (3 + 4) + 2 * 4
+    residency.page_in([first])
+    assert not residency.is_parked(first)
+    assert residency.state_bytes(first) == 2 * 4 * 3 + 4
+    assert residency.parked_bytes == 2 * 4 * 4 + 4
+
+
+def test_state_built_in_a_constructor_counts_as_parked():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    residency = Residency(torch.optim.Adagrad([parameter]))
+    assert residency.is_parked(parameter)
+
+
+def test_offload_none_parks_nothing():
+    (first, second), optimizer = stepped()
+    residency = Residency(optimizer, "none")
+    residency.park([first, second])
+    assert residency.parked_bytes == 0
+
+
+def test_a_bad_place_is_named():
+    with pytest.raises(ConfigurationError, match="`offload='moon'`"):
+        Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "moon")
+
+
+def test_loading_keeps_dtype_and_group_settings():
+    parameters, optimizer = stepped()
+    saved = optimizer.state_dict()
+    others = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters]
+    loaded = torch.optim.AdamW(others, lr=9.0)
+    load_optimizer_state(loaded, saved)
+    assert loaded.param_groups[0]["lr"] == 0.1
+    assert loaded.state[others[0]]["exp_avg"].dtype == torch.float32
+    assert torch.equal(loaded.state[others[1]]["exp_avg"], optimizer.state[parameters[1]]["exp_avg"])
+
+
+def test_loading_into_other_groups_is_refused():
+    _, optimizer = stepped()
+    other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        load_optimizer_state(other, optimizer.state_dict())

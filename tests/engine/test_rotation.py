@@ -1,0 +1,69 @@
+"""The rotation is a function of the number of updates, and each block has its turn once a cycle."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.rotation import ORDERS, Rotation
+
+rotations = st.builds(
+    Rotation,
+    blocks=st.integers(1, 40),
+    order=st.sampled_from(sorted(ORDERS)),
+    steps_per_block=st.integers(1, 5),
+    seed=st.integers(0, 2**32),
+)
+
+
+@given(rotations, st.integers(0, 10))
+def test_every_block_is_visited_equally_in_every_cycle(rotation, cycle):
+    start = cycle * rotation.cycle_length
+    turns = [rotation.block_at(start + i) for i in range(rotation.cycle_length)]
+    assert sorted(turns) == sorted(list(range(rotation.blocks)) * rotation.steps_per_block)
+
+
+@given(rotations, st.integers(0, 1000))
+def test_visits_count_the_turns_that_were_had(rotation, updates):
+    turns = [rotation.block_at(i) for i in range(updates)]
+    assert [rotation.visits(b, updates) for b in range(rotation.blocks)] == [
+        turns.count(b) for b in range(rotation.blocks)
+    ]
+
+
+@given(rotations, st.integers(0, 1000))
+def test_a_block_makes_its_steps_in_a_row(rotation, updates):
+    first = updates // rotation.steps_per_block * rotation.steps_per_block
+    assert rotation.block_at(updates) == rotation.block_at(first)
+
+
+@given(rotations, st.integers(0, 1000))
+def test_the_same_arguments_give_the_same_rotation(rotation, updates):
+    again = Rotation(rotation.blocks, rotation.order, rotation.steps_per_block, rotation.seed)
+    assert again.block_at(updates) == rotation.block_at(updates)
+
+
+def test_orders_permute_the_turns_only():
+    assert Rotation(4, "bottom2up").turns == (0, 1, 2, 3)
+    assert Rotation(4, "top2down").turns == (3, 2, 1, 0)
+    assert sorted(Rotation(4, "random", seed=5).turns) == [0, 1, 2, 3]
+    assert len({Rotation(10, "random", seed=seed).turns for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"order": "sideways"}, "`order='sideways'`.*bottom2up, random, top2down"),
+        ({"steps_per_block": 0}, "`steps_per_block=0`"),
+        ({"steps_per_block": True}, "`steps_per_block=True`"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Rotation(3, **arguments)
+
+
+def test_a_registered_order_that_is_no_permutation_is_refused(monkeypatch):
+    monkeypatch.setitem(ORDERS, "lazy", lambda blocks, seed: [0] * blocks)
+    with pytest.raises(ConfigurationError, match="exactly one turn a cycle"):
+        Rotation(3, "lazy")

@@ -1,0 +1,100 @@
+"""Delayed learning-rate update, over the user's own scheduler."""
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from hift_lightning import HiFTStrategy
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+HORIZON = 4 * LAYERS
+
+
+def linear(optimizer):
+    return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=HORIZON)
+
+
+def fit(lr_update, make_scheduler=linear, interval="step", batches=HORIZON, **arguments):
+    module = SmallTransformer(make_scheduler=make_scheduler, interval=interval)
+    trainer_ = trainer(HiFTStrategy(lr_update=lr_update), **arguments)
+    trainer_.fit(module, loader(make_batches(batches)))
+    return module, trainer_
+
+
+def test_cycle_holds_the_rate_through_a_cycle_and_keeps_the_horizon():
+    module, trainer_ = fit("cycle")
+    per_cycle = [1.0, 0.75, 0.5, 0.25]
+    assert module.rates == pytest.approx([1e-2 * factor for factor in per_cycle for _ in range(LAYERS)])
+    assert trainer_.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_cycle_once_steps_the_scheduler_once_a_cycle():
+    module, _ = fit("cycle_once")
+    per_cycle = [1 - cycle / HORIZON for cycle in range(4)]
+    assert module.rates == pytest.approx([1e-2 * factor for factor in per_cycle for _ in range(LAYERS)])
+
+
+def test_step_does_not_delay():
+    module, _ = fit("step")
+    assert module.rates == pytest.approx([1e-2 * (1 - step / HORIZON) for step in range(HORIZON)])
+
+
+def test_accumulated_micro_batches_count_once():
+    module, _ = fit("cycle", batches=2 * HORIZON, accumulate_grad_batches=2)
+    assert len(module.rates) == HORIZON
+    assert module.rates[-1] == pytest.approx(0.25e-2)
+
+
+def test_schedulers_of_epochs_are_left_alone():
+    def halve(optimizer):
+        return lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    module, trainer_ = fit("cycle", halve, interval="epoch", batches=3, max_epochs=3)
+    assert module.rates == pytest.approx([1e-2] * 3 + [0.5e-2] * 3 + [0.25e-2] * 3)
+    assert type(trainer_.lr_scheduler_configs[0].scheduler) is lr_scheduler.ExponentialLR
+
+
+def test_reduce_on_plateau_is_left_alone():
+    class Plateau(SmallTransformer):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0, threshold=1e9)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    module = Plateau()
+    batches = make_batches(3)
+    trainer(max_epochs=3).fit(module, loader(batches), loader(batches))
+    assert module.rates[0] == 1e-2
+    assert module.rates[-1] < 1e-2
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        lambda o: lr_scheduler.CosineAnnealingLR(o, HORIZON),
+        lambda o: lr_scheduler.OneCycleLR(o, 1e-2, total_steps=HORIZON + 1),
+        lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+        lambda o: lr_scheduler.SequentialLR(
+            o,
+            [lr_scheduler.LinearLR(o, 0.1, 1.0, total_iters=LAYERS), lr_scheduler.StepLR(o, 2)],
+            milestones=[LAYERS],
+        ),
+    ],
+    ids=["cosine", "one cycle", "lambda", "sequential"],
+)
+def test_the_rate_of_a_cycle_is_the_plain_schedules_at_its_first_step(make_scheduler):
+    plain = SmallTransformer(make_scheduler=make_scheduler)
+    trainer("auto").fit(plain, loader(make_batches(HORIZON)))
+    module, _ = fit("cycle", make_scheduler)
+    assert module.rates == [plain.rates[step // LAYERS * LAYERS] for step in range(HORIZON)]
+
+
+def test_user_code_sees_its_own_scheduler():
+    module, trainer_ = fit("cycle")
+    scheduler = trainer_.lr_scheduler_configs[0].scheduler
+    assert isinstance(scheduler, lr_scheduler.LinearLR)
+    assert scheduler.last_epoch == HORIZON
+    assert scheduler.get_last_lr() == pytest.approx([0.0])
+    fresh = linear(torch.optim.SGD(module.parameters(), lr=1e-2))
+    fresh.load_state_dict(scheduler.state_dict())
+    assert fresh.last_epoch == HORIZON

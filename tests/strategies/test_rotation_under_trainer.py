@@ -1,0 +1,203 @@
+"""Blocks take turns under the Trainer, every layer trains, and what cannot train is said."""
+
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from hift_lightning import HiFTStrategy
+from hift_lightning.engine.errors import ConfigurationError
+from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+
+def fit(strategy="hift", batches=LAYERS, module=None, **arguments):
+    seen = BlocksSeen()
+    module = module or SmallTransformer()
+    trainer_ = trainer(strategy, callbacks=[seen], **arguments)
+    trainer_.fit(module, loader(make_batches(batches)))
+    return module, trainer_, seen.steps
+
+
+def test_the_default_order_is_top_down_one_layer_a_step():
+    _, _, steps = fit(batches=2 * LAYERS)
+    assert steps == TOP_DOWN * 2
+
+
+def test_steps_per_block_keeps_a_block_for_that_many_steps():
+    _, _, steps = fit(HiFTStrategy(order="bottom2up", steps_per_block=2), batches=2 * LAYERS)
+    assert steps == [block for block in BOTTOM_UP for _ in range(2)]
+
+
+def test_rotation_counts_optimizer_steps_not_micro_batches():
+    _, _, steps = fit(HiFTStrategy(order="bottom2up"), batches=3 * LAYERS, accumulate_grad_batches=3)
+    assert steps == BOTTOM_UP
+
+
+def test_a_partial_window_at_the_end_of_an_epoch_is_one_step():
+    _, trainer_, steps = fit(batches=5, accumulate_grad_batches=3, max_epochs=2)
+    assert steps == TOP_DOWN
+    assert trainer_.strategy.hift.updates == 4
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 3, LAYERS])
+def test_after_one_cycle_every_trainable_parameter_has_changed(group_size):
+    before = {name: p.detach().clone() for name, p in SmallTransformer().named_parameters()}
+    module, trainer_, _ = fit(HiFTStrategy(group_size=group_size), batches=-(-LAYERS // group_size))
+    assert trainer_.strategy.hift.cycle == 1
+    unchanged = [name for name, p in module.named_parameters() if torch.equal(p, before[name])]
+    assert unchanged == []
+
+
+def test_only_the_active_block_changes_in_a_step():
+    before = {name: p.detach().clone() for name, p in SmallTransformer().named_parameters()}
+    module, trainer_, _ = fit(batches=1)
+    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == set(trainer_.strategy.hift.plan.blocks[-1].parameters)
+
+
+def test_frozen_patterns_are_never_trained_and_are_trainable_again_afterwards():
+    before = SmallTransformer().embedding.weight.detach().clone()
+    module, trainer_, steps = fit(HiFTStrategy(frozen=["embedding.*"]), batches=2 * LAYERS)
+    assert torch.equal(module.embedding.weight, before)
+    assert frozenset({"embedding"}) not in steps
+    assert len(trainer_.strategy.hift.plan.blocks) == LAYERS - 1
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_parameter_that_the_user_froze_stays_frozen():
+    module = SmallTransformer()
+    module.embedding.weight.requires_grad_(False)
+    module, _, steps = fit(module=module, batches=2 * LAYERS)
+    assert frozenset({"embedding"}) not in steps
+    assert not module.embedding.weight.requires_grad
+
+
+def test_parameters_left_out_of_the_optimizer_are_named_and_do_not_train():
+    class HeadOnly(SmallTransformer):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+    with pytest.warns(UserWarning, match=r"\d+ parameters require a gradient but are in no param group.*embedding"):
+        module, _, steps = fit(module=HeadOnly(), batches=3)
+    assert steps == [frozenset({"head"})] * 3
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_the_start_of_fit_says_the_blocks_the_largest_and_the_cycle_in_one_line(capsys, caplog):
+    with caplog.at_level("INFO"):
+        _, trainer_, _ = fit()
+    lines = [record.message for record in caplog.records if record.message.startswith("HiFT:")]
+    lines += [line for line in capsys.readouterr().err.splitlines() if line.startswith("HiFT:") and not lines]
+    assert len(lines) == 1
+    largest = trainer_.strategy.hift.plan.largest
+    assert f"{LAYERS} blocks" in lines[0]
+    assert f"`{largest.name}`" in lines[0]
+    assert f"one cycle is {LAYERS} optimizer steps" in lines[0]
+
+
+def test_too_few_planned_steps_are_warned_of():
+    with pytest.warns(UserWarning, match="2 optimizer steps are planned and one cycle takes 4, so 2 of the 4 blocks"):
+        fit(batches=2)
+
+
+def test_enough_planned_steps_are_not_warned_of():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(batches=LAYERS)
+    assert not [w for w in caught if "will not be trained" in str(w.message)]
+
+
+class WithUnusedLayer(SmallTransformer):
+    """Its ``unused`` layer takes no part in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32) for _ in range(2))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_a_block_without_gradient_is_named_and_does_not_stop_the_rotation(precision):
+    arguments = {}
+    if precision == "16-mixed":
+        arguments = {"plugins": L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
+    with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`unused\.1`\)"):
+        _, trainer_, steps = fit(module=WithUnusedLayer(), batches=12, **arguments)
+    assert trainer_.strategy.hift.updates == 12
+    assert {layer for step in steps for layer in step} == {"embedding", "layers.0", "layers.1", "head"}
+
+
+def test_a_loss_that_depends_on_nothing_is_an_error():
+    class Detached(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch).detach()
+
+    with pytest.raises(RuntimeError, match="No gradient reached any of the 4 blocks in a whole cycle"):
+        fit(module=Detached(), batches=12)
+
+
+def test_a_step_without_loss_keeps_the_turn():
+    class SkipsSecond(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    _, trainer_, steps = fit(module=SkipsSecond(), batches=3)
+    assert [step for step in steps if step] == TOP_DOWN[:2]
+    assert trainer_.strategy.hift.updates == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("order", "sideways"),
+        ("group_size", 0),
+        ("group_size", 1.5),
+        ("lr_update", "never"),
+        ("steps_per_block", 0),
+        ("offload", "moon"),
+    ],
+)
+def test_a_bad_argument_is_refused_at_once_and_named(argument, value):
+    with pytest.raises(ConfigurationError, match=f"`{argument}={value!r}`"):
+        HiFTStrategy(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["frozen", "layers"])
+def test_a_pattern_that_matches_nothing_is_refused_before_training(argument):
+    with pytest.raises(ConfigurationError, match="nothing_like_this"):
+        fit(HiFTStrategy(**{argument: ["*.nothing_like_this"]}))
+
+
+def test_the_report_says_where_state_is():
+    _, trainer_, _ = fit(batches=LAYERS + 1)
+    report = trainer_.strategy.report()
+    assert [block.visits for block in report.blocks] == [1, 1, 1, 2]
+    for row, block in zip(report.blocks, trainer_.strategy.hift.plan.blocks, strict=True):
+        # two moments of fp32 and a step count of 4 bytes for each parameter
+        assert row.parked_bytes == 2 * block.nbytes + 4 * len(block.parameters)
+        assert row.device_bytes == 0
+    assert "layers.1" in str(report)
+
+
+def test_a_report_before_fit_is_refused_with_the_remedy():
+    with pytest.raises(MisconfigurationException, match="before `Trainer.fit`"):
+        HiFTStrategy().report()
+
+
+@pytest.mark.parametrize("strategy", ["hift", HiFTStrategy])
+def test_several_devices_are_refused_in_one_sentence(strategy):
+    strategy = strategy if isinstance(strategy, str) else strategy()
+    with pytest.raises(MisconfigurationException, match="`devices=1`.*hift_ddp"):
+        trainer(strategy, devices=2)
+
+
+def test_registering_twice_is_harmless():
+    import importlib
+
+    import hift_lightning.strategies
+
+    importlib.reload(hift_lightning.strategies)
+    assert trainer("hift").strategy.strategy_name == "hift"

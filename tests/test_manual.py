@@ -1,0 +1,195 @@
+"""``HiFTManualMixin``: one call in ``training_step`` does everything, and wrong calls are refused."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from hift_lightning import HiFTManualMixin, HiFTStrategy
+from tests.blocks_seen import TOP_DOWN, BlocksSeen
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+
+def linear(optimizer):
+    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=2 * LAYERS)
+
+
+class Manual(HiFTManualMixin, SmallTransformer):
+    def __init__(self, **step_arguments):
+        super().__init__(make_scheduler=linear)
+        self.automatic_optimization = False
+        self.step_arguments = step_arguments
+        self.stepped = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.stepped.append(self.hift_step(loss, **self.step_arguments))
+
+
+@pytest.mark.parametrize("strategy", [HiFTStrategy, lambda: "auto"], ids=["hift", "plain"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("clip", "algorithm"), [(None, "norm"), (0.5, "norm"), (0.01, "value")])
+def test_equals_automatic_optimization_exactly(strategy, accumulate, clip, algorithm):
+    batches = make_batches(2 * LAYERS * accumulate + accumulate - 1)  # the last window is not full
+    automatic = SmallTransformer(make_scheduler=linear)
+    trainer(
+        strategy(),
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        gradient_clip_algorithm=algorithm,
+    ).fit(automatic, loader(batches))
+    manual = Manual(
+        accumulate_grad_batches=accumulate, gradient_clip_val=clip, gradient_clip_algorithm=algorithm
+    )
+    trainer_ = trainer(strategy())
+    trainer_.fit(manual, loader(batches))
+    assert manual.losses == automatic.losses
+    assert manual.rates == automatic.rates
+    assert sum(manual.stepped) == trainer_.global_step == len(automatic.rates)
+    for left, right in zip(manual.parameters(), automatic.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_rotates_and_frees_gradients():
+    class Watched(Manual):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            if self.stepped[-1]:
+                assert all(p.grad is None for p in self.parameters())
+
+    seen = BlocksSeen()
+    module = Watched(accumulate_grad_batches=2)
+    trainer(callbacks=[seen]).fit(module, loader(make_batches(2 * LAYERS)))
+    assert seen.steps == TOP_DOWN
+    assert module.stepped == [False, True] * LAYERS
+
+
+class NormTaking(torch.optim.SGD):
+    """Notes the norm of the gradients that it steps with."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            closure()
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norms = [*getattr(self, "norms", []), nn.utils.get_total_norm(grads).item()]
+
+
+def test_clips_the_unscaled_gradients_under_a_grad_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    module = Manual(gradient_clip_val=1e-3)
+    module.make_optimizer = lambda parameters: NormTaking(parameters, lr=0.1)
+    trainer_ = trainer(plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    trainer_.fit(module, loader(make_batches(LAYERS)))
+    assert trainer_.optimizers[0].norms == pytest.approx([1e-3] * LAYERS, rel=1e-2)
+
+
+class Adversarial(HiFTManualMixin, L.LightningModule):
+    """A generator and a discriminator, each with an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.discriminator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.Adam(self.generator.parameters(), lr=1e-2),
+            torch.optim.Adam(self.discriminator.parameters(), lr=1e-2),
+        ]
+
+    def training_step(self, batch, batch_idx):
+        real, _ = batch
+        noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(batch_idx))
+        self.hift_step(-self.discriminator(self.generator(noise)).mean(), optimizer=0)
+        assert all(p.grad is None for p in self.parameters())
+        fake = self.generator(noise).detach()
+        loss = nn.functional.softplus(self.discriminator(fake)) + nn.functional.softplus(-self.discriminator(real))
+        self.hift_step(loss.mean(), optimizer=1)
+
+
+def test_each_of_several_optimizers_rotates_over_its_own_layers():
+    module = Adversarial()
+    before = [p.detach().clone() for p in module.parameters()]
+    strategy = HiFTStrategy()
+    data = [(torch.randn(3, 4), torch.zeros(3)) for _ in range(4)]
+    trainer(strategy).fit(module, loader(data))
+    assert [engine.updates for engine in strategy.engines] == [4, 4]
+    assert [engine.cycle for engine in strategy.engines] == [2, 2]
+    assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def fit_with(training_step, automatic=False, **arguments):
+    class Wrong(Manual):
+        pass
+
+    Wrong.training_step = training_step
+    module = Wrong()
+    module.automatic_optimization = automatic
+    trainer(**arguments).fit(module, loader(make_batches(LAYERS)), loader(make_batches(1)))
+
+
+def alternating_window(self, batch, batch_idx):
+    self.hift_step(self.loss(batch), accumulate_grad_batches=2 + batch_idx)
+
+
+def step_inside_a_window(self, batch, batch_idx):
+    self.hift_step(self.loss(batch), accumulate_grad_batches=3)
+    if batch_idx == 0:
+        self.optimizers().step()
+
+
+def backward_beside_it(self, batch, batch_idx):
+    loss = self.loss(batch)
+    self.manual_backward(loss, retain_graph=True)
+    self.hift_step(loss)
+
+
+@pytest.mark.parametrize(
+    ("training_step", "message"),
+    [
+        (lambda self, batch, i: self.hift_step(self.loss(batch).expand(2)), r"loss shape \(2,\)"),
+        (lambda self, batch, i: self.hift_step(None), "the loss None"),
+        (lambda self, batch, i: self.hift_step(self.loss(batch), accumulate_grad_batches=0), "batches=0`"),
+        (lambda self, batch, i: self.hift_step(self.loss(batch), gradient_clip_val=-1.0), "clip_val=-1.0`"),
+        (
+            lambda self, batch, i: self.hift_step(self.loss(batch), gradient_clip_algorithm="l1"),
+            "algorithm='l1'`",
+        ),
+        (lambda self, batch, i: self.hift_step(self.loss(batch), optimizer=3), "`optimizer=3`"),
+        (alternating_window, "from 2 to 3 in the middle"),
+        (step_inside_a_window, "stepped outside of"),
+        (backward_beside_it, "already has gradients"),
+    ],
+)
+def test_wrong_stepping_is_refused_with_a_message(training_step, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit_with(training_step)
+
+
+def test_calling_it_under_automatic_optimization_is_refused():
+    with pytest.raises(MisconfigurationException, match="under automatic optimization"):
+        fit_with(lambda self, batch, i: self.hift_step(self.loss(batch)), automatic=True)
+
+
+def test_calling_it_in_validation_is_refused():
+    class InValidation(Manual):
+        def validation_step(self, batch, batch_idx):
+            self.hift_step(self.loss(batch))
+
+    with pytest.raises(MisconfigurationException, match="outside of training"):
+        trainer(num_sanity_val_steps=1).fit(InValidation(), loader(make_batches(1)), loader(make_batches(1)))
+
+
+def test_several_optimizers_and_none_named_is_refused():
+    class Unnamed(Adversarial):
+        def training_step(self, batch, batch_idx):
+            self.hift_step(self.discriminator(batch[0]).mean())
+
+    with pytest.raises(MisconfigurationException, match="has 2 optimizers and `hift_step` was not told which"):
+        trainer().fit(Unnamed(), loader([(torch.randn(3, 4), torch.zeros(3))]))
