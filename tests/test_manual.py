@@ -40,9 +40,7 @@ def test_equals_automatic_optimization_exactly(strategy, accumulate, clip, algor
         gradient_clip_val=clip,
         gradient_clip_algorithm=algorithm,
     ).fit(automatic, loader(batches))
-    manual = Manual(
-        accumulate_grad_batches=accumulate, gradient_clip_val=clip, gradient_clip_algorithm=algorithm
-    )
+    manual = Manual(accumulate_grad_batches=accumulate, gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
     trainer_ = trainer(strategy())
     trainer_.fit(manual, loader(batches))
     assert manual.losses == automatic.losses

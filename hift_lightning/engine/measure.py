@@ -11,7 +11,7 @@ ROLES = ("weights", "gradients", "optimizer_state", "parked")
 
 
 def bytes_by_role(
-    model: nn.Module, optimizer: Optimizer, is_parked: Callable[[nn.Parameter], bool] | None = None
+    model: nn.Module, optimizer: Optimizer, is_parked: Callable[[Tensor], bool] | None = None
 ) -> dict[str, int]:
     """Count the bytes of weights, gradients and optimizer state; each storage counts once, in its first role.
 

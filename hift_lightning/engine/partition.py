@@ -8,14 +8,15 @@ are read from the module tree, never from the name of an architecture:
 2. A *stack* is an `nn.ModuleList` with elements that own parameters in two or more modules, or an
    `nn.Sequential` in which such elements repeat a class. Its elements are the layers. The outermost stack
    wins: the experts of a mixture or the sublayers of a T5 block stay inside their layer. Only an element that
-   wraps a stack of one class and has nothing but norms beside it (a stage of a ResNet) is opened.
+   is itself a bare list of such elements (a stage of a ResNet) is opened.
 3. Parameters outside the stacks are *loose*. Embeddings go to the bottom layer, wherever they are registered.
    The others go by their place in the order of registration: before the first stack to the bottom, behind
    the last one to the head (final norm, pooler and classifier together), in between to the nearest layer.
    Two things correct that order: a name that says "top" (OPT registers its final norm before its stack), and
    that a bare `nn.Parameter` on a module that contains the layers makes no layer of its own.
 4. Without a stack (a plain `nn.Sequential` of linear layers, a CNN with attributes) each `torch.nn` module is
-   a layer. Embeddings are together at the bottom, a norm goes with its neighbour, the final norm with the head.
+   a layer. Embeddings stand together at the bottom, a norm goes with its neighbour, the final one with the
+   last layer.
 
 *Nearest* means: the longest common module path, then the one registered before, then the shortest distance.
 A placement that misses what the forward pass does costs time, not correctness: whatever the order, each
@@ -114,29 +115,20 @@ class Plan:
         return max(self.blocks, key=lambda block: block.numel)
 
     def fingerprint(self) -> str:
-        """The SHA-256, in hexadecimal, of the blocks' parameter names; equal if and only if the blocks are."""
+        """The SHA-256, in hexadecimal, of the blocks' parameter names, which tells equal plans from others."""
         names = json.dumps([block.parameters for block in self.blocks])
         return hashlib.sha256(names.encode()).hexdigest()
 
     def __str__(self) -> str:
-        nbytes = sum(block.nbytes for block in self.blocks)
-        rows = [("block", "layers", "parameters", "share", "MiB")]
-        rows += [
-            (
-                str(b.index),
-                b.name,
-                f"{b.numel:,}",
-                f"{b.numel / max(self.numel, 1):.1%}",
-                f"{b.nbytes / 2**20:,.2f}",
-            )
-            for b in self.blocks
-        ]
-        rows += [("total", f"{len(self.layers)} layers", f"{self.numel:,}", "", f"{nbytes / 2**20:,.2f}")]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join(
-            f"{index:>{widths[0]}}  {name:<{widths[1]}}  {numel:>{widths[2]}}  {share:>{widths[3]}}  {mib:>{widths[4]}}"
-            for index, name, numel, share, mib in rows
-        )
+        total = f"{len(self.layers)} layers"
+        width = max(len(name) for name in [total, *(block.name for block in self.blocks)])
+        lines = [f"block  {'layers':<{width}}  {'parameters':>15}   share  {'MiB':>12}"]
+        for block in self.blocks:
+            share, mib = block.numel / max(self.numel, 1), block.nbytes / 2**20
+            lines.append(f"{block.index:>5}  {block.name:<{width}}  {block.numel:>15,}  {share:>6.1%}  {mib:>12,.2f}")
+        mib = sum(block.nbytes for block in self.blocks) / 2**20
+        lines.append(f"total  {total:<{width}}  {self.numel:>15,}  {1:>6.1%}  {mib:>12,.2f}")
+        return "\n".join(lines)
 
 
 def partition(
@@ -167,21 +159,21 @@ def partition(
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ConfigurationError(
-            f"`group_size={group_size!r}` is not a number of layers per block: give a whole number of at least 1."
+            f"`group_size={group_size!r}` is not a number of layers: give a whole number of at least 1."
         )
     aliases = _names_of_weights(model)
     weights = dict(model.named_parameters())
     chosen = _trainable(model, aliases, trainable) - _matched("frozen", frozen, aliases).keys()
     if not chosen:
         raise ConfigurationError(
-            f"No parameter of `{type(model).__name__}` is left to train: leave `requires_grad` true on some of "
-            f"them, or narrow `frozen={list(frozen or [])}`."
+            f"No parameter of `{type(model).__name__}` is left to train: leave `requires_grad` true on "
+            f"some of them, or narrow `frozen={list(frozen or [])}`."
         )
     for name in sorted(chosen):
         if is_lazy(weights[name]):
             raise ConfigurationError(
-                f"Parameter `{name}` of `{type(model).__name__}` has no shape yet: run one batch through the model "
-                "before it is partitioned."
+                f"Parameter `{name}` of `{type(model).__name__}` has no shape yet: run one batch through the "
+                "model before it is partitioned."
             )
 
     placed = _override(_find_layers(model), _matched("layers", layers, aliases))
@@ -206,9 +198,7 @@ def _names_of_weights(model: nn.Module) -> dict[str, list[str]]:
     return aliases
 
 
-def _trainable(
-    model: nn.Module, aliases: dict[str, list[str]], trainable: Collection[str] | None
-) -> set[str]:
+def _trainable(model: nn.Module, aliases: dict[str, list[str]], trainable: Collection[str] | None) -> set[str]:
     if trainable is None:
         return {name for name, weight in model.named_parameters() if weight.requires_grad}
     first_name = {alias: first for first, names in aliases.items() for alias in names}
@@ -221,14 +211,10 @@ def _trainable(
 def _matched(argument: str, patterns: Sequence[str] | None, aliases: dict[str, list[str]]) -> dict[str, str]:
     """Parameter name → the first pattern that matches one of its names."""
     if isinstance(patterns, str):
-        raise ConfigurationError(
-            f"`{argument}={patterns!r}` is not a list of patterns: write `[{patterns!r}]`."
-        )
+        raise ConfigurationError(f"`{argument}={patterns!r}` is not a list of patterns: write `[{patterns!r}]`.")
     taken: dict[str, str] = {}
     for pattern in patterns or ():
-        hits = [
-            first for first, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)
-        ]
+        hits = [first for first, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)]
         if not hits:
             raise _no_such_name(argument, pattern, [name for names in aliases.values() for name in names])
         if argument == "layers" and taken.keys() >= set(hits):
@@ -242,14 +228,10 @@ def _matched(argument: str, patterns: Sequence[str] | None, aliases: dict[str, l
 
 
 def _no_such_name(argument: str, value: str, names: Collection[str]) -> ConfigurationError:
-    folders = {
-        ".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)
-    }
+    folders = {".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)}
     candidates = list(names) if argument == "trainable" else [*names, *sorted(folders)]
     close = ", ".join(f"`{name}`" for name in difflib.get_close_matches(value, candidates, n=3, cutoff=0.0))
-    return ConfigurationError(
-        f"`{value}` in `{argument}` matches no parameter of the model: close names are {close}."
-    )
+    return ConfigurationError(f"`{value}` in `{argument}` matches no parameter of the model: try one of {close}.")
 
 
 def _override(found: list[Layer], pattern_of: dict[str, str]) -> list[Layer]:
@@ -274,155 +256,129 @@ def _find_layers(model: nn.Module) -> list[Layer]:
     """The layers of a model, bottom first, over all its parameters."""
     names = [name for name, _ in model.named_parameters()]
     modules = dict(model.named_modules())
-    stacked = [
-        path for path in _layers_of_stacks(modules) if any(name.startswith(f"{path}.") for name in names)
-    ]
-    places = _around_stacks(names, modules, stacked) if stacked else _without_stacks(names, modules)
+    inside = _inside_stacks(names, modules)
+    places = _around_stacks(names, modules, inside) if inside else _without_stacks(names, modules)
     groups: dict[_Place, list[str]] = {}
     for name in names:
         groups.setdefault(places[name], []).append(name)
     return [Layer(place.name or type(model).__name__, tuple(groups[place])) for place in sorted(groups)]
 
 
-# --- stacks ---------------------------------------------------------------------------------------------------
+def _inside_stacks(names: list[str], modules: dict[str, nn.Module]) -> dict[str, str]:
+    """Parameter name → path of the stack's element that it lies in."""
+    path_of = {id(module): path for path, module in modules.items()}
+    found: set[str] = set()
+    for path, module in modules.items():
+        if _enclosing(path, found) is None:
+            elements = [path_of[id(element)] for element in _elements(module) if not _is_nested_stack(element)]
+            found.update([element for element in elements if _enclosing(element, found) is None])
+    return {name: element for name in names if (element := _enclosing(name, found)) is not None}
 
 
-def _owners(module: nn.Module) -> list[nn.Module]:
-    """The modules at or below this one that own parameters directly."""
-    return [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
-
-
-def _elements(container: nn.ModuleList | nn.Sequential) -> list[nn.Module]:
-    """The elements of a container that are layers; empty if it is no stack."""
+def _elements(container: nn.Module) -> list[nn.Module]:
+    """The elements that make a container a stack; empty if it is none."""
+    if not isinstance(container, nn.ModuleList | nn.Sequential):
+        return []
     # list() keeps the repetitions of a shared element, which children() would drop
     elements = [element for element in list(container) if _owners(element)]
-    composite = [len(_owners(element)) > 1 for element in elements]
+    composite = [element for element in elements if len(_owners(element)) > 1]
     if isinstance(container, nn.ModuleList):
-        return elements if any(composite) else []
-    classes = Counter(type(element) for element, many in zip(elements, composite, strict=True) if many)
+        return elements if composite else []
+    classes = Counter(type(element) for element in composite)
     repeated = [index for index, element in enumerate(elements) if classes[type(element)] > 1]
-    if not repeated:
-        return []
     # what stands before and behind the repetition is a stem and a head, not a layer
-    span = range(repeated[0], repeated[-1] + 1)
-    return [elements[index] for index in span if composite[index]]
+    between = elements[repeated[0] : repeated[-1] + 1] if repeated else []
+    return [element for element in between if len(_owners(element)) > 1]
 
 
-def _only_wraps_a_stack(element: nn.Module) -> bool:
-    for part in element.modules():
-        if type(part) in (nn.ModuleList, nn.Sequential):
-            assert isinstance(part, nn.ModuleList | nn.Sequential)
-            classes = Counter(type(inner) for inner in _elements(part))
-            if classes and max(classes.values()) > 1:
-                inside = set(_owners(part))
-                return all(_is_norm(owner) for owner in _owners(element) if owner not in inside)
-    return False
+def _is_nested_stack(element: nn.Module) -> bool:
+    # Without a repeated class it is a layer written as a list, such as ModuleList([attention, feed_forward]).
+    classes = Counter(type(inner) for inner in _elements(element))
+    return type(element) in (nn.ModuleList, nn.Sequential) and any(count > 1 for count in classes.values())
 
 
-def _layers_of_stacks(modules: dict[str, nn.Module]) -> list[str]:
-    """The paths of the stacks' elements, in the order of registration."""
-    path_of = {id(module): path for path, module in modules.items()}
-    found: dict[str, None] = {}
-    for path, module in modules.items():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and _enclosing(path, found) is None:
-            for element in _elements(module):
-                element_path = path_of[id(element)]
-                if not _only_wraps_a_stack(element) and _enclosing(element_path, found) is None:
-                    found[element_path] = None
-    return list(found)
+def _around_stacks(names: list[str], modules: dict[str, nn.Module], inside: dict[str, str]) -> dict[str, _Place]:
+    """Places the parameters of the stacks, then the loose ones by what their names say and where they stand."""
+    order = {path: index for index, path in enumerate(dict.fromkeys(inside.values()))}
+    places = {name: _Place(1, order[path], path) for name, path in inside.items()}
+    ancestors = {prefix for path in order for prefix in _prefixes(path)[:-1]}
+    positions = [index for index, name in enumerate(names) if name in inside]
+    first, last = positions[0], positions[-1]
 
-
-def _around_stacks(names: list[str], modules: dict[str, nn.Module], stacked: list[str]) -> dict[str, _Place]:
-    """Places the stacks' elements as they are, and what is loose by its words and its position."""
-    places: dict[str, _Place] = {}
-    for index, path in enumerate(stacked):
-        places |= {name: _Place(1, index, path) for name in names if name.startswith(f"{path}.")}
-    inside = [index for index, name in enumerate(names) if name in places]
-    ancestors = {prefix for path in stacked for prefix in _prefixes(path)[:-1]}
-
-    embeddings: list[str] = []
-    stem: list[str] = []
+    says = {name: _what_its_name_says(name, modules, ancestors) for name in names if name not in inside}
+    bottom: list[str] = []
     head: list[str] = []
-    joined: dict[str, _Place] = {}
     for index, name in enumerate(names):
-        if name in places:
+        if name in inside:
             continue
-        says = _what_its_name_says(name, modules, ancestors)
-        if says == "embedding":
-            embeddings.append(name)
-        elif index < inside[0]:
-            (head if says == "top" else stem).append(name)
-        elif index > inside[-1]:
+        if says[name] == "embedding" or (index < first and says[name] != "top"):
+            bottom.append(name)
+        elif index < first or index > last:
             head.append(name)
         else:
-            joined[name] = places[names[_nearest(index, inside, names)]]
+            places[name] = places[names[_nearest(index, positions, names)]]
 
-    def makes_a_layer(loose: list[str]) -> bool:
-        return any(_owner(name) not in ancestors for name in loose)
+    def make_a_layer(loose: list[str]) -> bool:
+        return any(says[name] == "embedding" or _owner(name) not in ancestors for name in loose)
 
-    bottom_place, head_place = _Place(0, 0, "embeddings" if embeddings else "stem"), _Place(2, 0, "head")
-    if not embeddings and not makes_a_layer(stem):
-        bottom_place = places[names[inside[0]]]
-    if not makes_a_layer(head):
-        head_place = places[names[inside[-1]]]
-    return places | joined | dict.fromkeys(embeddings + stem, bottom_place) | dict.fromkeys(head, head_place)
+    bottom_name = "embeddings" if "embedding" in says.values() else "stem"
+    bottom_place = _Place(0, 0, bottom_name) if make_a_layer(bottom) else places[names[first]]
+    head_place = _Place(2, 0, "head") if make_a_layer(head) else places[names[last]]
+    return places | dict.fromkeys(bottom, bottom_place) | dict.fromkeys(head, head_place)
 
 
 def _what_its_name_says(name: str, modules: dict[str, nn.Module], ancestors: set[str]) -> str | None:
     """Whether a loose parameter calls itself an "embedding" or the "top" of the model."""
-    # An ancestor of the layers does not count: `SentenceEmbedder` around a whole BERT says nothing of its parts.
+    # The layers' ancestors do not count: a `SentenceEmbedder` around a whole BERT says nothing of its parts.
     own = [path for path in _prefixes(_owner(name)) if path not in ancestors]
     if any(isinstance(modules[path], nn.Embedding | nn.EmbeddingBag) for path in own):
         return "embedding"
     above = max((path for path in _prefixes(name) if path in ancestors), key=len)
     words = _words(name[len(above) :])
     if words & _TOP_WORDS:
-        return "top"  # first, for GPT-NeoX calls its LM head `embed_out`
+        return "top"  # asked first, for GPT-NeoX has called its LM head `embed_out`
     words |= {word for path in own for word in _words(type(modules[path]).__name__)}
     return "embedding" if any(word.startswith("embed") for word in words) else None
-
-
-# --- no stack -------------------------------------------------------------------------------------------------
 
 
 def _without_stacks(names: list[str], modules: dict[str, nn.Module]) -> dict[str, _Place]:
     """Makes each unit a layer, except that embeddings stand together and norms go with their neighbour."""
     units: dict[str, nn.Module] = {}
     for path, module in modules.items():
-        if _is_unit(module) and _enclosing(path, units) is None:
+        if _enclosing(path, units) is None and _is_unit(module):
             units[path] = module
-    if not all(_is_norm(module) for module in units.values()):
-        units = {path: module for path, module in units.items() if not _is_norm(module)}
+    without_norms = {path: module for path, module in units.items() if not _is_norm(module)}
+    units = without_norms or units
 
+    order = {path: index for index, path in enumerate(units)}
     places: dict[str, _Place] = {}
-    for index, (path, unit) in enumerate(units.items()):
-        embeds = isinstance(unit, nn.Embedding | nn.EmbeddingBag)
-        place = _Place(0, 0, "embeddings") if embeds else _Place(1, index, path)
-        places |= {name: place for name in names if path in _prefixes(_owner(name))}
-    inside = [index for index, name in enumerate(names) if name in places]
+    for name in names:
+        if (unit := _enclosing(_owner(name), units)) is not None:
+            embeds = isinstance(units[unit], nn.Embedding | nn.EmbeddingBag)
+            places[name] = _Place(0, 0, "embeddings") if embeds else _Place(1, order[unit], unit)
+    positions = [index for index, name in enumerate(names) if name in places]
     top = max(places.values())
-    joined: dict[str, _Place] = {}
     for index, name in enumerate(names):
-        if name not in places:
-            nearest = _nearest(index, inside, names)
-            following = next((after for after in inside if after > index), nearest)
-            is_final_norm = _is_norm(modules[_owner(name)]) and places[names[following]] == top
-            if is_final_norm and _common(name, names[following]) == _common(name, names[nearest]):
-                nearest = following
-            joined[name] = places[names[nearest]]
-    return places | joined
+        if name in places:
+            continue
+        nearest = names[_nearest(index, positions, names)]
+        following = next((names[other] for other in positions if other > index), nearest)
+        is_final_norm = _is_norm(modules[_owner(name)]) and places[following] == top
+        joins_head = is_final_norm and _common(name, following) == _common(name, nearest)
+        places[name] = places[following if joins_head else nearest]
+    return places
 
 
 def _is_unit(module: nn.Module) -> bool:
     owners = _owners(module)
-    if owners == [module]:
-        return True
     # torch's own modules stay whole (attention, LSTM, a parametrized Linear), unless they only hold others
     holds = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return bool(owners) and type(module).__module__.startswith("torch.nn.") and not holds
+    return owners == [module] or (bool(owners) and type(module).__module__.startswith("torch.nn.") and not holds)
 
 
-# --- paths and names ------------------------------------------------------------------------------------------
+def _owners(module: nn.Module) -> list[nn.Module]:
+    """The modules at or below this one that own parameters directly."""
+    return [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -440,7 +396,7 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _enclosing(path: str, among: Collection[str]) -> str | None:
-    """The one of some module paths that contains this path or is equal to it."""
+    """The outermost of some module paths that contains this path or is equal to it."""
     return next((prefix for prefix in _prefixes(path) if prefix in among), None)
 
 
@@ -451,10 +407,7 @@ def _common(name: str, other: str) -> int:
 
 def _nearest(index: int, candidates: list[int], names: list[str]) -> int:
     """The candidate nearest in the tree; of equals one before rather than behind; of these the closest."""
-    return max(
-        candidates,
-        key=lambda other: (_common(names[index], names[other]), other < index, -abs(other - index)),
-    )
+    return max(candidates, key=lambda other: (_common(names[index], names[other]), other < index, -abs(other - index)))
 
 
 def _words(text: str) -> set[str]:

@@ -37,9 +37,7 @@ def test_a_plain_loop_equals_the_reference_loop(group_size, clip):
     model = SmallTransformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     settings = HiFTSettings(group_size=group_size, order="bottom2up", lr_update="cycle_once")
-    hift, losses = plain_loop(
-        model, optimizer, settings, batches, LinearLR(optimizer, 1.0, 0.1, total_iters=3), clip
-    )
+    hift, losses = plain_loop(model, optimizer, settings, batches, LinearLR(optimizer, 1.0, 0.1, total_iters=3), clip)
     reference = SmallTransformer()
     expected_optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
     expected, _ = reference_loop(

@@ -19,7 +19,7 @@ def stepped(make=torch.optim.AdamW, **arguments):
 def test_on_the_cpu_parking_copies_nothing():
     (first, second), optimizer = stepped()
     residency = Residency(optimizer)
-    tensors = {key: value for key, value in optimizer.state[first].items()}
+    tensors = dict(optimizer.state[first])
     residency.page_in([first])
     residency.park([first])
     assert all(optimizer.state[first][key] is value for key, value in tensors.items())

@@ -41,7 +41,7 @@ def test_argument_trains_by_blocks(arguments, updates, tmp_path):
     seen = BlocksSeen()
     module = SmallTransformer()
     if arguments.get("barebones"):
-        bare = {name: None for name in ("logger", "enable_checkpointing", "enable_progress_bar")}
+        bare = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"))
         arguments = {**arguments, **bare, "enable_model_summary": None}
     trainer_ = trainer(callbacks=[seen], default_root_dir=tmp_path, **arguments)
     batches = make_batches(8)
