@@ -1,6 +1,6 @@
 """Model → layers → blocks, as lists of parameter names.
 
-HiFT (arXiv 2401.15207, section 3) trains one block of consecutive layers in each optimizer step. The layers
+HiFT (arXiv 2401.15207) trains one block of consecutive layers in each optimizer step. The layers
 are read from the module tree, never from the name of an architecture:
 
 1. All parameters count for the structure, frozen ones too, so a PEFT model has the layers of its host. A tied

@@ -73,7 +73,8 @@ OPTIMIZERS = {
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
     "Adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-2),
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9),
-    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2),
+    # on an accelerator torch would take its foreach form, which rounds differently from the one for the CPU
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters, lr=1e-2, foreach=False),
     "Lion-like": Lion,
     "Muon-like": MatrixWhitening,
 }
