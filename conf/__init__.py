@@ -1,0 +1,1 @@
+"""The Hydra configuration of `train.py`; installed as `hift_lightning.conf`."""

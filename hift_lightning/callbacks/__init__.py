@@ -1,0 +1,5 @@
+"""Callbacks that the configuration can name."""
+
+from hift_lightning.callbacks.monitor import HiFTMonitor
+
+__all__ = ["HiFTMonitor"]

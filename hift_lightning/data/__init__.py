@@ -1,0 +1,5 @@
+"""Data modules that the configuration can name."""
+
+from hift_lightning.data.sentences import SentenceDataModule
+
+__all__ = ["SentenceDataModule"]

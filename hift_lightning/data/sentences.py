@@ -1,0 +1,262 @@
+"""Labelled sentences from a tab-separated file, split by a hash of their text and tokenised once."""
+
+import hashlib
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Sampler
+
+from hift_lightning.engine.errors import ConfigurationError
+
+FILM_REVIEWS = Path(__file__).parent / "film_reviews" / "film_reviews.tsv"
+
+Part = Literal["train", "validation", "test"]
+LabelledSentence = tuple[str, int]
+TokenisedSentence = tuple[Tensor, int]
+
+
+def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]:
+    """Read a tab-separated file with two columns, a class and a sentence, one pair a line.
+
+    The header says how the first column is read: `label<TAB>sentence` holds classes 0, 1, ... as whole
+    numbers; `rating<TAB>sentence` holds numbers of which the negative ones are class 0 and the positive ones
+    class 1.
+
+    Args:
+        path: the file, UTF-8.
+        num_classes: number of classes; a class outside 0 ... num_classes - 1 is an error.
+
+    Raises:
+        ConfigurationError: the file does not exist, has no rows, or has a row that cannot be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigurationError(
+            f"The data file `{path}` does not exist; give `data.path` the path of a tab-separated file."
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
+    header = lines[0] if lines else ""
+    if header not in ("label\tsentence", "rating\tsentence"):
+        raise ConfigurationError(
+            f"`{path}`, line 1: the header is `{header[:60]}`; "
+            "write `label<TAB>sentence` (classes 0, 1, ...) or `rating<TAB>sentence` (below or above 0)."
+        )
+    rated = header.startswith("rating")
+    sentences = [
+        _parse(line, f"`{path}`, line {number}", rated, num_classes)
+        for number, line in enumerate(lines[1:], start=2)
+        if line.strip()
+    ]
+    if not sentences:
+        raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
+    return sentences
+
+
+def _parse(line: str, place: str, rated: bool, num_classes: int) -> LabelledSentence:
+    columns = line.split("\t")
+    if len(columns) != 2 or not columns[1].strip():
+        raise ConfigurationError(
+            f"{place}: `{line[:60]}` is not a class and a sentence with one tab between them; mend or remove the row."
+        )
+    value, sentence = columns
+    try:
+        number = float(value) if rated else int(value)
+    except ValueError as error:
+        kind = "number" if rated else "whole number"
+        raise ConfigurationError(f"{place}: `{value}` is not a {kind}; mend or remove the row.") from error
+    if rated and not (number < 0 or number > 0):
+        raise ConfigurationError(f"{place}: the rating `{value}` is neither below nor above 0; remove the row.")
+    label = int(number > 0) if rated else int(number)
+    if not 0 <= label < num_classes:
+        raise ConfigurationError(
+            f"{place}: class `{label}` is out of range for `data.num_classes={num_classes}` "
+            f"(0 to {num_classes - 1}); raise `data.num_classes` or mend the row."
+        )
+    return sentence.strip(), label
+
+
+def normalised(sentence: str) -> str:
+    """Return letters and digits of `sentence` in lower case: what two copies of a sentence have in common."""
+    folded = unicodedata.normalize("NFKC", sentence).casefold()
+    return "".join(character for character in folded if character.isalnum())
+
+
+def part_of(sentence: str, test_fraction: float, validation_fraction: float) -> Part:
+    """Tell the part that `sentence` belongs to, from a hash of its normalised text alone.
+
+    Copies of a sentence are thus on one side only, and more data never move a sentence to another part.
+
+    Args:
+        sentence: the text.
+        test_fraction: share of all sentences that is kept for the test, 0 to 1.
+        validation_fraction: share of the others that is kept for validation, 0 to 1.
+    """
+    digest = hashlib.sha256(normalised(sentence).encode("utf-8")).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < test_fraction:
+        return "test"
+    if position < test_fraction + (1 - test_fraction) * validation_fraction:
+        return "validation"
+    return "train"
+
+
+class LengthGroupedBatches(Sampler[list[int]]):
+    """Shuffled batches of sentences of about one length, so that little of a batch is padding.
+
+    Sentences are shuffled, each run of `BATCHES_SORTED` batches is sorted by length and cut into batches, and
+    these are shuffled again.
+
+    Args:
+        lengths: tokens of each sentence.
+        batch_size: sentences in a batch; the last one may be smaller.
+        generator: draws the order; each pass over the data draws a new one.
+    """
+
+    BATCHES_SORTED = 32
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shuffled = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        run = self.batch_size * self.BATCHES_SORTED
+        batches = []
+        for start in range(0, len(shuffled), run):
+            by_length = sorted(shuffled[start : start + run], key=lambda index: self.lengths[index])
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        for index in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield batches[index]
+
+
+class SentenceDataModule(L.LightningDataModule):
+    """Batches of tokenised sentences for training, validation and test.
+
+    The file is read and checked at once, so that a bad row ends a run before a model is loaded. A batch is a
+    dictionary of `input_ids` and `attention_mask` (batch x longest sentence of the batch) and `labels` (batch).
+
+    Args:
+        tokenizer: the model's own: called with a list of texts, `truncation` and `max_length`, it returns
+            `input_ids`; `pad_token_id` fills short rows.
+        path: a file as `read_sentences` takes it; `None` for the packaged film reviews.
+        num_classes: number of classes.
+        batch_size: sentences in a training batch.
+        eval_batch_size: sentences in a batch of validation and test.
+        max_length: tokens after which a sentence is cut.
+        test_fraction: share of all sentences for the test.
+        validation_fraction: share of the others for validation.
+        num_workers: processes that build batches; the data lie in memory, so 0 is the fastest.
+        seed: decides the order of the training sentences, whatever else draws random numbers.
+
+    Raises:
+        ConfigurationError: the file cannot be used (see `read_sentences`), a number is out of range, or a
+            part of the split is empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Callable[..., Any],
+        path: str | None = None,
+        num_classes: int = 2,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_length: int = 48,
+        test_fraction: float = 0.2,
+        validation_fraction: float = 0.1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_length", max_length),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigurationError(f"`data.{name}={value}` is not possible; give a whole number from 1 on.")
+        for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
+            if not isinstance(share, (int, float)) or not 0 < share < 1:
+                raise ConfigurationError(f"`data.{name}={share}` is not possible; give a number between 0 and 1.")
+        self.tokenizer = tokenizer
+        self.num_classes = num_classes
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_length = max_length
+        self.num_workers = num_workers
+        self.seed = seed
+        self.sentences: dict[Part, list[LabelledSentence]] = {"train": [], "validation": [], "test": []}
+        path = str(FILM_REVIEWS) if path is None else path
+        for sentence, label in read_sentences(path, num_classes):
+            self.sentences[part_of(sentence, test_fraction, validation_fraction)].append((sentence, label))
+        for part, sentences in self.sentences.items():
+            if not sentences:
+                raise ConfigurationError(
+                    f"No sentence of `{path}` falls to the {part} part; give more data or another "
+                    "`data.test_fraction` and `data.validation_fraction`."
+                )
+        self._tokenised: dict[Part, list[TokenisedSentence]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Tokenise all parts, the first time only."""
+        if not self._tokenised:
+            self._tokenised = {part: self._tokenise(sentences) for part, sentences in self.sentences.items()}
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        """Training batches: shuffled by a generator of its own, sentences of about one length together."""
+        return DataLoader(
+            self._tokenised["train"],  # type: ignore[arg-type]  # a list is a map-style data set
+            batch_sampler=LengthGroupedBatches(
+                [len(ids) for ids, _ in self._tokenised["train"]],
+                self.batch_size,
+                torch.Generator().manual_seed(self.seed),
+            ),
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Validation batches."""
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """Test batches."""
+        return self._eval_dataloader("test")
+
+    def collate(self, rows: Sequence[TokenisedSentence]) -> dict[str, Tensor]:
+        """Pad sentences to the longest of them."""
+        ids = [row[0] for row in rows]
+        pad = getattr(self.tokenizer, "pad_token_id", None) or 0
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": torch.tensor([row[1] for row in rows]),
+        }
+
+    def _tokenise(self, sentences: list[LabelledSentence]) -> list[TokenisedSentence]:
+        texts = [sentence for sentence, _ in sentences]
+        rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return [(torch.tensor(row), label) for row, (_, label) in zip(rows, sentences, strict=True)]
+
+    def _eval_dataloader(self, part: Part) -> EVAL_DATALOADERS:
+        # sentences of one length together, so that little is padded; the order does not change a metric
+        by_length = sorted(self._tokenised[part], key=lambda row: len(row[0]))
+        return DataLoader(
+            by_length,  # type: ignore[arg-type]  # a list is a map-style data set
+            batch_size=self.eval_batch_size,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+        )

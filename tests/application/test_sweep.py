@@ -1,0 +1,41 @@
+"""The table and the picture of a sweep, from what its runs have left."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from hift_lightning.sweep import SweepTable, read_runs, varied
+
+
+def finished_run(folder: Path, number: int, overrides: list[str], accuracy: float) -> None:
+    job = folder / str(number)
+    (job / ".hydra").mkdir(parents=True)
+    hydra = {"hydra": {"job": {"num": number}, "overrides": {"task": overrides}}}
+    OmegaConf.save(OmegaConf.create(hydra), job / ".hydra" / "hydra.yaml")
+    numbers = {"test/accuracy": accuracy, "memory/peak_device_bytes": number * 2**20}
+    (job / "metrics.json").write_text(json.dumps(numbers))
+
+
+def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
+    finished_run(tmp_path, 10, ["+a=x=1", "seed=1"], 0.8)
+    finished_run(tmp_path, 2, ["+a=y", "seed=1"], 0.7)
+    (tmp_path / "3" / ".hydra").mkdir(parents=True)
+    runs = read_runs(tmp_path)
+    assert [run["a"] for run in runs] == ["y", "x=1"]
+    assert varied(runs) == ["a"]
+
+
+def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished_run(tmp_path, 0, ["seed=1"], 0.8)
+    finished_run(tmp_path, 1, ["seed=2"], 0.7)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    SweepTable("test/accuracy", "memory/peak_device_bytes").on_multirun_end(config)
+    assert (tmp_path / "sweep.csv").exists()
+    assert not (tmp_path / "sweep.png").exists()
+    assert "pip install matplotlib" in capsys.readouterr().out

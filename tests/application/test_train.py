@@ -1,0 +1,141 @@
+"""Runs of the application in processes of their own: what they leave, and how they end."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.application.running import ENVIRONMENT, TINY, command, run_application
+
+ROW_WITHOUT_TAB = "label\tsentence\n0\tfine\nno tab here\n"
+CLASS_OUT_OF_RANGE = "label\tsentence\n0\tfine\n7\tfiner\n"
+
+# overrides, and what the sentence must name: the value or its key, and a remedy where there is a short one
+MISTAKES: dict[str, tuple[str, ...]] = {
+    "strategy.goup_size=2": ("strategy.goup_size", "Key 'goup_size'"),
+    "strategy.order=sideways": ("order='sideways'", "top2down"),
+    "strategy.group_size=0": ("group_size=0", "at least 1"),
+    "strategy.frozen=[nothing*]": ("nothing*", "frozen"),
+    "data.path=missing.tsv": ("missing.tsv", "data.path"),
+    "data.path=empty.tsv": ("empty.tsv", "empty"),
+    "data.path=without_tab.tsv": ("without_tab.tsv", "line 3", "no tab here"),
+    "data.path=out_of_range.tsv": ("out_of_range.tsv", "line 3", "class `7`", "data.num_classes=2"),
+    "data=tsv": ("data.path",),
+    "trainer.precision=99-mixed": ("trainer", "99-mixed", "32-true"),
+    "trainer.max_steps=many": ("trainer.max_steps=many",),
+    "+trainer.speed=1": ("trainer", "speed"),
+    "learning_rate=fast": ("learning_rate=fast",),
+    "optimizer.betas=[2,3]": ("optimizer", "2"),
+    "model.pretrained=somebody/no-such-model": ("somebody/no-such-model", "/path/to/folder", "model.pretrained=null"),
+    "model=llama7b": ("huggyllama/llama-7b", "/path/to/folder", "model.pretrained=null"),
+    "model.pretrained=/no/such/folder": ("/no/such/folder", "/path/to/folder", "model.pretrained=null"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "empty.tsv").write_text("label\tsentence\n")
+    (folder / "without_tab.tsv").write_text(ROW_WITHOUT_TAB)
+    (folder / "out_of_range.tsv").write_text(CLASS_OUT_OF_RANGE)
+
+    def run(mistake: str) -> subprocess.CompletedProcess[str]:
+        # with the pretrained model left as it is, where the mistake is in it
+        smaller = ["trainer=quick"] if mistake.startswith("model") else TINY
+        return run_application(folder, *smaller, "logger=none", mistake)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MISTAKES, pool.map(run, MISTAKES), strict=True))
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_with_a_sentence_that_names_it(
+    mistake: str, mistaken_runs: dict[str, subprocess.CompletedProcess[str]]
+) -> None:
+    run = mistaken_runs[mistake]
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr + run.stdout
+    message = run.stderr if "goup_size" in mistake else run.stderr.strip().splitlines()[-1]
+    assert [part for part in MISTAKES[mistake] if part not in message] == [], message
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+def test_a_run_leaves_its_numbers_a_checkpoint_a_log_and_a_table(tmp_path: Path, strategy: str) -> None:
+    run = run_application(tmp_path, *TINY, f"strategy={strategy}", "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "here" / "metrics.json").read_text())
+    names = {
+        "test/accuracy_before", "test/accuracy", "test/loss", "val/accuracy", "val/loss", "time/step_ms_mean",
+        "memory/peak_device_bytes", "memory/parked_bytes", "memory/peak_rss_bytes", "steps",
+    }  # fmt: skip
+    assert names <= set(metrics)
+    assert all(isinstance(value, (int, float)) for value in metrics.values())
+    assert metrics["steps"] == 8
+    assert ("hift/blocks" in metrics) == (strategy == "hift")
+    # the embeddings, two encoder layers, the head
+    assert metrics.get("hift/blocks", 4) == 4
+
+    (checkpoint,) = (tmp_path / "here" / "checkpoints").iterdir()
+    assert torch.load(checkpoint, weights_only=True)["global_step"] == 8
+    for part in (
+        "test accuracy before",
+        "test accuracy after",
+        "time per step",
+        "peak bytes: gradients",
+        checkpoint.name,
+    ):
+        assert part in run.stdout, run.stdout
+    assert "here/metrics.json" in run.stdout
+
+    with (tmp_path / "here" / "log" / "metrics.csv").open() as file:
+        logged = set(next(csv.reader(file)))
+    assert {"train/loss", "val/accuracy", "lr-AdamW/pg1"} <= logged
+    assert ("hift/block" in logged) == (strategy == "hift")
+
+
+def test_ctrl_c_ends_with_a_sentence_that_tells_the_checkpoint(tmp_path: Path) -> None:
+    endless = ["trainer.max_epochs=10000", "hydra.run.dir=here"]
+    process = subprocess.Popen(
+        command(*TINY, *endless),
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not list((tmp_path / "here").glob("checkpoints/*.ckpt")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    told = re.search(r"the last checkpoint is (\S+);", errors)
+    assert told, output + errors
+    assert torch.load(told.group(1), weights_only=True)["global_step"] > 0
+
+
+def test_a_sweep_leaves_one_table_and_one_picture(tmp_path: Path) -> None:
+    run = run_application(
+        tmp_path, "-m", *TINY, "strategy.group_size=1,2", "logger=none", "trainer.limit_train_batches=4",
+        "hydra.sweep.dir=swept",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "swept" / "sweep.csv").open() as file:
+        one, two = csv.DictReader(file)
+    assert (one["strategy.group_size"], two["strategy.group_size"]) == ("1", "2")
+    assert float(one["hift/blocks"]) == 4
+    assert float(two["hift/blocks"]) == 2
+    assert float(one["memory/peak_device_bytes"]) < float(two["memory/peak_device_bytes"])
+    assert (tmp_path / "swept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "sweep.csv" in run.stdout
