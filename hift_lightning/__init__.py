@@ -3,7 +3,8 @@
 Importing this package registers the strategy: ``lightning.Trainer(strategy="hift")``.
 """
 
-from hift_lightning.engine.hift import HiFT, HiFTSettings
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.manual import HiFTManualMixin
 from hift_lightning.strategies import HiFTStrategy
 

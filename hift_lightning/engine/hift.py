@@ -16,59 +16,25 @@ Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", 
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from hift_lightning.engine.checkpointing import ActivationCheckpointing
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.lr import DelayedLRScheduler, check_lr_update
+from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.report import BlockReport, Report
-from hift_lightning.engine.residency import Residency, check_offload, load_optimizer_state
-from hift_lightning.engine.rotation import Rotation, check_order, check_steps_per_block
-
-
-@dataclass(frozen=True)
-class HiFTSettings:
-    """How a model is trained block by block.
-
-    Raises:
-        ConfigurationError: if a value cannot work.
-    """
-
-    group_size: int = 1
-    """Layers per block (the paper's m)."""
-    order: str = "top2down"
-    """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
-    lr_update: str = "cycle"
-    """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
-    had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
-    steps_per_block: int = 1
-    """Optimizer steps before the next block has its turn."""
-    offload: str = "cpu"
-    """Where optimizer state is parked: ``cpu`` (host memory) or ``none`` (it stays on the device)."""
-    layers: Sequence[str] | None = None
-    """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
-    frozen: Sequence[str] | None = None
-    """Shell-style patterns on parameter names that are never trained."""
-    seed: int = 0
-    """Seed of the ``random`` order."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
-            raise ConfigurationError(
-                f"`group_size={self.group_size!r}` must be an integer of at least 1: the layers in a block."
-            )
-        check_order(self.order)
-        check_lr_update(self.lr_update)
-        check_steps_per_block(self.steps_per_block)
-        check_offload(self.offload)
+from hift_lightning.engine.residency import Residency, load_optimizer_state
+from hift_lightning.engine.rotation import Rotation
+from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
 
 class HiFT:
@@ -105,12 +71,12 @@ class HiFT:
         self,
         model: nn.Module,
         optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer],
-        settings: HiFTSettings = HiFTSettings(),
+        settings: HiFTSettings | None = None,
         *,
         others: Sequence[Optimizer] = (),
     ) -> None:
         self.model = model
-        self.settings = settings
+        self.settings = settings = settings or HiFTSettings()
         if not isinstance(optimizer, Optimizer):
             layers = partition(model, frozen=settings.frozen).layers
             optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
@@ -129,7 +95,15 @@ class HiFT:
             trainable=_names_in(self._parameters, optimizer),
         )
         self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
-        self.residency = Residency(optimizer, settings.offload)
+        self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
+        self._trained = {name: self._parameters[name] for block in self.plan.blocks for name in block.parameters}
+        if settings.master_weights:
+            for parameter in self._trained.values():
+                self.residency.keep_master(parameter, parameter.detach())
+        self._pieces = self._make_piece_update()
+        self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
+        self.clip_value: float | None = None
+        """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
         self.updates = 0
         """Updates performed; the rotation is a function of this number."""
         self.page_in_ms = 0.0
@@ -140,7 +114,10 @@ class HiFT:
         self._warn_of_unoptimized(governed.keys() - {name for b in self.plan.blocks for name in b.parameters})
         self._required_grad: list[bool] | None = None
         self._handles: list[RemovableHandle] = []
+        self._gradient_handles: list[RemovableHandle] = []
         self._backward_ran = False
+        self._updated = False
+        self._versions: dict[str, int] = {}
         self._reached_blocks: set[int] = set()
         self._warned_blocks: set[int] = set()
 
@@ -168,6 +145,8 @@ class HiFT:
         """Freeze everything but the active block and attach to the optimizer."""
         if self.active:
             return
+        if self.settings.master_weights:
+            self._check_that_masters_have_a_use()
         self._required_grad = [p.requires_grad for p in self._governed]
         for parameter in self._governed:
             parameter.requires_grad_(False)
@@ -175,8 +154,9 @@ class HiFT:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
         ]
-        for block in self.plan.blocks:
-            self.residency.park(self._parameters[name] for name in block.parameters)
+        self.residency.adopt_state()
+        if self.settings.activation_checkpointing:
+            self._checkpointing.start()
         self._activate()
 
     def finish(self) -> None:
@@ -184,6 +164,8 @@ class HiFT:
         if self._required_grad is None:
             return
         self.settle()
+        self._deactivate()
+        self._checkpointing.stop()
         for parameter, required_grad in zip(self._governed, self._required_grad, strict=True):
             parameter.requires_grad_(required_grad)
         self._required_grad = None
@@ -193,11 +175,19 @@ class HiFT:
         self.residency.synchronize()
 
     def settle(self) -> None:
-        """Free the block's gradients and park its state, whatever became of the step. The block keeps its turn."""
-        self._backward_ran = False
+        """Give up a step that has not been completed: free the gradients, and take the last parked state again.
+
+        The block keeps its turn. Call it in a plain loop when a step has failed (out of memory) and training goes on.
+        """
+        self._backward_ran = self._updated = False
+        self._versions = {}
         for parameter in self._block_parameters():
             parameter.grad = None
-        self.residency.park(self._block_parameters())
+        self.residency.discard(self._block_parameters())
+
+    def touched(self) -> list[str]:
+        """Names of the parameters whose weights have changed since the step in progress began to update."""
+        return [name for name, version in self._versions.items() if self._parameters[name]._version != version]
 
     def after_backward(self) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -210,7 +200,7 @@ class HiFT:
         """
         self._backward_ran = True
         block = self.block
-        if self.has_gradient:
+        if self.has_gradient or self._updated:
             self._reached_blocks.add(block.index)
         elif block.index not in self._reached_blocks | self._warned_blocks:
             self._warned_blocks.add(block.index)
@@ -229,7 +219,7 @@ class HiFT:
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, where the optimizer was not called for it."""
         if self._backward_ran and not self.has_gradient:
-            self._advance()
+            self._complete()
 
     def delay(self, scheduler: Any) -> Any:
         """Give the scheduler to step once per optimizer step, as ``settings.lr_update`` says.
@@ -245,17 +235,19 @@ class HiFT:
         return DelayedLRScheduler(scheduler, self.settings.lr_update, lambda: self.cycle)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the rotation and the plan's fingerprint: primitives only.
+        """The position in the rotation, the plan's fingerprint and the masters: primitives and tensors only.
 
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
         that is read or saved.
         """
+        masters = {name: self.residency.master(p) for name, p in self._trained.items()}
         return {
             "updates": self.updates,
             "group_size": self.settings.group_size,
             "turns": list(self.rotation.turns),
             "steps_per_block": self.settings.steps_per_block,
             "plan": self.plan.fingerprint(),
+            "masters": {name: master for name, master in masters.items() if master is not None},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -268,7 +260,7 @@ class HiFT:
             ConfigurationError: if it belongs to another plan or another order of it.
         """
         mine = self.state_dict()
-        differing = [key for key in mine if key != "updates" and state_dict.get(key) != mine[key]]
+        differing = [key for key in mine.keys() - {"updates", "masters"} if state_dict.get(key) != mine[key]]
         if differing:
             saved = ", ".join(f"{key}={state_dict.get(key)!r}" for key in differing)
             present = ", ".join(f"{key}={mine[key]!r}" for key in differing)
@@ -277,6 +269,9 @@ class HiFT:
                 "does not carry over; resume with the checkpoint's values."
             )
         self.updates = state_dict["updates"]
+        if self.settings.master_weights:
+            for name, master in state_dict["masters"].items():
+                self.residency.keep_master(self._trained[name], master)
         if self.active:
             self._activate()
 
@@ -295,14 +290,15 @@ class HiFT:
         for block in self.plan.blocks:
             parameters = [self._parameters[name] for name in block.parameters]
             parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
+            masters = sum(0 if (master := self.residency.master(p)) is None else master.nbytes for p in parameters)
             rows.append(
                 BlockReport(
                     index=block.index,
                     name=block.name,
                     numel=block.numel,
-                    weight_bytes=block.nbytes,
+                    weight_bytes=sum(p.nbytes for p in parameters),
                     visits=self.rotation.visits(block.index, self.updates),
-                    parked_bytes=parked,
+                    parked_bytes=parked + masters,
                     device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
                     active=block == self.block,
                 )
@@ -331,11 +327,51 @@ class HiFT:
                 stacklevel=3,
             )
 
+    def _make_piece_update(self) -> PieceUpdate | None:
+        """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
+        if self.settings.update == "block" and not self.settings.master_weights:
+            return None
+        window = None if self.settings.update == "block" else parse_bytes("window", self.settings.window)
+        return PieceUpdate(self.optimizer, self.residency, window)
+
+    def _check_that_masters_have_a_use(self) -> None:
+        dtypes = {p.dtype for p in self._trained.values()}
+        if not dtypes <= {torch.bfloat16, torch.float16}:
+            raise ConfigurationError(
+                f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
+                "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
+            )
+
     def _activate(self) -> None:
         for parameter in self._governed:
             parameter.requires_grad_(False)
+        self._deactivate()
+        self._activate_block()
+
+    def _activate_block(self) -> None:
         for parameter in self._block_parameters():
             parameter.requires_grad_(True)
+            if self.settings.update == "fused":
+                hook = parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
+                self._gradient_handles.append(hook)
+
+    def _deactivate(self) -> None:
+        for parameter in self._block_parameters():
+            parameter.requires_grad_(False)
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_handles = []
+
+    def _update_in_backward(self, parameter: Tensor) -> None:
+        assert self._pieces is not None
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.grad is not None
+        if not self._updated:
+            self._note_versions()
+        if self.clip_value is not None:
+            parameter.grad.clamp_(-self.clip_value, self.clip_value)
+        self._updated = True
+        self._pieces.step([parameter])
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -343,41 +379,51 @@ class HiFT:
         # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._page_in()
+            self._begin_update()
             return None
 
-        def closure_then_page_in() -> Any:
+        def closure_then_update() -> Any:
             result = closure()
-            self._page_in()
+            self._begin_update()
             return result
 
-        return (args[0],), {**kwargs, "closure": closure_then_page_in}
+        return (args[0],), {**kwargs, "closure": closure_then_update}
 
-    def _page_in(self) -> None:
+    def _begin_update(self) -> None:
         if not self.has_gradient:
+            return
+        self._note_versions()
+        if self._pieces is not None:
+            # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
+            self._pieces.step(self._block_parameters())
+            self._updated = True
             return
         started = time.perf_counter()
         self.residency.page_in(self._block_parameters())
         self.page_in_ms = (time.perf_counter() - started) * 1000
 
+    def _note_versions(self) -> None:
+        self._versions = {name: self._parameters[name]._version for name in self.block.parameters}
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
-        if not skipped and (self._backward_ran or self.has_gradient):
-            self._advance()
+        if not skipped and (self._backward_ran or self._updated or self.has_gradient):
+            self._complete()
         else:
             self.settle()
 
-    def _advance(self) -> None:
-        self.settle()
-        before = self.block
+    def _complete(self) -> None:
+        """Free the gradients, park the state, and give the next block its turn."""
+        for parameter in self._block_parameters():
+            parameter.grad = None
+        self.residency.park(self._block_parameters())
+        self._backward_ran = self._updated = False
+        self._versions = {}
+        self._deactivate()
         self.updates += 1
-        if self.block != before:
-            for name in before.parameters:
-                self._parameters[name].requires_grad_(False)
-            for parameter in self._block_parameters():
-                parameter.requires_grad_(True)
+        self._activate_block()
 
 
 def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:

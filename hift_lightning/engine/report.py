@@ -14,7 +14,7 @@ class BlockReport:
     visits: int
     """Updates that the block has had."""
     parked_bytes: int
-    """Its optimizer state that is parked."""
+    """Its optimizer state that is parked, and its master weights."""
     device_bytes: int
     """Its optimizer state that is on the device."""
     active: bool

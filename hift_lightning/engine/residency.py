@@ -1,12 +1,13 @@
-"""Where optimizer state is: on the compute device while its block is updated, parked otherwise.
+"""Where optimizer state and master weights are: on the compute device while they are used, parked otherwise.
 
-The optimizer's own ``state`` always holds the tensors that count: parked ones are simply host tensors in it,
-so ``optimizer.state_dict()`` needs no help from here. Nothing in this file knows an optimizer by name.
+The optimizer's own ``state`` always holds the tensors that count: parked ones are simply host tensors in it, so
+``optimizer.state_dict()`` needs no help from here. Nothing in this file knows an optimizer by name.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,144 +15,310 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.tiers import ALL_ROWS, Buffer, Files, HostMemory, Tier
 
-OFFLOADS = ("none", "cpu")
+# fp16 is not among them: its smallest number is far above Adam's second moments
+PARKED_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Place = Callable[[Tensor, torch.dtype], Tensor]
+"""Puts a host tensor on the device, in a dtype."""
 
 
-def check_offload(offload: str) -> None:
+def check_offload(offload: str | Path) -> None:
     """Raise if parked state cannot be kept there.
 
     Args:
-        offload: ``"none"`` keeps all state on the device, ``"cpu"`` parks it in host memory.
+        offload: ``"none"`` keeps all state on the device, ``"cpu"`` parks it in host memory, the path of a folder in
+            files.
 
     Raises:
         ConfigurationError: for any other value.
     """
-    if offload not in OFFLOADS:
+    if offload not in ("none", "cpu") and not Path(offload).is_dir():
         raise ConfigurationError(
-            f"`offload={offload!r}` is no place to park optimizer state; choose one of {', '.join(OFFLOADS)}."
+            f"`offload={str(offload)!r}` is no place to park optimizer state; choose `none`, `cpu` or the path of a "
+            "folder that exists."
         )
 
 
-class Residency:
-    """Pages the optimizer state of a block in and parks it again.
-
-    On a device other than the CPU, parking copies each state tensor into a host buffer that is allocated once
-    (in pinned memory where the device supports it) and used again at every later visit. Copies are issued on
-    the device's current stream, in the order of the kernels that use them, and nothing waits for them until
-    the host reads the state (:meth:`synchronize`). On the CPU nothing is copied.
+def check_parked_dtype(parked_dtype: str | None) -> None:
+    """Raise if parked moments cannot be kept in this dtype.
 
     Args:
-        optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of
-            it in its constructor) or that is loaded later counts as parked.
-        offload: ``"cpu"`` or ``"none"``.
+        parked_dtype: ``"float32"``, ``"bfloat16"``, or ``None`` for that of the state itself.
 
     Raises:
-        ConfigurationError: if ``offload`` is neither.
+        ConfigurationError: for any other value.
+    """
+    if parked_dtype not in PARKED_DTYPES:
+        names = ", ".join(str(name) for name in PARKED_DTYPES)
+        raise ConfigurationError(f"`parked_dtype={parked_dtype!r}` is not a dtype to park in; choose one of {names}.")
+
+
+class _ParkedLeaf(NamedTuple):
+    buffer: Buffer
+    dtype: torch.dtype
+    """Of the tensor on the device; the buffer's may be narrower."""
+
+
+class Residency:
+    """Pages optimizer state and master weights in, and parks them again.
+
+    Parking copies each tensor into a buffer that is allocated once and used again at every later visit. Copies are
+    issued on the device's current stream, in the order of the kernels that use them, and nothing waits for them until
+    the host reads the state (:meth:`synchronize`). On a CPU device with ``offload="cpu"`` nothing is copied.
+
+    Until a parameter's state is parked again, its last parked state is kept, so a step that fails can be given up
+    (:meth:`discard`).
+
+    Args:
+        optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of it in its
+            constructor) or that is loaded later counts as parked.
+        offload: see :func:`check_offload`.
+        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional and integer state keeps its own.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
     """
 
-    def __init__(self, optimizer: Optimizer, offload: str = "cpu") -> None:
+    def __init__(self, optimizer: Optimizer, offload: str | Path = "cpu", parked_dtype: str | None = None) -> None:
         check_offload(offload)
+        check_parked_dtype(parked_dtype)
         self.optimizer = optimizer
         self.offload = offload
         self.bytes_paged_in = 0
         """Bytes copied from host to device so far."""
         self.bytes_parked = 0
         """Bytes copied from device to host so far."""
-        self._buffers: dict[Tensor, list[Tensor | None]] = {}
+        self._tier: Tier = HostMemory() if offload in ("none", "cpu") else Files(offload)
+        self._parked_dtype = PARKED_DTYPES[parked_dtype]
+        self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
         self._parked: set[Tensor] = set()
+        self._last_parked: dict[Tensor, Any] = {}
+        self._masters: dict[Tensor, Buffer] = {}
         self._copying_from: set[torch.device] = set()
         self.adopt_state()
 
     def adopt_state(self) -> None:
         """Take state that this class has not parked itself (built early, or loaded) as parked.
 
-        It moves to host memory if it is not there. Zero-dimensional tensors (Adam's ``step``) stay on the host
-        for good unless the optimizer wants them on the device (``capturable`` or ``fused``), as in
+        It moves to its tier. Zero-dimensional tensors (Adam's ``step``) stay in host memory for good unless the
+        optimizer wants them on the device (``capturable`` or ``fused``), as in
         :meth:`torch.optim.Optimizer.load_state_dict`.
         """
-        self._buffers.clear()
+        self._leaves.clear()
         self._parked.clear()
+        self._last_parked.clear()
+        if self._tier.in_host_memory:  # where it is pinned if the parameters have come to a device meanwhile
+            for parameter, master in self._masters.items():
+                self._masters[parameter] = self._tier.adopt(master.tensor, torch.float32, parameter.device)
         if self.offload == "none":
             return
         for group in self.optimizer.param_groups:
             scalars_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
-                if not self.optimizer.state.get(parameter):
-                    continue
-                leaves, spec = tree_flatten(self.optimizer.state[parameter])
-                leaves = [leaf.to("cpu") if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
-                self._buffers[parameter] = [
-                    leaf if isinstance(leaf, Tensor) and (leaf.dim() > 0 or scalars_on_device) else None
-                    for leaf in leaves
-                ]
-                self._parked.add(parameter)
+                if self.optimizer.state.get(parameter):
+                    leaves, spec = tree_flatten(self.optimizer.state[parameter])
+                    known: list[_ParkedLeaf | None] = [None for _ in leaves]
+                    for i, leaf in enumerate(leaves):
+                        if isinstance(leaf, Tensor) and (leaf.dim() > 0 or scalars_on_device):
+                            kept = self._kept_dtype(leaf)
+                            buffer = self._tier.adopt(leaf, kept, parameter.device)
+                            known[i] = _ParkedLeaf(buffer, leaf.dtype)
+                            leaves[i] = buffer.tensor
+                        elif isinstance(leaf, Tensor):
+                            leaves[i] = leaf.to("cpu")
+                    self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+                    self._leaves[parameter] = known
+                    self._parked.add(parameter)
+
+    # --- where things are ------------------------------------------------------------------------------------------
 
     def is_parked(self, parameter: Tensor) -> bool:
-        """Whether the parameter's optimizer state is parked (it may hold none yet)."""
+        """Whether the parameter has optimizer state, and it is parked."""
         return parameter in self._parked
 
     @property
     def parked_bytes(self) -> int:
-        """Bytes of all parked state."""
-        return sum(self.state_bytes(parameter) for parameter in self._parked)
+        """Bytes of all parked state and master weights."""
+        state = sum(self.state_bytes(parameter) for parameter in self._parked)
+        return state + sum(master.tensor.nbytes for master in self._masters.values())
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Bytes of the parameter's optimizer state, wherever it is."""
         leaves = tree_leaves(self.optimizer.state.get(parameter, {}))
         return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
+    def device_bytes(self, parameter: Tensor) -> int:
+        """Bytes on the device of the parameter's parked state, once it is paged in."""
+        known = self._leaves.get(parameter, [])
+        return sum(leaf.buffer.tensor.numel() * leaf.dtype.itemsize for leaf in known if leaf is not None)
+
+    # --- whole parameters, in place in `optimizer.state` -------------------------------------------------------------
+
     def page_in(self, parameters: Iterable[Tensor]) -> None:
         """Bring the parameters' state onto their device.
 
         Args:
-            parameters: a block's parameters; those without parked state are passed over.
+            parameters: those without parked state are passed over.
         """
         for parameter in parameters:
-            if parameter not in self._parked:
-                continue
-            if parameter.device.type != "cpu":
-                leaves, spec = tree_flatten(self.optimizer.state[parameter])
-                for i, buffer in enumerate(self._buffers[parameter]):
-                    if buffer is not None:
-                        leaves[i] = buffer.to(parameter.device, non_blocking=True)
-                        self.bytes_paged_in += buffer.nbytes
-                self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
-            else:
-                self._buffers.pop(parameter, None)
-            self._parked.discard(parameter)
+            if parameter in self._parked:
+                state = self.load(parameter)
+                self._last_parked[parameter] = self.optimizer.state[parameter]
+                self.optimizer.state[parameter] = state
+                self._parked.discard(parameter)
 
     def park(self, parameters: Iterable[Tensor]) -> None:
         """Move the parameters' state off their device.
 
         Args:
-            parameters: a block's parameters; those that are parked or have no state are passed over.
+            parameters: those that are parked or have no state are passed over.
         """
         if self.offload == "none":
             return
         for parameter in parameters:
-            if parameter in self._parked or not self.optimizer.state.get(parameter):
+            if parameter not in self._parked and self.optimizer.state.get(parameter):
+                self.store(parameter, self.optimizer.state[parameter])
+                self._last_parked.pop(parameter, None)
+
+    def discard(self, parameters: Iterable[Tensor]) -> None:
+        """Give up what was done to the parameters' state since it was paged in.
+
+        What is computed on in place (``offload="none"``, or host memory on a CPU device) stays as it is.
+        """
+        if self.offload == "none":
+            return
+        for parameter in parameters:
+            if parameter in self._last_parked:
+                self.optimizer.state[parameter] = self._last_parked.pop(parameter)
+                self._parked.add(parameter)
+            elif parameter not in self._parked and self.copies(parameter):
+                self.optimizer.state.pop(parameter, None)
+        self.park(parameters)
+
+    # --- rows of a parameter, for who keeps the loaded state himself --------------------------------------------------
+
+    def load(self, parameter: Tensor, rows: slice = ALL_ROWS, place: Place | None = None) -> Any:
+        """Copy parked state to the parameter's device, and leave the parked one as it is.
+
+        Args:
+            parameter: whose state.
+            rows: of the state's tensors; all but zero-dimensional ones must have the parameter's shape if these are
+                not all rows.
+            place: puts a host tensor on the device; by default in memory of its own.
+
+        Returns:
+            The state as the optimizer knows it, ``{}`` where there is none yet. Host memory that a CPU device computes
+            on in place is not copied.
+        """
+        if parameter not in self.optimizer.state:
+            return {}
+        if not self.copies(parameter):
+            return self.optimizer.state[parameter]
+        place = place or _own_memory_on(parameter.device)
+        leaves, spec = tree_flatten(self.optimizer.state[parameter])
+        for i, known in enumerate(self._leaves[parameter]):
+            if known is not None:
+                source = known.buffer.read(rows if leaves[i].dim() else ALL_ROWS)
+                leaves[i] = place(source, known.dtype)
+                self.bytes_paged_in += source.nbytes
+            elif isinstance(leaves[i], Tensor):
+                leaves[i] = leaves[i].clone()
+        return tree_unflatten(leaves, spec)
+
+    def store(self, parameter: Tensor, state: Any, rows: slice = ALL_ROWS, *, last: bool = True) -> None:
+        """Park state that was loaded, or made by the optimizer.
+
+        Args:
+            parameter: whose state.
+            state: for these rows, in the form that the optimizer keeps.
+            rows: as in :meth:`load`.
+            last: whether these are the last rows; tensors that have no rows are parked with them.
+        """
+        if not self.copies(parameter):
+            self.optimizer.state[parameter] = state
+            if self.offload != "none":
+                self._parked.add(parameter)
+            return
+        leaves, spec = tree_flatten(state)
+        known = self._leaves.get(parameter, [])
+        if len(known) != len(leaves):
+            known = self._leaves[parameter] = [None for _ in leaves]
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor) or not self._leaves_with(leaf, parameter):
                 continue
-            if parameter.device.type != "cpu":
-                leaves, spec = tree_flatten(self.optimizer.state[parameter])
-                buffers = self._buffers.get(parameter, [])
-                if len(buffers) != len(leaves):
-                    buffers = [None for _ in leaves]
-                for i, leaf in enumerate(leaves):
-                    if isinstance(leaf, Tensor) and leaf.device == parameter.device:
-                        buffers[i] = leaves[i] = _copy_to_host(leaf, buffers[i])
-                        self.bytes_parked += leaf.nbytes
-                self._buffers[parameter] = buffers
-                self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
-                self._copying_from.add(parameter.device)
+            split = rows != ALL_ROWS and leaf.dim() > 0
+            whole = torch.empty((parameter.shape[0], *leaf.shape[1:]), device="meta") if split else leaf
+            kept = known[i]
+            if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
+                buffer = self._tier.allocate(whole, self._kept_dtype(leaf), parameter.device)
+                kept = known[i] = _ParkedLeaf(buffer, leaf.dtype)
+            if split or last:
+                kept.buffer.write(leaf, rows if split else ALL_ROWS)
+                self.bytes_parked += leaf.numel() * kept.buffer.tensor.element_size()
+            leaves[i] = kept.buffer.tensor
+        self._copying_from.add(parameter.device)
+        if last:
+            self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
             self._parked.add(parameter)
 
+    # --- master weights ---------------------------------------------------------------------------------------------
+
+    def keep_master(self, parameter: Tensor, weights: Tensor) -> None:
+        """Park a master copy of a parameter.
+
+        Args:
+            parameter: the parameter, in whatever dtype it is computed with.
+            weights: its values before rounding; they are kept in fp32.
+        """
+        if parameter not in self._masters:
+            self._masters[parameter] = self._tier.allocate(weights, torch.float32, parameter.device)
+        self._masters[parameter].write(weights)
+
+    def master(self, parameter: Tensor) -> Tensor | None:
+        """The parked master of a parameter as a host tensor, fp32."""
+        buffer = self._masters.get(parameter)
+        return None if buffer is None else buffer.tensor
+
+    def load_master(self, parameter: Tensor, rows: slice, place: Place | None = None) -> Tensor:
+        """Rows of the master on the parameter's device, fp32; see :meth:`load`."""
+        source = self._masters[parameter].read(rows)
+        if parameter.device.type == "cpu" and self._tier.in_host_memory:
+            return source
+        self.bytes_paged_in += source.nbytes
+        return (place or _own_memory_on(parameter.device))(source, torch.float32)
+
+    def store_master(self, parameter: Tensor, values: Tensor, rows: slice) -> None:
+        """Park rows of the master."""
+        if parameter.device.type != "cpu" or not self._tier.in_host_memory:
+            self._masters[parameter].write(values, rows)
+            self.bytes_parked += values.nbytes
+            self._copying_from.add(parameter.device)
+
     def synchronize(self) -> None:
-        """Wait until all parked state has arrived, so that the host may read it."""
+        """Wait until all that is parked has arrived, so that the host may read it."""
         for device in self._copying_from:
-            torch.get_device_module(device).synchronize(device)
+            if device.type != "cpu":
+                torch.get_device_module(device).synchronize(device)
         self._copying_from.clear()
+
+    def copies(self, parameter: Tensor) -> bool:
+        """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
+        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self._parked_dtype is None
+        return self.offload != "none" and not in_place
+
+    def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
+        """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
+        return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
+
+    def _kept_dtype(self, leaf: Tensor) -> torch.dtype:
+        narrow = self._parked_dtype is not None and leaf.dtype.is_floating_point and leaf.dim() > 0
+        return self._parked_dtype if narrow and self._parked_dtype is not None else leaf.dtype
+
+
+def _own_memory_on(device: torch.device) -> Place:
+    return lambda source, dtype: source.to(device, dtype, non_blocking=True)
 
 
 def load_optimizer_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -177,45 +344,26 @@ def load_optimizer_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> No
         optimizer.state[by_id.get(key, key)] = state
 
 
+def replaces_parameters(device: torch.device) -> bool:
+    """Whether ``Module.to`` makes new Parameter objects on the way to or from this device.
+
+    It does where CPU tensors and the device's are of incompatible kinds (PrivateUse1 backends, XLA).
+    """
+    return not torch._has_compatible_shallow_copy_type(torch.empty(0), torch.empty(0, device=device))
+
+
 @contextlib.contextmanager
 def parameters_stay_themselves(device: torch.device) -> Iterator[None]:
     """Within it, ``Module.to`` changes Parameters in place on every kind of device.
 
-    :meth:`torch.nn.Module.to` replaces the Parameter objects where CPU tensors and the device's are of
-    incompatible kinds (PrivateUse1 backends, XLA), and then the optimizer would be left with the old ones.
+    Otherwise the optimizer would be left with the old ones where they are replaced.
 
     Args:
         device: where the module is, or goes.
     """
-    replaces = not torch._has_compatible_shallow_copy_type(torch.empty(0), torch.empty(0, device=device))
     before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(before or replaces)
+    torch.__future__.set_swap_module_params_on_conversion(before or replaces_parameters(device))
     try:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-def _copy_to_host(tensor: Tensor, buffer: Tensor | None) -> Tensor:
-    pin = _can_pin(tensor.device.type)
-    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype or buffer.is_pinned() != pin:
-        buffer = torch.empty_like(tensor, device="cpu", pin_memory=pin)
-    return buffer.copy_(tensor, non_blocking=True)
-
-
-_pinning: dict[str, bool] = {}
-
-
-def _can_pin(device_type: str) -> bool:
-    """Whether host memory can be pinned for this kind of device; asked of the device once, by trying."""
-    if device_type not in _pinning:
-        accelerator = torch.accelerator.current_accelerator()
-        _pinning[device_type] = accelerator is not None and accelerator.type == device_type and _try_to_pin()
-    return _pinning[device_type]
-
-
-def _try_to_pin() -> bool:
-    try:
-        return torch.empty(1, pin_memory=True).is_pinned()
-    except (RuntimeError, NotImplementedError):  # backends without pinned memory say so in either way
-        return False

@@ -1,15 +1,19 @@
 """What every HiFT strategy does, whatever the number of devices: the hooks between Lightning and the engine."""
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -17,10 +21,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hift_lightning.engine.hift import HiFT, HiFTSettings
+from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.report import Report
-from hift_lightning.engine.residency import parameters_stay_themselves
+from hift_lightning.engine.residency import parameters_stay_themselves, replaces_parameters
+from hift_lightning.engine.settings import HiFTSettings
 
 if TYPE_CHECKING:
     _Base = Strategy
@@ -63,13 +68,18 @@ class BlockwiseTraining(_Base):
             super().setup(trainer)
             return
         _refuse_callbacks_that_freeze(trainer)
+        if self.settings.update == "fused":
+            _refuse_what_needs_gradients(trainer, self.precision_plugin)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
-        self.model = self.precision_plugin.convert_module(self.model)
+        if not self.settings.master_weights:
+            self.model = self.precision_plugin.convert_module(self.model)
         # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
         # constructor, beside them.
         self.setup_optimizers(trainer)
+        if self.settings.master_weights:  # which have now been taken from the weights before they are rounded
+            self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
@@ -104,6 +114,8 @@ class BlockwiseTraining(_Base):
         # Only now is anything frozen: summaries and optimizer filters have seen every parameter trainable.
         super().on_train_start()
         for engine in self.engines:
+            if self.settings.update == "fused":
+                engine.clip_value = self._trainer.gradient_clip_val
             engine.start()
             self._announce(engine)
 
@@ -115,6 +127,11 @@ class BlockwiseTraining(_Base):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if isinstance(exception, torch.OutOfMemoryError) or replaces_parameters(self.root_device):
+            # The traceback's frames hold on to the graph of the step, and so to its activations; and parameters that a
+            # graph refers to could not be swapped in `teardown`.
+            for link in _chain(exception):
+                traceback.clear_frames(link.__traceback__)
         self._finish()
 
     @override
@@ -147,16 +164,30 @@ class BlockwiseTraining(_Base):
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+        clip_val = self._trainer.gradient_clip_val
+
         def closure_for_reached_block() -> Any:
             result = closure()
-            # `None` tells the AMP plugin that there is no gradient to unscale
-            return result if engine.has_gradient else None
+            if engine.has_gradient:
+                return result
+            # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
+            self._trainer.gradient_clip_val = None
+            return None
 
         try:
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
+        except torch.OutOfMemoryError as error:
+            if not (touched := engine.touched()):
+                raise
+            raise torch.OutOfMemoryError(
+                f"{error}. While block `{engine.block.name}` was updated: the weights of {', '.join(touched)} have "
+                "changed and their optimizer state is that of before the step; load the last checkpoint, and use a "
+                "smaller batch, `update='streamed'` or a smaller `window`."
+            ) from error
         finally:
+            self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
     @override
@@ -198,6 +229,11 @@ class BlockwiseTraining(_Base):
             optimizer = optimizer._optimizer
         return next(engine for engine in self.engines if engine.optimizer is optimizer)
 
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
     def _finish(self) -> None:
         for engine in reversed(self.engines):
             engine.finish()
@@ -210,14 +246,19 @@ class BlockwiseTraining(_Base):
             f"order={settings.order}); the largest, `{largest.name}`, has {largest.numel:,} of {plan.numel:,} "
             f"parameters ({largest.numel / plan.numel:.0%}); one cycle is {rotation.cycle_length} optimizer steps."
         )
-        assert self.lightning_module is not None
-        steps = self.lightning_module.trainer.estimated_stepping_batches
+        steps = self._trainer.estimated_stepping_batches
         if engine.updates < steps < rotation.cycle_length:
             rank_zero_warn(
                 f"HiFT: {steps:.0f} optimizer steps are planned and one cycle takes {rotation.cycle_length}, so "
                 f"{_unvisited(engine, int(steps))} of the {len(plan.blocks)} blocks will not be trained; train for "
                 "longer, or use a larger `group_size` or a smaller `steps_per_block`."
             )
+
+
+def _chain(exception: BaseException | None) -> Iterator[BaseException]:
+    while exception is not None:
+        yield exception
+        exception = exception.__cause__ or exception.__context__
 
 
 def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:
@@ -237,6 +278,23 @@ def _refuse_callbacks_that_freeze(trainer: Trainer) -> None:
                 "training, and HiFT decides at the start which block requires a gradient when; remove the callback, "
                 "or name what is never to be trained in `HiFTStrategy(frozen=[...])`."
             )
+
+
+def _refuse_what_needs_gradients(trainer: Trainer, precision: Precision) -> None:
+    norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
+    windows = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if norm:
+        what = f"`gradient_clip_val={trainer.gradient_clip_val}` clips by norm"
+    elif trainer.accumulate_grad_batches > 1 or windows:
+        what = "gradients are accumulated over batches"
+    elif getattr(precision, "scaler", None) is not None:
+        what = f"`precision={precision.precision!r}` has a GradScaler that looks for overflows"
+    else:
+        return
+    raise MisconfigurationException(
+        f"`update='fused'` frees each gradient inside backward, and {what}, which needs all of them after it; use "
+        "`update='streamed'`, or clip by value without accumulation in fp32 or bf16."
+    )
 
 
 def _refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> None:

@@ -1,6 +1,7 @@
 """``Trainer(strategy="hift")``: HiFT on one device."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
@@ -10,7 +11,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from hift_lightning.engine.hift import HiFTSettings
+from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 
 
@@ -28,7 +29,16 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             as the published code does; ``"step"``: at every optimizer step. Schedulers with ``interval="epoch"`` and
             ReduceLROnPlateau are left as they are.
         steps_per_block: optimizer steps before the next block has its turn.
-        offload: where optimizer state is parked: ``"cpu"`` or ``"none"`` (it stays on the device).
+        offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), or ``"none"`` (it stays on
+            the device).
+        update: ``"block"`` pages all state of the block in and makes one optimizer step; ``"streamed"`` takes it piece
+            by piece through a window; ``"fused"`` does so inside backward and frees each gradient at once (no norm
+            clipping, no accumulation, no GradScaler; hooks that look at gradients after backward see none).
+        window: bytes of parked state and masters that ``"streamed"`` and ``"fused"`` may have on the device.
+        activation_checkpointing: compute activations anew in backward, layer by layer, never below the active block.
+        master_weights: fp32 masters of 16-bit weights, paged with the block (the paper's Mixed^Hi); they are taken
+            before ``precision="bf16-true"`` or ``"16-true"`` rounds the weights.
+        parked_dtype: keep parked moments in this dtype, such as ``"bfloat16"``.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
         seed: seed of the ``"random"`` order.
@@ -54,7 +64,12 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         order: str = "top2down",
         lr_update: str = "cycle",
         steps_per_block: int = 1,
-        offload: str = "cpu",
+        offload: str | Path = "cpu",
+        update: str = "block",
+        window: str | int = "256MiB",
+        activation_checkpointing: bool = False,
+        master_weights: bool = False,
+        parked_dtype: str | None = None,
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
         seed: int = 0,
@@ -76,6 +91,11 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             lr_update=lr_update,
             steps_per_block=steps_per_block,
             offload=offload,
+            update=update,
+            window=window,
+            activation_checkpointing=activation_checkpointing,
+            master_weights=master_weights,
+            parked_dtype=parked_dtype,
             layers=layers,
             frozen=frozen,
             seed=seed,

@@ -1,0 +1,57 @@
+"""Activation checkpointing of each layer, and never of one below the active block."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+_CACHES = ("past_key_value", "past_key_values")
+"""Arguments of transformers' layers that a second forward would fill again; they are left out, as transformers does."""
+
+
+class ActivationCheckpointing:
+    """Makes layers compute their activations anew in backward, while it is on.
+
+    A layer is checkpointed in a forward whose result needs a gradient, which below the active block none does: there no
+    activation is kept in any case. Checkpoints are of the non-reentrant kind
+    (https://docs.pytorch.org/docs/stable/checkpoint.html), which does not ask that inputs require a gradient.
+
+    Args:
+        model: the model.
+        layers: names of its layers; those that are a module of the model are checkpointed, others (the embeddings, the
+            head) are not.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        modules = dict(model.named_modules())
+        self._layers = [modules[name] for name in layers if name in modules]
+        self._own: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+
+    def start(self) -> None:
+        """Begin to checkpoint."""
+        for layer in self._layers:
+            self._own.append((layer, layer.__dict__.get("forward")))
+            layer.forward = _checkpointed(layer, layer.forward)
+
+    def stop(self) -> None:
+        """Give the layers their own ``forward`` back."""
+        for layer, own in self._own:
+            if own is None:
+                del layer.__dict__["forward"]
+            else:
+                layer.forward = own
+        self._own = []
+
+
+def _checkpointed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in [*tensors, *layer.parameters()]):
+            return forward(*args, **kwargs)
+        kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return checkpointed

@@ -1,0 +1,120 @@
+"""What an optimizer does to parameters one by one and element by element, found out by trying it."""
+
+import copy
+from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+ROWS, COLUMNS, STEPS = 8, 16, 3
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How an optimizer treats parameters of one group, device and dtype."""
+
+    separate: bool
+    """Whether parameters may be stepped one by one: the result is that of a step over all of them."""
+    elementwise: bool
+    """Whether a parameter may be stepped in pieces of rows."""
+    state_bytes: int
+    """Bytes of state for each element of a parameter, if elementwise."""
+
+
+def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe:
+    """Try the optimizer, with its settings, on a small random matrix: whole, in two parts together, and in each alone.
+
+    Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
+    changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
+    weights and state, and every state tensor has the shape of the weights or none.
+
+    Args:
+        optimizer: is left as it is.
+        like: a parameter that it holds, for its param group and device.
+        dtype: in which the optimizer will see weights and gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(ROWS, COLUMNS, generator=generator)
+    gradients = [torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(STEPS)]
+
+    def run(*parts: slice) -> list[list[Any]] | None:
+        return _run(optimizer, like, dtype, [weights[p] for p in parts], [[g[p] for p in parts] for g in gradients])
+
+    top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
+    together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
+    if together is None or alone_top is None or alone_bottom is None or whole is None:
+        return Probe(separate=False, elementwise=False, state_bytes=0)
+    alone = [alone_top[0], alone_bottom[0]]
+    separate = all(_equal(a, b) for a, b in zip(together, alone, strict=True))
+    elementwise = (
+        separate
+        and len(whole[0]) == len(alone[0])
+        and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
+    )
+    shaped = [leaf for leaf in whole[0][1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
+
+
+def raw_step(optimizer: Optimizer) -> None:
+    """Call the optimizer's own ``step`` without the step hooks registered on it, also where it calls a base class's."""
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        type(optimizer).step.__wrapped__(optimizer)  # type: ignore[attr-defined]
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
+
+
+def _run(
+    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, weights: list[Tensor], gradients: list[list[Tensor]]
+) -> list[list[Any]] | None:
+    """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
+    group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
+    settings = {key: value for key, value in group.items() if key != "params"}
+    parameters = [nn.Parameter(part.to(like.device, dtype, copy=True)) for part in weights]
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    if state := optimizer.state.get(like):  # built in the constructor (Adagrad), and expected by `step`
+        for parameter in parameters:
+            trial.state[parameter] = _state_like(state, like, parameter)
+    trial.param_groups = [{**settings, "params": parameters}]
+    for parts in gradients:
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.to(like.device, dtype, copy=True)
+        raw_step(trial)
+    after = trial.param_groups[0]
+    if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
+        return None
+    return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
+
+
+def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
+    """State of the parameter's shape and device, filled with the first value of each tensor of ``state``."""
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.dim() == 0:
+            return leaf.clone()
+        shape = parameter.shape if leaf.shape == like.shape else leaf.shape
+        return torch.full(shape, leaf.flatten()[0].item(), dtype=leaf.dtype, device=parameter.device)
+
+    return tree_map(fit, state)
+
+
+def _equal(left: list[Any], right: list[Any]) -> bool:
+    return len(left) == len(right) and all(
+        torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _equals_parts(whole: Any, top: Any, bottom: Any) -> bool:
+    if not isinstance(whole, Tensor):
+        return bool(whole == top == bottom)
+    if whole.dim() == 0:
+        return torch.equal(whole, top) and torch.equal(whole, bottom)
+    return whole.shape == (ROWS, COLUMNS) and torch.equal(whole, torch.cat([top, bottom]))

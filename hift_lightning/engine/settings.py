@@ -1,0 +1,64 @@
+"""What can be set about a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.lr import check_lr_update
+from hift_lightning.engine.residency import check_offload, check_parked_dtype
+from hift_lightning.engine.rotation import check_order, check_steps_per_block
+from hift_lightning.engine.update import check_update, parse_bytes
+
+
+@dataclass(frozen=True)
+class HiFTSettings:
+    """How a model is trained block by block.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+    """
+
+    group_size: int = 1
+    """Layers per block (the paper's m)."""
+    order: str = "top2down"
+    """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
+    lr_update: str = "cycle"
+    """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
+    had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
+    steps_per_block: int = 1
+    """Optimizer steps before the next block has its turn."""
+    offload: str | Path = "cpu"
+    """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), or ``none`` (it stays on
+    the device)."""
+    update: str = "block"
+    """How the active block is stepped. ``block``: all its state paged in, one optimizer step. ``streamed``: piece by
+    piece through a window. ``fused``: streamed inside backward, each gradient freed as soon as it has been used; then
+    hooks that look at gradients after backward see none, and norm clipping and accumulation are not possible."""
+    window: str | int = "256MiB"
+    """Bytes of parked state and masters that ``streamed`` and ``fused`` may have on the device, prefetch included."""
+    activation_checkpointing: bool = False
+    """Whether each layer from the active block upwards computes its activations anew in backward."""
+    master_weights: bool = False
+    """Whether fp32 masters of 16-bit weights are kept, and paged with their block (the paper's Mixed^Hi)."""
+    parked_dtype: str | None = None
+    """Keep parked moments in this dtype: ``bfloat16`` halves their bytes."""
+    layers: Sequence[str] | None = None
+    """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
+    frozen: Sequence[str] | None = None
+    """Shell-style patterns on parameter names that are never trained."""
+    seed: int = 0
+    """Seed of the ``random`` order."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
+            raise ConfigurationError(
+                f"`group_size={self.group_size!r}` must be an integer of at least 1: the layers in a block."
+            )
+        check_order(self.order)
+        check_lr_update(self.lr_update)
+        check_steps_per_block(self.steps_per_block)
+        check_offload(self.offload)
+        check_parked_dtype(self.parked_dtype)
+        check_update(self.update)
+        parse_bytes("window", self.window)

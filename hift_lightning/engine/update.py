@@ -1,0 +1,276 @@
+"""How the active block is stepped: with all its state on the device, or piece by piece through a window.
+
+A *piece* is a parameter, or some of its rows. Pieces are stepped by the user's optimizer, untouched: its param groups
+hold just them for the time of a call. The result equals that of one step over the whole block bit for bit, because
+torch's optimizers treat parameters one by one; rows are cut only where that has been tried out (``elementwise.py``).
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hift_lightning.engine.elementwise import Probe, probe, raw_step
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import Place, Residency
+from hift_lightning.engine.tiers import ALL_ROWS
+
+UPDATES = ("block", "streamed", "fused")
+
+_ALIGNMENT = 64
+"""Elements, and bytes: rows are cut where vectorized kernels begin anew, so that each element is computed as before."""
+
+_SLACK = 16 * _ALIGNMENT
+"""Bytes kept free for the alignment of the tensors of a piece."""
+
+
+def check_update(update: str) -> None:
+    """Raise if it is not a way to step a block.
+
+    Args:
+        update: ``"block"``, ``"streamed"`` or ``"fused"``.
+
+    Raises:
+        ConfigurationError: for any other value.
+    """
+    if update not in UPDATES:
+        raise ConfigurationError(
+            f"`update={update!r}` is not a way to update a block; choose one of {', '.join(UPDATES)}."
+        )
+
+
+def parse_bytes(name: str, value: str | int) -> int:
+    """Read a number of bytes such as ``"256MiB"``.
+
+    Args:
+        name: of the argument, for the message.
+        value: bytes, or a number with a unit (B, KiB, MiB, GiB, KB, MB, GB).
+
+    Raises:
+        ConfigurationError: if it cannot be read or is not positive.
+    """
+    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    if match and match[2] in units and (number := int(float(match[1]) * units[match[2]])) > 0:
+        return number
+    raise ConfigurationError(f"`{name}={value!r}` is not a number of bytes; write it like `256MiB`.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a parameter that are stepped together."""
+
+    parameter: nn.Parameter
+    rows: slice
+    last: bool
+    """Whether these are the parameter's last rows."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole parameter."""
+        return self.rows == ALL_ROWS
+
+
+class PieceUpdate:
+    """Steps parameters piece by piece, with state and master weights paged in for a piece at a time.
+
+    Args:
+        optimizer: the user's.
+        residency: where state and masters are parked.
+        window: bytes of state and master weights that may be on the device, the prefetched ones included; ``None``:
+            those of all parameters given, in one call of the optimizer.
+
+    Raises:
+        ConfigurationError: while stepping, if the optimizer does not treat parameters one by one, or the state of a
+            tensor that cannot be cut does not fit the window.
+    """
+
+    def __init__(self, optimizer: Optimizer, residency: Residency, window: int | None) -> None:
+        self.optimizer = optimizer
+        self.residency = residency
+        self.window = window
+        self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update the parameters from their gradients, which are freed as they are used."""
+        with_gradient = [p for p in parameters if p.grad is not None]
+        if self.window is None:
+            pieces = [Piece(p, ALL_ROWS, last=True) for p in with_gradient]
+            self._step([(piece, *self._load(piece, None)) for piece in pieces])
+        else:
+            self._stream([piece for p in with_gradient for piece in self._cut(p, self.window)], self.window)
+
+    def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:
+        whole = [Piece(parameter, ALL_ROWS, last=True)]
+        if not self.residency.copies(parameter):
+            return whole
+        trial = self._probe(parameter)
+        if not trial.separate:
+            raise ConfigurationError(
+                f"The optimizer `{type(self.optimizer).__name__}` does not treat parameters one by one, so stepping "
+                "them so would change the result; use `update='block'`."
+            )
+        half = window // 2
+        if not trial.elementwise or parameter.dim() == 0:
+            if (needed := self._bytes(whole[0])) > window:
+                raise ConfigurationError(
+                    f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor, and a "
+                    f"tensor of shape {tuple(parameter.shape)} has {needed:,} bytes of state; use a `window` "
+                    "of at least that."
+                )
+            return whole
+        master_bytes = 0 if self.residency.master(parameter) is None else 4
+        row = parameter.numel() // parameter.shape[0]
+        bytes_of_row = row * (trial.state_bytes + master_bytes)
+        rows = (half - _SLACK) // max(bytes_of_row, 1)
+        if rows >= parameter.shape[0]:
+            return whole
+        if rows < 1:
+            raise ConfigurationError(
+                f"One row of a tensor of shape {tuple(parameter.shape)} has {bytes_of_row:,} bytes of state, and a "
+                f"`window` of {window:,} bytes holds two pieces of {half:,}; use a window of at least "
+                f"{2 * (bytes_of_row + _SLACK):,} bytes."
+            )
+        together = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
+        rows -= rows % together if rows > together else 0
+        starts = range(0, parameter.shape[0], rows)
+        return [Piece(parameter, slice(i, i + rows), last=i + rows >= parameter.shape[0]) for i in starts]
+
+    def _probe(self, parameter: nn.Parameter) -> Probe:
+        dtype = parameter.dtype if self.residency.master(parameter) is None else torch.float32
+        key = (self._group_of[parameter], parameter.device, dtype)
+        if key not in self._probes:
+            self._probes[key] = probe(self.optimizer, parameter, dtype)
+        return self._probes[key]
+
+    def _bytes(self, piece: Piece) -> int:
+        """Bytes that the piece's parked tensors take on the device."""
+        share = 1.0
+        if not piece.whole:
+            share = len(range(*piece.rows.indices(piece.parameter.shape[0]))) / piece.parameter.shape[0]
+        master = self.residency.master(piece.parameter)
+        whole = self.residency.device_bytes(piece.parameter) + (0 if master is None else master.nbytes)
+        return math.ceil(whole * share)
+
+    def _stream(self, pieces: list[Piece], window: int) -> None:
+        if not pieces:
+            return
+        arena = _Arena(pieces[0].parameter.device, max(map(self._bytes, pieces)) + _SLACK, window)
+        loaded = self._load(pieces[0], arena.place(0))
+        for i, piece in enumerate(pieces):
+            current = loaded
+            if arena.holds_two and i + 1 < len(pieces):
+                with arena.prefetching():
+                    loaded = self._load(pieces[i + 1], arena.place(i + 1))
+            self._step([(piece, *current)])
+            arena.finish_prefetch()
+            del current
+            if not arena.holds_two and i + 1 < len(pieces):
+                loaded = self._load(pieces[i + 1], arena.place(i + 1))
+
+    def _load(self, piece: Piece, place: Place | None) -> tuple[nn.Parameter, Any]:
+        """The parameter that the optimizer will step, and its state, on the device."""
+        state = self.residency.load(piece.parameter, piece.rows, place)
+        if self.residency.master(piece.parameter) is not None:
+            return nn.Parameter(self.residency.load_master(piece.parameter, piece.rows, place)), state
+        return nn.Parameter(
+            piece.parameter.detach()[piece.rows] if not piece.whole else piece.parameter.detach()
+        ), state
+
+    def _step(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
+        for piece, weights, state in loaded:
+            gradient = piece.parameter.grad
+            assert gradient is not None
+            weights.grad = (gradient if piece.whole else gradient[piece.rows]).to(weights.dtype)
+            if state:
+                self.optimizer.state[weights] = state
+        try:
+            with self._only([(self._group_of[piece.parameter], weights) for piece, weights, _ in loaded]):
+                raw_step(self.optimizer)
+        except BaseException:
+            for _, weights, _ in loaded:
+                self.optimizer.state.pop(weights, None)
+            raise
+        for piece, weights, _ in loaded:
+            parameter = piece.parameter
+            weights.grad = None
+            if self.residency.master(parameter) is not None:
+                target = parameter.detach() if piece.whole else parameter.detach()[piece.rows]
+                target.copy_(weights.detach())
+                self.residency.store_master(parameter, weights.detach(), piece.rows)
+            if state := self.optimizer.state.pop(weights, None):
+                self.residency.store(parameter, state, piece.rows, last=piece.last)
+            if piece.last:
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def _only(self, members: list[tuple[int, nn.Parameter]]) -> Iterator[None]:
+        """Within it, the optimizer's param groups hold these parameters only."""
+        groups = self.optimizer.param_groups
+        before = [group["params"] for group in groups]
+        for i, group in enumerate(groups):
+            group["params"] = [parameter for index, parameter in members if index == i]
+        try:
+            yield
+        finally:
+            for group, parameters in zip(groups, before, strict=True):
+                group["params"] = parameters
+
+
+class _Arena:
+    """The window's memory on the device: one allocation, in which pieces take turns.
+
+    It holds two pieces where the window allows, so that one is copied in while the other is stepped, on a stream of its
+    own where the device has streams.
+    """
+
+    def __init__(self, device: torch.device, piece_bytes: int, window: int) -> None:
+        self.holds_two = 2 * piece_bytes <= window
+        self._piece_bytes = -(-piece_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._device = device
+        self._memory: Tensor | None = None
+        self._stream: Any = None
+        if device.type == "cpu" or piece_bytes <= _SLACK:
+            return  # nothing is copied, or nothing is parked yet
+        self._memory = torch.empty(self._piece_bytes * (1 + self.holds_two), dtype=torch.uint8, device=device)
+        self._module: Any = torch.get_device_module(device)
+        if hasattr(self._module, "Stream") and hasattr(self._module, "stream"):
+            self._stream = self._module.Stream(device=device)
+
+    def place(self, turn: int) -> Place | None:
+        """A function that copies host tensors, one after the other, into the part whose turn it is."""
+        if self._memory is None:
+            return None
+        memory = self._memory
+        position = self._piece_bytes * (turn % 2 if self.holds_two else 0)
+
+        def copy_in(source: Tensor, dtype: torch.dtype) -> Tensor:
+            nonlocal position
+            nbytes = source.numel() * dtype.itemsize
+            target = memory[position : position + nbytes].view(dtype).view(source.shape)
+            position += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            return target.copy_(source, non_blocking=True)
+
+        return copy_in
+
+    @contextlib.contextmanager
+    def prefetching(self) -> Iterator[None]:
+        """Within it, copies are issued on the side stream, after what has been issued so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._stream):
+            yield
+
+    def finish_prefetch(self) -> None:
+        """Make what is issued from now on wait for the prefetched copies."""
+        if self._stream is not None:
+            self._module.current_stream(self._device).wait_stream(self._stream)
