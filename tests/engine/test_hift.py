@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.hift import HiFT, HiFTSettings
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.settings import HiFTSettings
 from tests.reference_loop import reference_loop, turns_of
 from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 

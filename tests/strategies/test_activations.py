@@ -1,0 +1,93 @@
+"""What forward keeps for backward, with and without activation checkpointing."""
+
+import pytest
+import torch
+from torch import nn
+
+from hift_lightning import HiFTStrategy
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+
+class CountsSaved(SmallTransformer):
+    """Notes, for each step, which of the layers' outputs need a gradient and the bytes saved for backward."""
+
+    def __init__(self, depth=2):
+        super().__init__(depth=depth)
+        self.saved, self.graphs, self.recomputed = [], [], []
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_hook(
+                lambda m, a, out, index=index: self.graphs[-1].append((index, out.requires_grad))
+            )
+
+    def training_step(self, batch, batch_idx):
+        self.graphs.append([])
+        total = [0]
+
+        def pack(tensor):
+            total[0] += 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = super().training_step(batch, batch_idx)
+        self.saved.append(total[0])
+        return loss
+
+
+def fit(module, **arguments):
+    trainer(HiFTStrategy(order="bottom2up", **arguments)).fit(module, loader(make_batches(2 * (module_layers(module)))))
+    return module
+
+
+def module_layers(module):
+    return len(module.layers) + 2
+
+
+def test_layers_below_the_active_block_run_without_a_graph():
+    module = fit(CountsSaved(depth=4))
+    for step, graphs in enumerate(module.graphs):
+        active = step % 6  # embeddings, four layers, head
+        assert graphs == [(index, index + 1 >= active) for index in range(4)]
+    assert module.saved[:6] == sorted(module.saved[:6], reverse=True)
+    assert module.saved[5] < module.saved[0] / 4
+
+
+def test_checkpointing_changes_nothing_but_what_is_kept():
+    plain, checkpointed = fit(CountsSaved()), fit(CountsSaved(), activation_checkpointing=True)
+    assert checkpointed.losses == plain.losses
+    for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert checkpointed.saved[0] < plain.saved[0] / 2
+
+
+def test_checkpointing_never_reaches_below_the_active_block():
+    class CountsCalls(SmallTransformer):
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+            for index, layer in enumerate(self.layers):
+                layer.norm1.register_forward_hook(lambda *_, index=index: self.calls[-1].append(index))
+
+        def training_step(self, batch, batch_idx):
+            self.calls.append([])
+            return super().training_step(batch, batch_idx)
+
+    module = CountsCalls()
+    trainer(HiFTStrategy(order="bottom2up", activation_checkpointing=True)).fit(module, loader(make_batches(LAYERS)))
+    again = [sorted(calls[2:]) for calls in module.calls]  # what ran a second time, in backward
+    assert again == [[0, 1], [0, 1], [1], []]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_layers_have_their_own_forward_afterwards(raises):
+    class Stops(SmallTransformer):
+        def on_after_backward(self):
+            if raises:
+                raise RuntimeError("stop")
+
+    module = Stops()
+    strategy = HiFTStrategy(activation_checkpointing=True)
+    try:
+        trainer(strategy).fit(module, loader(make_batches(1)))
+    except RuntimeError:
+        assert raises
+    assert all("forward" not in layer.__dict__ for layer in module.layers)

@@ -1,0 +1,143 @@
+"""fp32 masters of 16-bit weights (the paper's Mixed^Hi), against a loop written by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from hift_lightning.engine.errors import ConfigurationError
+from tests import simulated_accelerator as sim
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+from tests.strategies.test_optimizers import OPTIMIZERS
+
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "sim", marks=pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
+    ),
+]
+
+
+def fit(precision="bf16-true", optimizer="AdamW", accelerator="cpu", epochs=1, ckpt_path=None, **arguments):
+    if accelerator == "sim":
+        sim.load()
+    module = SmallTransformer(OPTIMIZERS[optimizer])
+    strategy = HiFTStrategy(**{"master_weights": True, **arguments})
+    trainer_ = trainer(strategy, precision=precision, accelerator=accelerator, devices=1, max_epochs=epochs)
+    trainer_.fit(module, loader(make_batches(2 * LAYERS + 1)), ckpt_path=ckpt_path)
+    return module, trainer_
+
+
+def masters_of(trainer_):
+    return trainer_.strategy.hift.state_dict()["masters"]
+
+
+def loop_by_hand(precision, optimizer, blocks):
+    """Masters from the weights before rounding; each step updates the active block's and rounds them."""
+    model = SmallTransformer()
+    masters = {name: nn.Parameter(p.detach().clone()) for name, p in model.named_parameters()}
+    model.to(DTYPES[precision])
+    weights = dict(model.named_parameters())
+    optimizer = OPTIMIZERS[optimizer](masters.values())
+    for step, batch in enumerate(make_batches(2 * LAYERS + 1)):
+        block = blocks[-1 - step % len(blocks)]
+        for name, p in weights.items():
+            p.requires_grad_(name in block)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[precision])  # as Lightning's precision does in forward
+        loss = model.loss(batch)
+        torch.set_default_dtype(default)
+        loss.backward()
+        for name in block:
+            masters[name].grad = weights[name].grad.float()
+        optimizer.step()
+        for name in block:
+            weights[name].grad = masters[name].grad = None
+            weights[name].detach().copy_(masters[name].detach())
+    return weights, masters
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+@pytest.mark.parametrize("accelerator", DEVICES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum", "Adagrad", "Adafactor"])
+def test_equals_a_loop_by_hand_exactly(precision, update, accelerator, optimizer):
+    window = "8KiB" if optimizer != "Adafactor" else "1MiB"
+    module, trainer_ = fit(precision, optimizer, accelerator, update=update, window=window)
+    blocks = [block.parameters for block in trainer_.strategy.hift.plan.blocks]
+    weights, masters = loop_by_hand(precision, optimizer, blocks)
+    kept = masters_of(trainer_)
+    for name, p in module.named_parameters():
+        assert p.dtype == DTYPES[precision]
+        assert kept[name].dtype == torch.float32
+        assert torch.equal(kept[name], masters[name]), name
+        assert torch.equal(p, weights[name]), name
+        assert torch.equal(p, kept[name].to(p.dtype)), name
+
+
+def test_masters_hold_what_rounding_would_lose():
+    _, trainer_ = fit()
+    assert any(not torch.equal(master, master.bfloat16().float()) for master in masters_of(trainer_).values())
+
+
+def test_small_updates_are_lost_without_masters_and_kept_with_them():
+    def small(parameters):
+        return torch.optim.SGD(parameters, lr=1e-6)
+
+    def run(**arguments):
+        module = SmallTransformer(small)
+        before = module.head.weight.detach().clone()
+        strategy = HiFTStrategy(**arguments)
+        trainer_ = trainer(strategy, precision="bf16-true")
+        trainer_.fit(module, loader(make_batches(1)))
+        return before, module, trainer_
+
+    before, module, _ = run()
+    assert torch.equal(module.head.weight, before.bfloat16())
+    before, _, trainer_ = run(master_weights=True)
+    assert not torch.equal(masters_of(trainer_)["head.weight"], before)
+
+
+def test_training_follows_a_run_in_fp32():
+    full = SmallTransformer()
+    trainer().fit(full, loader(make_batches(2 * LAYERS + 1)))
+    module, _ = fit()
+    assert module.losses == pytest.approx(full.losses, rel=2e-2)
+
+
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_resuming_takes_the_masters_from_the_checkpoint(update, tmp_path):
+    _, stopped = fit(update=update)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    saved = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
+    assert saved["hift"]["engines"][0]["masters"].keys() == dict(SmallTransformer().named_parameters()).keys()
+    resumed, resumed_trainer = fit(update=update, epochs=2, ckpt_path=tmp_path / "stopped.ckpt")
+    straight, straight_trainer = fit(update=update, epochs=2)
+    assert resumed.losses == straight.losses[2 * LAYERS + 1 :]
+    for name, master in masters_of(straight_trainer).items():
+        assert torch.equal(masters_of(resumed_trainer)[name], master), name
+
+
+@pytest.mark.parametrize("offload", ["cpu", "files"])
+def test_masters_park_where_state_does(offload, tmp_path):
+    module, _ = fit(offload=tmp_path if offload == "files" else "cpu", update="streamed")
+    expected, _ = fit()
+    for p, q in zip(module.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_masters_of_fp32_weights_are_refused():
+    with pytest.raises(ConfigurationError, match="weights are torch.float32; use `precision='bf16-true'`"):
+        fit("32-true")
+
+
+def test_a_plain_loop_has_masters_too():
+    model = SmallTransformer().bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with HiFT(model, optimizer, HiFTSettings(master_weights=True)) as hift:
+        for batch in make_batches(LAYERS):
+            model.loss(batch).backward()
+            optimizer.step()
+    for name, master in hift.state_dict()["masters"].items():
+        assert torch.equal(model.get_parameter(name), master.bfloat16())

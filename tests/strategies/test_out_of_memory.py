@@ -1,0 +1,183 @@
+"""Out of memory, forced by lowering the device's cap in each phase of a step."""
+
+import gc
+
+import pytest
+import torch
+
+from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from hift_lightning.engine.residency import parameters_stay_themselves
+from tests import simulated_accelerator as sim
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+pytestmark = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
+UPDATES = ["block", "streamed"]
+FAILS_AT = LAYERS + 1
+
+
+@pytest.fixture(autouse=True)
+def no_cap_afterwards():
+    sim.load()
+    yield
+    sim.set_memory_cap(None)
+
+
+def cap_here(spare=0):
+    gc.collect()
+    sim.set_memory_cap(sim.memory_allocated() + spare)
+
+
+class PlainLoop:
+    """A loop on the device that can be made to fail in a phase of a step."""
+
+    def __init__(self, update):
+        self.model = SmallTransformer()
+        with parameters_stay_themselves(torch.device("sim")):
+            self.model.to("sim")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
+        self.hift = HiFT(self.model, self.optimizer, HiFTSettings(update=update, window="6KiB"))
+
+    def step(self, batch, phase=None):
+        batch = [tensor.to("sim") for tensor in batch]
+        if phase == "forward":
+            cap_here()
+        loss = self.model.loss(batch)
+        if phase == "backward":
+            cap_here()
+        loss.backward()
+        if phase == "page in":
+            cap_here()
+        self.optimizer.step()
+
+    def snapshot(self):
+        return (
+            {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()},
+            {
+                i: {key: value.clone() for key, value in state.items()}
+                for i, state in self.optimizer.state_dict()["state"].items()
+            },
+        )
+
+
+def assert_same(left, right):
+    for weights, expected in zip(left, right, strict=True):
+        assert weights.keys() == expected.keys()
+        for key, value in weights.items():
+            if isinstance(value, dict):
+                assert_same([value], [expected[key]])
+            else:
+                assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("phase", ["forward", "backward", "page in"])
+def test_before_the_update_it_is_as_if_the_step_had_not_begun(update, phase):
+    failing, straight = PlainLoop(update), PlainLoop(update)
+    batches = make_batches(2 * LAYERS + 2)
+    small = [tensor[:2] for tensor in batches[FAILS_AT]]
+    with straight.hift, failing.hift:
+        for i, batch in enumerate(batches):
+            if i != FAILS_AT:
+                straight.step(batch)
+                failing.step(batch)
+                continue
+            before = failing.snapshot()
+            with pytest.raises(torch.OutOfMemoryError):
+                failing.step(batch, phase)
+            sim.set_memory_cap(None)
+            failing.hift.settle()
+            assert failing.hift.updates == FAILS_AT
+            assert_same(failing.snapshot(), before)
+            failing.step(small)
+            straight.step(small)
+    assert_same(failing.snapshot(), straight.snapshot())
+
+
+class FailsInStep(torch.optim.AdamW):
+    """Lowers the cap when its own step has begun."""
+
+    fail_at = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        busy = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        self.calls = getattr(self, "calls", 0) + busy
+        if busy and self.calls == self.fail_at:
+            with_gradient = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+            with_gradient[0].add_(1.0)  # what it would have done before memory ran out
+            cap_here()
+            torch.empty(10_000, device="sim")
+        return super().step()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_are_named(update, tmp_path):
+    def make(parameters):
+        optimizer = FailsInStep(parameters, lr=1e-2)
+        optimizer.fail_at = LAYERS + 1 if update == "block" else None
+        return optimizer
+
+    class Fails(SmallTransformer):
+        def on_before_optimizer_step(self, optimizer):
+            if self.trainer.global_step == LAYERS:
+                state = self.trainer.optimizers[0].state_dict()["state"]
+                self.parked = {i: {k: v.clone() for k, v in s.items()} for i, s in state.items()}
+                self.weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
+                optimizer.fail_at = optimizer.calls + 1 if update == "streamed" else optimizer.fail_at
+
+    module = Fails(make)
+    trainer_ = trainer(HiFTStrategy(update=update, window="6KiB"), accelerator="sim", devices=1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"the weights of .* have changed") as failure:
+        trainer_.fit(module, loader(make_batches(2 * LAYERS)))
+    sim.set_memory_cap(None)
+    changed = [name for name, p in module.named_parameters() if not torch.equal(p, module.weights[name])]
+    assert changed
+    assert all(name in str(failure.value) for name in changed)
+    assert_same([trainer_.optimizers[0].state_dict()["state"]], [module.parked])
+    assert trainer_.strategy.hift.updates == LAYERS
+
+
+def test_after_it_under_the_trainer_a_checkpoint_is_complete_and_fit_goes_on_from_it(tmp_path):
+    class Fails(SmallTransformer):
+        armed = True
+
+        def on_before_backward(self, loss):
+            if self.armed and self.trainer.global_step == FAILS_AT:
+                cap_here()
+
+    batches = make_batches(2 * LAYERS)
+    module = Fails()
+    trainer_ = trainer(HiFTStrategy(), accelerator="sim", devices=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer_.fit(module, loader(batches))
+    sim.set_memory_cap(None)
+    trainer_.save_checkpoint(tmp_path / "after.ckpt")
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["hift"]["engines"][0]["updates"] == FAILS_AT
+
+    module.armed = False
+    again = trainer(HiFTStrategy(), accelerator="sim", devices=1, max_steps=2 * LAYERS, max_epochs=-1)
+    smaller = [[tensor[:2] for tensor in batch] for batch in batches]
+    again.fit(module, loader(smaller), ckpt_path=tmp_path / "after.ckpt")
+    assert again.strategy.hift.updates == 2 * LAYERS
+
+
+def test_under_a_cap_that_full_fine_tuning_exceeds_the_run_is_the_same():
+    free = SmallTransformer()
+    trainer(HiFTStrategy(update="streamed"), accelerator="sim", devices=1).fit(free, loader(make_batches(2 * LAYERS)))
+    weights = sum(p.nbytes for p in free.parameters())
+
+    def capped(strategy):
+        gc.collect()
+        module = SmallTransformer()
+        sim.set_memory_cap(sim.memory_allocated() + int(2.2 * weights) + 40_000)  # activations
+        trainer(strategy, accelerator="sim", devices=1).fit(module, loader(make_batches(2 * LAYERS)))
+        return module
+
+    module = capped(HiFTStrategy(update="streamed"))
+    assert module.losses == free.losses
+    with pytest.raises(torch.OutOfMemoryError):
+        capped(HiFTStrategy(offload="none", group_size=LAYERS))

@@ -1,0 +1,212 @@
+"""``streamed`` and ``fused`` give what ``block`` gives, bit for bit, through a window of bounded size."""
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
+
+from hift_lightning import HiFTStrategy
+from hift_lightning.engine.elementwise import probe
+from hift_lightning.engine.errors import ConfigurationError
+from tests import simulated_accelerator as sim
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+from tests.strategies.test_optimizers import OPTIMIZERS
+
+on_sim = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
+ELEMENTWISE = {
+    "AdamW", "AdamW amsgrad", "AdamW fused", "AdamW foreach", "Adam", "SGD", "SGD with momentum", "Adagrad", "RMSprop",
+    "NAdam", "Lion-like",
+}  # fmt: skip
+
+
+def fit(accelerator="cpu", optimizer="AdamW", batches=2 * LAYERS + 1, strategy=None, **arguments):
+    if accelerator == "sim":
+        sim.load()
+    module = SmallTransformer(OPTIMIZERS[optimizer])
+    trainer_ = trainer(strategy, accelerator=accelerator, devices=1, **arguments)
+    trainer_.fit(module, loader(make_batches(batches)))
+    return module, trainer_
+
+
+def assert_same_run(left, right):
+    (module, trainer_), (expected, expected_trainer) = left, right
+    assert module.losses == expected.losses
+    for (name, p), q in zip(module.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    states = [t.optimizers[0].state_dict()["state"] for t in (trainer_, expected_trainer)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, states[1][index][key]), (index, key)
+
+
+@on_sim
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "AdamW fused"])
+def test_equals_block_exactly_on_a_device(update, name):
+    window = "6KiB" if name in ELEMENTWISE else "1MiB"  # cuts every matrix of the model
+    block = fit("sim", name, strategy=HiFTStrategy())
+    pieces = fit("sim", name, strategy=HiFTStrategy(update=update, window=window))
+    assert_same_run(pieces, block)
+
+
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_block_exactly_on_the_cpu(update, name):
+    assert_same_run(fit("cpu", name, strategy=HiFTStrategy(update=update)), fit("cpu", name, strategy=HiFTStrategy()))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_elementwise_is_found_out(name):
+    module = SmallTransformer(OPTIMIZERS[name])
+    optimizer = module.configure_optimizers()
+    before = [p.detach().clone() for p in module.parameters()]
+    result = probe(optimizer, module.head.weight, torch.float32)
+    assert result.separate
+    assert result.elementwise == (name in ELEMENTWISE)
+    states = {
+        "Adam": 8,
+        "AdamW": 8,
+        "AdamW amsgrad": 12,
+        "SGD": 0,
+        "SGD with momentum": 4,
+        "Lion-like": 4,
+        "Adagrad": 4,
+    }
+    if name in states:
+        assert result.state_bytes == states[name]
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+    assert not [p for p in optimizer.state if "step" in optimizer.state[p] and optimizer.state[p]["step"] > 0]
+
+
+class GlobalNorm(torch.optim.Optimizer):
+    """Divides by the norm over all parameters, so that they are not treated one by one."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        with_gradient = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if with_gradient:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
+            for p in with_gradient:
+                p.sub_(p.grad / norm, alpha=0.1)
+
+
+class CountsInItsGroup(torch.optim.SGD):
+    """Counts its calls in the param group, as some optimizers do."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for group in self.param_groups:
+            group["calls"] = group.get("calls", 0) + 1
+        super().step()
+
+
+@on_sim
+@pytest.mark.parametrize("make", [GlobalNorm, lambda p: CountsInItsGroup([{"params": p, "calls": 0}], lr=0.1)])
+def test_an_optimizer_that_couples_parameters_is_refused(make):
+    sim.load()
+    module = SmallTransformer(lambda parameters: make(list(parameters)))
+    with pytest.raises(ConfigurationError, match="does not treat parameters one by one"):
+        trainer(HiFTStrategy(update="streamed"), accelerator="sim", devices=1).fit(module, loader(make_batches(1)))
+
+
+@on_sim
+def test_a_window_that_one_tensor_does_not_fit_is_refused_with_the_size_needed():
+    with pytest.raises(ConfigurationError, match="cannot be stepped on parts of a tensor.*`window` of at least"):
+        fit("sim", "Muon-like", strategy=HiFTStrategy(update="streamed", window="1KiB"))
+    with pytest.raises(ConfigurationError, match="use a window of at least"):
+        fit("sim", "AdamW", strategy=HiFTStrategy(update="streamed", window=2100))
+
+
+@on_sim
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+@pytest.mark.parametrize("offload", ["cpu", "files", "none"])
+def test_every_place_to_park_gives_the_same_run(update, offload, tmp_path):
+    offload = tmp_path if offload == "files" else offload
+    arguments = {"update": update, "window": "6KiB"} if offload != "none" else {"update": update}
+    for accelerator in ("sim", "cpu"):
+        expected = fit(accelerator, strategy=HiFTStrategy())
+        assert_same_run(fit(accelerator, strategy=HiFTStrategy(offload=offload, **arguments)), expected)
+
+
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+def test_value_clipping_equals_that_of_block(update):
+    clip = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    assert_same_run(fit(strategy=HiFTStrategy(update=update), **clip), fit(strategy=HiFTStrategy(), **clip))
+
+
+def test_streamed_goes_with_norm_clipping_accumulation_and_a_scaler():
+    arguments = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    assert_same_run(
+        fit(strategy=HiFTStrategy(update="streamed"), **arguments), fit(strategy=HiFTStrategy(), **arguments)
+    )
+
+    def scaled():
+        return {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
+
+    assert_same_run(fit(strategy=HiFTStrategy(update="streamed"), **scaled()), fit(strategy=HiFTStrategy(), **scaled()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "clips by norm"),
+        ({"accumulate_grad_batches": 2}, "accumulated over batches"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "accumulated over batches"),
+        ({"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "GradScaler"),
+    ],
+)
+def test_fused_refuses_what_needs_all_gradients(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(strategy=HiFTStrategy(update="fused"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("update", "sideways"), ("window", "big"), ("window", 0), ("window", "3 XB"), ("parked_dtype", "float16")],
+)
+def test_bad_arguments_are_named(argument, value):
+    with pytest.raises(ConfigurationError, match=f"`{argument}={value!r}`"):
+        HiFTStrategy(**{argument: value})
+
+
+@on_sim
+@pytest.mark.parametrize("window", ["6KiB", "20KiB"])
+def test_no_more_than_the_window_is_on_the_device(window):
+    """The peak of the second cycle's updates, over that of SGD without state, is at most the window."""
+    peaks = {}
+    for name in ("AdamW", "SGD"):
+
+        class Peak(SmallTransformer):
+            peaks = []  # noqa: RUF012 (each run has a class of its own)
+
+            def on_before_optimizer_step(self, optimizer):
+                sim.reset_peak_memory_stats()
+                self.before = sim.memory_allocated()
+
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                self.peaks.append(sim.max_memory_allocated() - self.before)
+
+        sim.load()
+
+        def make(parameters, name=name):
+            optimizer = torch.optim.AdamW if name == "AdamW" else torch.optim.SGD
+            return optimizer(parameters, lr=1e-2, foreach=False)
+
+        strategy = HiFTStrategy(update="streamed", window=window)
+        trainer(strategy, accelerator="sim", devices=1).fit(Peak(make), loader(make_batches(2 * LAYERS)))
+        peaks[name] = max(Peak.peaks[LAYERS:])
+    size = int(window.removesuffix("KiB")) * 1024
+    temporaries = size // 2  # AdamW's denominator, made in two steps, has the bytes of the state of a piece
+    assert 0 < peaks["AdamW"] <= size + temporaries + 256
