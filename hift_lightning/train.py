@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.module import ClassificationModule
+from hift_lightning.models.classification import ClassificationModule
 from hift_lightning.report import (
     collect_metrics,
     interruption_names_checkpoint,

@@ -18,9 +18,9 @@ class HiFTMonitor(L.Callback):
     Under `HiFTStrategy` it logs `hift/block` and `hift/cycle` (also to the progress bar), `hift/active_params`,
     `hift/page_in_ms` and `hift/parked_bytes`; under every strategy `memory/peak_device_bytes`.
 
-    Bytes are counted from live tensors at the end of the optimizer's step, when gradients and paged-in state
-    are there together, and under HiFT again between steps, when the most is parked; activations are not among
-    them. The time of a step is that of its batches, without the loading of data, validation and checkpoints.
+    Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
+    are there together, and under HiFT again between steps, when the most is parked. Not among them are activations and
+    what `update="streamed"` or `"fused"` has in its window for a moment. The time of a step is that of its batches, without the loading of data, validation and checkpoints.
     """
 
     def __init__(self) -> None:
@@ -70,6 +70,10 @@ class HiFTMonitor(L.Callback):
             )
             pl_module.log("hift/active_params", float(hift.block.numel), batch_size=1)
         self._batch_began = time.perf_counter()
+
+    @override
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        self._count_bytes(trainer, pl_module)
 
     @override
     def on_train_batch_end(

@@ -1,11 +1,11 @@
 """What a training step holds in memory, counted from the tensors that are alive."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 ROLES = ("weights", "gradients", "optimizer_state", "parked")
 
@@ -31,7 +31,7 @@ def bytes_by_role(
     states = {"optimizer_state": list[Tensor](), "parked": list[Tensor]()}
     for parameter, state in optimizer.state.items():
         parked = is_parked is not None and is_parked(parameter)
-        for tensor in tensors_in(state):
+        for tensor in filter(torch.is_tensor, tree_leaves(state)):
             on_device = not parked and tensor.device == parameter.device
             states["optimizer_state" if on_device else "parked"].append(tensor)
     return {
@@ -40,18 +40,6 @@ def bytes_by_role(
         "optimizer_state": _bytes(states["optimizer_state"], seen),
         "parked": _bytes(states["parked"], seen),
     }
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested dictionaries, lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from tensors_in(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from tensors_in(inner)
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
