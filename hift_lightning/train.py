@@ -15,6 +15,7 @@ from hift_lightning.report import (
     print_table,
     write_metrics,
 )
+from hift_lightning.strategies import HiFTStrategy
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
@@ -45,6 +46,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
     module = ClassificationModule(
         network, instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")), cfg.data.num_classes
     )
+
+    if isinstance(trainer.strategy, HiFTStrategy):
+        trainer.strategy.check_patterns(module)
 
     with interruption_names_checkpoint(trainer):
         before = trainer.test(module, data, verbose=False)

@@ -19,8 +19,9 @@ class HiFTMonitor(L.Callback):
     `hift/page_in_ms` and `hift/parked_bytes`; under every strategy `memory/peak_device_bytes`.
 
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
-    are there together, and under HiFT again between steps, when the most is parked. Not among them are activations and
-    what `update="streamed"` or `"fused"` has in its window for a moment. The time of a step is that of its batches, without the loading of data, validation and checkpoints.
+    are there together, and under HiFT again between steps, when the most is parked. Not among them are activations
+    and what `update="streamed"` or `"fused"` has in its window for a moment. The time of a step is that of its
+    batches, without the loading of data, validation and checkpoints.
     """
 
     def __init__(self) -> None:

@@ -55,6 +55,8 @@ class HiFTSettings:
             raise ConfigurationError(
                 f"`group_size={self.group_size!r}` must be an integer of at least 1: the layers in a block."
             )
+        if not isinstance(self.seed, int):
+            raise ConfigurationError(f"`seed={self.seed!r}` must be an integer: it decides the `random` order.")
         check_order(self.order)
         check_lr_update(self.lr_update)
         check_steps_per_block(self.steps_per_block)

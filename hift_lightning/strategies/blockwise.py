@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.lr import DelayedLRScheduler
+from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.residency import parameters_stay_themselves, replaces_parameters
 from hift_lightning.engine.settings import HiFTSettings
@@ -61,6 +62,19 @@ class BlockwiseTraining(_Base):
                 "later, or print `hift_lightning.engine.partition.partition(model)`."
             )
         return self.hift.report()
+
+    def check_patterns(self, model: Module) -> None:
+        """Find out before any long work whether each pattern of ``frozen`` and ``layers`` matches a parameter.
+
+        ``fit`` does so too, when the module is complete for certain.
+
+        Args:
+            model: a complete model.
+
+        Raises:
+            ConfigurationError: if one matches nothing.
+        """
+        partition(model, self.settings.group_size, layers=self.settings.layers, frozen=self.settings.frozen)
 
     @override
     def setup(self, trainer: Trainer) -> None:

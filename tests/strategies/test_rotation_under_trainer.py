@@ -158,6 +158,7 @@ def test_a_step_without_loss_keeps_the_turn():
         ("lr_update", "never"),
         ("steps_per_block", 0),
         ("offload", "moon"),
+        ("seed", "x"),
     ],
 )
 def test_a_bad_argument_is_refused_at_once_and_named(argument, value):
