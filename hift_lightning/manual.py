@@ -79,6 +79,9 @@ class HiFTManualMixin(_Base):
         index, chosen = self._choose_optimizer(optimizer)
         engine = self._engine_of(chosen.optimizer)
         window = self._open_window(index, accumulate_grad_batches, engine)
+        if engine is not None and engine.settings.update == "fused":
+            self._check_fused(accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm)
+            engine.clip_value, gradient_clip_val = gradient_clip_val, None
 
         several = len(self.trainer.optimizers) > 1
         trained = [p for g in chosen.param_groups for p in g["params"] if p.requires_grad]
@@ -149,6 +152,14 @@ class HiFTManualMixin(_Base):
         if algorithm not in ("norm", "value"):
             raise MisconfigurationException(
                 f"`gradient_clip_algorithm={algorithm!r}` in `{name}.hift_step` must be 'norm' or 'value'."
+            )
+
+    def _check_fused(self, accumulate: int, clip_val: float | None, algorithm: str) -> None:
+        if accumulate > 1 or (clip_val is not None and algorithm == "norm"):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}.hift_step` was to accumulate over {accumulate} batches and clip by "
+                f"{algorithm if clip_val is not None else 'nothing'}, but `update='fused'` frees each gradient inside "
+                "backward; use `update='streamed'`, or one batch a step and clipping by value."
             )
 
     def _choose_optimizer(self, index: int | None) -> tuple[int, LightningOptimizer]:

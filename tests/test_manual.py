@@ -175,6 +175,18 @@ def test_calling_it_under_automatic_optimization_is_refused():
         fit_with(lambda self, batch, i: self.hift_step(self.loss(batch)), automatic=True)
 
 
+def test_fused_clips_by_value_and_refuses_what_needs_all_gradients():
+    by_value = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    fused, block = Manual(**by_value), Manual(**by_value)
+    trainer(HiFTStrategy(update="fused")).fit(fused, loader(make_batches(LAYERS)))
+    trainer(HiFTStrategy()).fit(block, loader(make_batches(LAYERS)))
+    for left, right in zip(fused.parameters(), block.parameters(), strict=True):
+        assert torch.equal(left, right)
+    for arguments in ({"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}):
+        with pytest.raises(MisconfigurationException, match="`update='fused'` frees each gradient"):
+            trainer(HiFTStrategy(update="fused")).fit(Manual(**arguments), loader(make_batches(LAYERS)))
+
+
 def test_calling_it_in_validation_is_refused():
     class InValidation(Manual):
         def validation_step(self, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""The strategy's arguments, the engine's settings and the application's configuration are the same, with one default."""
+"""The strategy's arguments, the engine's settings and the configuration are the same, with the same defaults."""
 
 import dataclasses
 import inspect
