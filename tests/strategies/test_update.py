@@ -210,3 +210,25 @@ def test_no_more_than_the_window_is_on_the_device(window):
     size = int(window.removesuffix("KiB")) * 1024
     temporaries = size // 2  # AdamW's denominator, made in two steps, has the bytes of the state of a piece
     assert 0 < peaks["AdamW"] <= size + temporaries + 256
+
+
+@on_sim
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+@pytest.mark.parametrize("masters", [False, True])
+def test_bytes_moved_are_the_blocks_state_and_masters_each_way(update, masters):
+    class Meter(SmallTransformer):
+        def on_train_batch_start(self, batch, batch_idx):
+            sim.reset_copy_counters()  # the batch is there
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            moved.append((sim.host_to_device_bytes(), sim.device_to_host_bytes()))
+
+    moved = []
+    sim.load()
+    strategy = HiFTStrategy(update=update, window="12KiB", master_weights=masters)
+    trainer_ = trainer(strategy, accelerator="sim", devices=1, precision="bf16-true" if masters else "32-true")
+    trainer_.fit(Meter(), loader(make_batches(3 * LAYERS)))
+    for step, block in enumerate(list(reversed(strategy.hift.plan.blocks)) * 3):
+        state = 2 * 4 * block.numel
+        master = 4 * block.numel if masters else 0
+        assert moved[step] == (master + (state if step >= LAYERS else 0), state + master), step
