@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of each contestant")
     arguments = parser.parse_args()
 
-    times = times_of_all(arguments.cycles, arguments.threads)
+    times = times_of_all(CONTESTANTS, arguments.cycles, arguments.threads)
     flops = {contestant: flops_of(contestant) for contestant in CONTESTANTS}
     with (HERE / "results.csv").open("w", newline="") as file:
         writer = csv.writer(file)

@@ -6,11 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hift_lightning  # noqa: F401  (registers "hift")
+from hift_lightning import HiFTStrategy
 from hift_lightning.engine.partition import partition
 
 LAYERS, WIDTH, VOCABULARY, BATCH, LENGTH = 12, 256, 1024, 8, 64
@@ -18,6 +19,9 @@ CYCLE = LAYERS + 2  # embeddings and head are layers too
 
 BeforeStep = Callable[[int], None]
 """Called with the number of the step that is about to begin."""
+
+Contestant = Callable[[int, BeforeStep], None]
+"""Trains for so many steps."""
 
 
 def make_model() -> LlamaForCausalLM:
@@ -73,7 +77,7 @@ class _TellSteps(Callback):
         self.before_step(batch_idx)
 
 
-def _train(strategy: str, steps: int, before_step: BeforeStep) -> None:
+def _train(strategy: str | Strategy, steps: int, before_step: BeforeStep) -> None:
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
@@ -94,9 +98,9 @@ def full(steps: int, before_step: BeforeStep) -> None:
     _train("auto", steps, before_step)
 
 
-def hift(steps: int, before_step: BeforeStep) -> None:
-    """HiFT under the Trainer, with its default arguments."""
-    _train("hift", steps, before_step)
+def hift(steps: int, before_step: BeforeStep, **arguments: Any) -> None:
+    """HiFT under the Trainer, by default with its default arguments."""
+    _train(HiFTStrategy(**arguments), steps, before_step)
 
 
 def by_hand(steps: int, before_step: BeforeStep) -> None:
@@ -125,4 +129,4 @@ def _forever(blocks: list[list[torch.nn.Parameter]]) -> Iterator[list[torch.nn.P
         yield from blocks
 
 
-CONTESTANTS: dict[str, Callable[[int, BeforeStep], None]] = {"full": full, "hift": hift, "by_hand": by_hand}
+CONTESTANTS: dict[str, Contestant] = {"full": full, "hift": hift, "by_hand": by_hand}

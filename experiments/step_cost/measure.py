@@ -2,12 +2,13 @@
 
 import multiprocessing
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.step_cost.contestants import CONTESTANTS, CYCLE
+from experiments.step_cost.contestants import CONTESTANTS, CYCLE, Contestant
 
 WARM_UP_CYCLES = 2
 
@@ -19,7 +20,7 @@ def flops_of(contestant: str) -> float:
     return float(counter.get_total_flops()) / CYCLE / 1e9
 
 
-def _take_turns(contestant: str, cycles: int, threads: int, turns: Connection) -> None:
+def _take_turns(contestant: Contestant, cycles: int, threads: int, turns: Connection) -> None:
     torch.set_num_threads(threads)
     started: float | None = None
 
@@ -33,25 +34,25 @@ def _take_turns(contestant: str, cycles: int, threads: int, turns: Connection) -
             turns.recv()
             started = time.perf_counter()
 
-    CONTESTANTS[contestant](cycles * CYCLE, before_step)
+    contestant(cycles * CYCLE, before_step)
 
 
-def times_of_all(cycles: int, threads: int) -> dict[str, list[float]]:
+def times_of_all(contestants: Mapping[str, Contestant], cycles: int, threads: int) -> dict[str, list[float]]:
     """Milliseconds of the mean step of each cycle, by contestant; warm-up cycles are left out."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     processes = []
-    for contestant in CONTESTANTS:
+    for name, contestant in contestants.items():
         ours, theirs = context.Pipe()
         arguments = (contestant, cycles + WARM_UP_CYCLES, threads, theirs)
         processes.append(context.Process(target=_take_turns, args=arguments))
-        connections[contestant] = ours
+        connections[name] = ours
         processes[-1].start()
-    times: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(cycles + WARM_UP_CYCLES):
-        for contestant, connection in connections.items():
+        for name, connection in connections.items():
             connection.send(None)
-            times[contestant].append(connection.recv())
+            times[name].append(connection.recv())
     for process in processes:
         process.join()
-    return {contestant: values[WARM_UP_CYCLES:] for contestant, values in times.items()}
+    return {name: values[WARM_UP_CYCLES:] for name, values in times.items()}
