@@ -34,6 +34,7 @@ from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, load_optimizer_state
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
 
@@ -101,6 +102,8 @@ class HiFT:
             for parameter in self._trained.values():
                 self.residency.keep_master(parameter, parameter.detach())
         self._pieces = self._make_piece_update()
+        self._side: SideStream | None = None
+        self._in_closure = False
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
         self.clip_value: float | None = None
         """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
@@ -181,6 +184,8 @@ class HiFT:
         """
         self._backward_ran = self._updated = False
         self._versions = {}
+        if self._side is not None:
+            self._side.join()
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.discard(self._block_parameters())
@@ -351,9 +356,10 @@ class HiFT:
     def _activate_block(self) -> None:
         for parameter in self._block_parameters():
             parameter.requires_grad_(True)
-            if self.settings.update == "fused":
-                hook = parameter.register_post_accumulate_grad_hook(self._update_in_backward)  # type: ignore[no-untyped-call]
-                self._gradient_handles.append(hook)
+            hook = self._update_in_backward if self.settings.update == "fused" else self._prefetch_in_backward
+            if self.settings.update == "fused" or (self._pieces is None and self.residency.is_parked(parameter)):
+                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self._gradient_handles.append(handle)
 
     def _deactivate(self) -> None:
         for parameter in self._block_parameters():
@@ -373,6 +379,25 @@ class HiFT:
         self._updated = True
         self._pieces.step([parameter])
 
+    def _prefetch_in_backward(self, parameter: Tensor) -> None:
+        """Page the parameter's state in while backward goes on, if that cannot raise the peak of memory.
+
+        Only inside a closure that the optimizer was given: the last backward before a step, whatever is accumulated.
+        """
+        if not self._in_closure or not self.residency.copies(parameter) or parameter.device.type == "cpu":
+            return
+        side = self._side = self._side or SideStream(parameter.device)
+        gradients_to_come = sum(p.nbytes for p in self._block_parameters() if p.grad is None)
+        if self.residency.device_bytes(parameter) + gradients_to_come > side.spare_bytes():
+            return
+
+        def copy_beside_backward(source: Tensor, dtype: torch.dtype) -> Tensor:
+            target = torch.empty_like(source, dtype=dtype, device=parameter.device)
+            with side.copying():
+                return target.copy_(source, non_blocking=True)
+
+        self.residency.page_in([parameter], copy_beside_backward)
+
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -383,7 +408,11 @@ class HiFT:
             return None
 
         def closure_then_update() -> Any:
-            result = closure()
+            self._in_closure = True
+            try:
+                result = closure()
+            finally:
+                self._in_closure = False
             self._begin_update()
             return result
 
@@ -400,6 +429,8 @@ class HiFT:
             return
         started = time.perf_counter()
         self.residency.page_in(self._block_parameters())
+        if self._side is not None:
+            self._side.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
 
     def _note_versions(self) -> None:

@@ -156,15 +156,16 @@ class Residency:
 
     # --- whole parameters, in place in `optimizer.state` -------------------------------------------------------------
 
-    def page_in(self, parameters: Iterable[Tensor]) -> None:
+    def page_in(self, parameters: Iterable[Tensor], place: Place | None = None) -> None:
         """Bring the parameters' state onto their device.
 
         Args:
             parameters: those without parked state are passed over.
+            place: as in :meth:`load`.
         """
         for parameter in parameters:
             if parameter in self._parked:
-                state = self.load(parameter)
+                state = self.load(parameter, place=place)
                 self._last_parked[parameter] = self.optimizer.state[parameter]
                 self.optimizer.state[parameter] = state
                 self._parked.discard(parameter)

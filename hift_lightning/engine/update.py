@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.residency import Place, Residency
+from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS
 
 UPDATES = ("block", "streamed", "fused")
@@ -234,15 +235,11 @@ class _Arena:
     def __init__(self, device: torch.device, piece_bytes: int, window: int) -> None:
         self.holds_two = 2 * piece_bytes <= window
         self._piece_bytes = -(-piece_bytes // _ALIGNMENT) * _ALIGNMENT
-        self._device = device
         self._memory: Tensor | None = None
-        self._stream: Any = None
-        if device.type == "cpu" or piece_bytes <= _SLACK:
-            return  # nothing is copied, or nothing is parked yet
-        self._memory = torch.empty(self._piece_bytes * (1 + self.holds_two), dtype=torch.uint8, device=device)
-        self._module: Any = torch.get_device_module(device)
-        if hasattr(self._module, "Stream") and hasattr(self._module, "stream"):
-            self._stream = self._module.Stream(device=device)
+        self._side = SideStream(device)
+        if device.type != "cpu" and piece_bytes > _SLACK:  # otherwise nothing is copied, or nothing is parked yet
+            size = self._piece_bytes * (1 + self.holds_two)
+            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
 
     def place(self, turn: int) -> Place | None:
         """A function that copies host tensors, one after the other, into the part whose turn it is."""
@@ -260,17 +257,10 @@ class _Arena:
 
         return copy_in
 
-    @contextlib.contextmanager
-    def prefetching(self) -> Iterator[None]:
-        """Within it, copies are issued on the side stream, after what has been issued so far."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(self._module.current_stream(self._device))
-        with self._module.stream(self._stream):
-            yield
+    def prefetching(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, copies are issued beside the compute."""
+        return self._side.copying()
 
     def finish_prefetch(self) -> None:
         """Make what is issued from now on wait for the prefetched copies."""
-        if self._stream is not None:
-            self._module.current_stream(self._device).wait_stream(self._stream)
+        self._side.join()

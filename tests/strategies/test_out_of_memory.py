@@ -124,7 +124,7 @@ def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_ar
         def on_before_optimizer_step(self, optimizer):
             if self.trainer.global_step == LAYERS:
                 state = self.trainer.optimizers[0].state_dict()["state"]
-                self.parked = {i: {k: v.clone() for k, v in s.items()} for i, s in state.items()}
+                self.parked = {i: {k: v.to("cpu", copy=True) for k, v in s.items()} for i, s in state.items()}
                 self.weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
                 optimizer.fail_at = optimizer.calls + 1 if update == "streamed" else optimizer.fail_at
 
@@ -138,6 +138,48 @@ def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_ar
     assert all(name in str(failure.value) for name in changed)
     assert_same([trainer_.optimizers[0].state_dict()["state"]], [module.parked])
     assert trainer_.strategy.hift.updates == LAYERS
+
+
+def test_fused_names_the_weights_it_has_touched_and_keeps_the_last_parked_state_of_the_others():
+    class Fails(SmallTransformer):
+        def on_before_backward(self, loss):
+            if self.trainer.global_step == LAYERS:
+                state = self.trainer.optimizers[0].state_dict()["state"]
+                self.parked = {i: {k: v.to("cpu", copy=True) for k, v in s.items()} for i, s in state.items()}
+                self.weights = {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
+                self.optimizer_to_fail.fail_at = self.optimizer_to_fail.calls + 2  # the second piece
+
+    def make(parameters):
+        module.optimizer_to_fail = FailsInStep(parameters, lr=1e-2)
+        return module.optimizer_to_fail
+
+    module = Fails(make)
+    trainer_ = trainer(HiFTStrategy(update="fused", window="6KiB"), accelerator="sim", devices=1)
+    with pytest.raises(torch.OutOfMemoryError, match=r"the weights of .* have changed") as failure:
+        trainer_.fit(module, loader(make_batches(2 * LAYERS)))
+    sim.set_memory_cap(None)
+    changed = [name for name, p in module.named_parameters() if not torch.equal(p, module.weights[name])]
+    assert len(changed) == 2
+    assert all(name in str(failure.value) for name in changed)
+    state = trainer_.optimizers[0].state_dict()["state"]
+    kept = [i for i in state if state[i]["step"] == module.parked[i]["step"]]
+    assert len(kept) == len(state) - 1  # only the first piece's update was completed and parked
+    assert_same([{i: state[i] for i in kept}], [{i: module.parked[i] for i in kept}])
+    assert trainer_.strategy.hift.updates == LAYERS
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_parking_needs_no_device_memory(update):
+    capped, free = PlainLoop(update), PlainLoop(update)
+    handle = capped.optimizer.register_step_post_hook(lambda *_: cap_here())  # before the engine's own hook
+    with capped.hift, free.hift:
+        for batch in make_batches(2 * LAYERS):
+            sim.set_memory_cap(None)
+            capped.step(batch)
+            sim.set_memory_cap(None)
+            free.step(batch)
+    handle.remove()
+    assert_same(capped.snapshot(), free.snapshot())
 
 
 def test_after_it_under_the_trainer_a_checkpoint_is_complete_and_fit_goes_on_from_it(tmp_path):

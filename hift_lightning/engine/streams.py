@@ -1,0 +1,45 @@
+"""Copies beside the compute, on a stream of their own where the device has streams."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class SideStream:
+    """A stream for copies; on a device without streams everything happens in order anyway.
+
+    Args:
+        device: where to and from is copied.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        make_stream = getattr(self._module, "Stream", None) if hasattr(self._module, "stream") else None
+        self._stream: Any = None if make_stream is None else make_stream(device=device)
+
+    @contextlib.contextmanager
+    def copying(self) -> Iterator[None]:
+        """Within it, copies are issued on the side stream, after all that has been issued so far.
+
+        Memory that they write to has to be allocated outside of it, so that it belongs to the stream that uses it.
+        """
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(self._module.current_stream(self._device))
+        with self._module.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """Make what is issued from now on wait for the copies."""
+        if self._stream is not None:
+            self._module.current_stream(self._device).wait_stream(self._stream)
+
+    def spare_bytes(self) -> int:
+        """Bytes between what the device has in use and the most it has had in use; 0 where it keeps no count."""
+        if not hasattr(self._module, "max_memory_allocated"):
+            return 0
+        return int(self._module.max_memory_allocated(self._device) - self._module.memory_allocated(self._device))
