@@ -356,10 +356,14 @@ class HiFT:
     def _activate_block(self) -> None:
         for parameter in self._block_parameters():
             parameter.requires_grad_(True)
-            hook = self._update_in_backward if self.settings.update == "fused" else self._prefetch_in_backward
-            if self.settings.update == "fused" or (self._pieces is None and self.residency.is_parked(parameter)):
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._gradient_handles.append(handle)
+            if self.settings.update == "fused":
+                hook = self._update_in_backward
+            elif self._pieces is None and self._can_prefetch(parameter):
+                hook = self._prefetch_in_backward
+            else:
+                continue
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            self._gradient_handles.append(handle)
 
     def _deactivate(self) -> None:
         for parameter in self._block_parameters():
@@ -379,12 +383,15 @@ class HiFT:
         self._updated = True
         self._pieces.step([parameter])
 
+    def _can_prefetch(self, parameter: Tensor) -> bool:
+        return parameter.device.type != "cpu" and self.residency.is_parked(parameter)
+
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
         """Page the parameter's state in while backward goes on, if that cannot raise the peak of memory.
 
         Only inside a closure that the optimizer was given: the last backward before a step, whatever is accumulated.
         """
-        if not self._in_closure or not self.residency.copies(parameter) or parameter.device.type == "cpu":
+        if not self._in_closure:
             return
         side = self._side = self._side or SideStream(parameter.device)
         gradients_to_come = sum(p.nbytes for p in self._block_parameters() if p.grad is None)
