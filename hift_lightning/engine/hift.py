@@ -30,11 +30,11 @@ from hift_lightning.engine.checkpointing import ActivationCheckpointing
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import Block, partition
+from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, load_optimizer_state
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
-from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
 
@@ -102,8 +102,7 @@ class HiFT:
             for parameter in self._trained.values():
                 self.residency.keep_master(parameter, parameter.detach())
         self._pieces = self._make_piece_update()
-        self._side: SideStream | None = None
-        self._in_closure = False
+        self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
         self.clip_value: float | None = None
         """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
@@ -184,8 +183,7 @@ class HiFT:
         """
         self._backward_ran = self._updated = False
         self._versions = {}
-        if self._side is not None:
-            self._side.join()
+        self._prefetch.join()
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.discard(self._block_parameters())
@@ -358,7 +356,7 @@ class HiFT:
             parameter.requires_grad_(True)
             if self.settings.update == "fused":
                 hook = self._update_in_backward
-            elif self._pieces is None and self._can_prefetch(parameter):
+            elif self._pieces is None and self._prefetch.applies_to(parameter):
                 hook = self._prefetch_in_backward
             else:
                 continue
@@ -383,27 +381,8 @@ class HiFT:
         self._updated = True
         self._pieces.step([parameter])
 
-    def _can_prefetch(self, parameter: Tensor) -> bool:
-        return parameter.device.type != "cpu" and self.residency.is_parked(parameter)
-
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
-        """Page the parameter's state in while backward goes on, if that cannot raise the peak of memory.
-
-        Only inside a closure that the optimizer was given: the last backward before a step, whatever is accumulated.
-        """
-        if not self._in_closure:
-            return
-        side = self._side = self._side or SideStream(parameter.device)
-        gradients_to_come = sum(p.nbytes for p in self._block_parameters() if p.grad is None)
-        if self.residency.device_bytes(parameter) + gradients_to_come > side.spare_bytes():
-            return
-
-        def copy_beside_backward(source: Tensor, dtype: torch.dtype) -> Tensor:
-            target = torch.empty_like(source, dtype=dtype, device=parameter.device)
-            with side.copying():
-                return target.copy_(source, non_blocking=True)
-
-        self.residency.page_in([parameter], copy_beside_backward)
+        self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -415,11 +394,8 @@ class HiFT:
             return None
 
         def closure_then_update() -> Any:
-            self._in_closure = True
-            try:
+            with self._prefetch.allowed():
                 result = closure()
-            finally:
-                self._in_closure = False
             self._begin_update()
             return result
 
@@ -436,8 +412,7 @@ class HiFT:
             return
         started = time.perf_counter()
         self.residency.page_in(self._block_parameters())
-        if self._side is not None:
-            self._side.join()
+        self._prefetch.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
 
     def _note_versions(self) -> None:
