@@ -1,13 +1,17 @@
 """What an optimizer does to parameters one by one and element by element, found out by trying it."""
 
+import contextlib
 import copy
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
@@ -37,8 +41,13 @@ def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe
         like: a parameter that it holds, for its param group and device.
         dtype: in which the optimizer will see weights and gradients.
     """
+    with _numbers_where(like) as device:
+        return _probe(optimizer, like, dtype, device)
+
+
+def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Probe:
     # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
-    count = torch.arange(1.0, ROWS * COLUMNS + 1, device=like.device).view(ROWS, COLUMNS)
+    count = torch.arange(1.0, ROWS * COLUMNS + 1, device=device).view(ROWS, COLUMNS)
     weights = (count * 0.7).sin()
     gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
 
@@ -70,13 +79,23 @@ def raw_step(optimizer: Optimizer) -> None:
         optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = hooks
 
 
+@contextlib.contextmanager
+def _numbers_where(like: Tensor) -> Iterator[torch.device]:
+    """The device on which the trial can run: that of a parameter, but the CPU while planning on fake tensors."""
+    if not isinstance(like, FakeTensor):
+        yield like.device
+        return
+    with _disable_current_modes():
+        yield torch.device("cpu")
+
+
 def _run(
     optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, weights: list[Tensor], gradients: list[list[Tensor]]
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
     settings = {key: value for key, value in group.items() if key != "params"}
-    parameters = [nn.Parameter(part.to(like.device, dtype, copy=True)) for part in weights]
+    parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
     if state := optimizer.state.get(like):  # built in the constructor (Adagrad), and expected by `step`
@@ -85,7 +104,7 @@ def _run(
     trial.param_groups = [{**settings, "params": parameters}]
     for parts in gradients:
         for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.to(like.device, dtype, copy=True)
+            parameter.grad = part.to(dtype, copy=True)
         raw_step(trial)
     after = trial.param_groups[0]
     if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
@@ -100,9 +119,10 @@ def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf.dim() == 0:
-            return leaf.clone()
+            return torch.zeros((), dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf.clone()
         shape = parameter.shape if leaf.shape == like.shape else leaf.shape
-        return torch.full(shape, leaf.flatten()[0].item(), dtype=leaf.dtype, device=parameter.device)
+        value = 0.0 if isinstance(leaf, FakeTensor) else leaf.flatten()[0].item()
+        return torch.full(shape, value, dtype=leaf.dtype, device=parameter.device)
 
     return tree_map(fit, state)
 

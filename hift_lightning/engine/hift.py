@@ -37,6 +37,8 @@ from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
+_SIXTEEN_BIT = {torch.bfloat16, torch.float16}
+
 
 class HiFT:
     """Trains all weights of a model while only one block of layers is active in any step.
@@ -100,7 +102,10 @@ class HiFT:
         self._trained = {name: self._parameters[name] for block in self.plan.blocks for name in block.parameters}
         if settings.master_weights:
             for parameter in self._trained.values():
-                self.residency.keep_master(parameter, parameter.detach())
+                if parameter.dtype in _SIXTEEN_BIT:
+                    self.residency.make_master_when_updated(parameter)
+                else:
+                    self.residency.keep_master(parameter, parameter.detach())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
@@ -339,7 +344,7 @@ class HiFT:
 
     def _check_that_masters_have_a_use(self) -> None:
         dtypes = {p.dtype for p in self._trained.values()}
-        if not dtypes <= {torch.bfloat16, torch.float16}:
+        if not dtypes <= _SIXTEEN_BIT:
             raise ConfigurationError(
                 f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
                 "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.tiers import ALL_ROWS, Buffer, Files, HostMemory, Tier
 
 # fp16 is not among them: its smallest number is far above Adam's second moments
@@ -95,7 +96,9 @@ class Residency:
         self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
         self._parked: set[Tensor] = set()
         self._last_parked: dict[Tensor, Any] = {}
+        self._mastered: set[Tensor] = set()
         self._masters: dict[Tensor, Buffer] = {}
+        self._unfinished_masters: dict[Tensor, Buffer] = {}
         self._copying_from: set[torch.device] = set()
         self.adopt_state()
 
@@ -188,6 +191,7 @@ class Residency:
 
         What is computed on in place (``offload="none"``, or host memory on a CPU device) stays as it is.
         """
+        self._unfinished_masters.clear()
         if self.offload == "none":
             return
         for parameter in parameters:
@@ -273,35 +277,61 @@ class Residency:
             parameter: the parameter, in whatever dtype it is computed with.
             weights: its values before rounding; they are kept in fp32.
         """
+        self._mastered.add(parameter)
         if parameter not in self._masters:
             self._masters[parameter] = self._tier.allocate(weights, torch.float32, parameter.device)
         self._masters[parameter].write(weights)
 
+    def make_master_when_updated(self, parameter: Tensor) -> None:
+        """Have a master from the first update on; until then the 16-bit weights, which were never rounded, are it."""
+        self._mastered.add(parameter)
+
+    def has_master(self, parameter: Tensor) -> bool:
+        """Whether the parameter is stepped through a master."""
+        return parameter in self._mastered
+
     def master(self, parameter: Tensor) -> Tensor | None:
-        """The parked master of a parameter as a host tensor, fp32."""
+        """The parked master of a parameter as a host tensor, fp32; ``None`` where there is none (yet)."""
         buffer = self._masters.get(parameter)
         return None if buffer is None else buffer.tensor
 
     def load_master(self, parameter: Tensor, rows: slice, place: Place | None = None) -> Tensor:
         """Rows of the master on the parameter's device, fp32; see :meth:`load`."""
+        place = place or _own_memory_on(parameter.device)
+        if parameter not in self._masters:
+            weights = parameter.detach()
+            return place(weights if rows == ALL_ROWS else weights[rows], torch.float32)
         source = self._masters[parameter].read(rows)
-        if parameter.device.type == "cpu" and self._tier.in_host_memory:
+        if self._steps_masters_in_place(parameter):
             return source
         self.bytes_paged_in += source.nbytes
-        return (place or _own_memory_on(parameter.device))(source, torch.float32)
+        return place(source, torch.float32)
 
-    def store_master(self, parameter: Tensor, values: Tensor, rows: slice) -> None:
-        """Park rows of the master."""
-        if parameter.device.type != "cpu" or not self._tier.in_host_memory:
-            self._masters[parameter].write(values, rows)
-            self.bytes_parked += values.nbytes
-            self._copying_from.add(parameter.device)
+    def store_master(self, parameter: Tensor, values: Tensor, rows: slice, *, last: bool) -> None:
+        """Park rows of the master; arguments as in :meth:`store`."""
+        if parameter not in self._masters:
+            if parameter not in self._unfinished_masters:
+                buffer = self._tier.allocate(parameter, torch.float32, parameter.device)
+                self._unfinished_masters[parameter] = buffer
+            buffer = self._unfinished_masters[parameter]
+            if last:
+                self._masters[parameter] = self._unfinished_masters.pop(parameter)
+        elif self._steps_masters_in_place(parameter):
+            return
+        else:
+            buffer = self._masters[parameter]
+        buffer.write(values, rows)
+        self.bytes_parked += values.nbytes
+        self._copying_from.add(parameter.device)
+
+    def _steps_masters_in_place(self, parameter: Tensor) -> bool:
+        return parameter.device.type == "cpu" and self._tier.in_host_memory
 
     def synchronize(self) -> None:
         """Wait until all that is parked has arrived, so that the host may read it."""
         for device in self._copying_from:
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize(device)
+            if (module := device_module(device)) is not None:
+                module.synchronize(device)
         self._copying_from.clear()
 
     def copies(self, parameter: Tensor) -> bool:

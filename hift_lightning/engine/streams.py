@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def device_module(device: torch.device) -> Any:
+    """``torch.cuda`` or the like; ``None`` for the CPU, and where torch has no module for this kind of device."""
+    return None if device.type == "cpu" else getattr(torch, device.type, None)
+
+
 class SideStream:
     """A stream for copies; on a device without streams everything happens in order anyway.
 
@@ -16,7 +21,7 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._module: Any = None if device.type == "cpu" else torch.get_device_module(device)
+        self._module = device_module(device)
         make_stream = getattr(self._module, "Stream", None) if hasattr(self._module, "stream") else None
         self._stream: Any = None if make_stream is None else make_stream(device=device)
 

@@ -127,7 +127,7 @@ class PieceUpdate:
                     "of at least that."
                 )
             return whole
-        master_bytes = 0 if self.residency.master(parameter) is None else 4
+        master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
         row = parameter.numel() // parameter.shape[0]
         bytes_of_row = row * (trial.state_bytes + master_bytes)
         rows = (half - _SLACK) // max(bytes_of_row, 1)
@@ -145,7 +145,7 @@ class PieceUpdate:
         return [Piece(parameter, slice(i, i + rows), last=i + rows >= parameter.shape[0]) for i in starts]
 
     def _probe(self, parameter: nn.Parameter) -> Probe:
-        dtype = parameter.dtype if self.residency.master(parameter) is None else torch.float32
+        dtype = torch.float32 if self.residency.has_master(parameter) else parameter.dtype
         key = (self._group_of[parameter], parameter.device, dtype)
         if key not in self._probes:
             self._probes[key] = probe(self.optimizer, parameter, dtype)
@@ -156,8 +156,9 @@ class PieceUpdate:
         share = 1.0
         if not piece.whole:
             share = len(range(*piece.rows.indices(piece.parameter.shape[0]))) / piece.parameter.shape[0]
-        master = self.residency.master(piece.parameter)
-        whole = self.residency.device_bytes(piece.parameter) + (0 if master is None else master.nbytes)
+        whole = self.residency.device_bytes(piece.parameter)
+        if self.residency.has_master(piece.parameter):
+            whole += piece.parameter.numel() * torch.float32.itemsize
         return math.ceil(whole * share)
 
     def _stream(self, pieces: list[Piece], window: int) -> None:
@@ -179,7 +180,7 @@ class PieceUpdate:
     def _load(self, piece: Piece, place: Place | None) -> tuple[nn.Parameter, Any]:
         """The parameter that the optimizer will step, and its state, on the device."""
         state = self.residency.load(piece.parameter, piece.rows, place)
-        if self.residency.master(piece.parameter) is not None:
+        if self.residency.has_master(piece.parameter):
             return nn.Parameter(self.residency.load_master(piece.parameter, piece.rows, place)), state
         return nn.Parameter(
             piece.parameter.detach()[piece.rows] if not piece.whole else piece.parameter.detach()
@@ -202,10 +203,10 @@ class PieceUpdate:
         for piece, weights, _ in loaded:
             parameter = piece.parameter
             weights.grad = None
-            if self.residency.master(parameter) is not None:
+            if self.residency.has_master(parameter):
                 target = parameter.detach() if piece.whole else parameter.detach()[piece.rows]
                 target.copy_(weights.detach())
-                self.residency.store_master(parameter, weights.detach(), piece.rows)
+                self.residency.store_master(parameter, weights.detach(), piece.rows, last=piece.last)
             if state := self.optimizer.state.pop(weights, None):
                 self.residency.store(parameter, state, piece.rows, last=piece.last)
             if piece.last:
