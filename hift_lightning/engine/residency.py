@@ -268,6 +268,15 @@ class Residency:
             self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
             self._parked.add(parameter)
 
+    def window(self, nbytes: int, device: torch.device) -> Tensor:
+        """Memory on the device for pieces of state and masters to take turns in; uint8.
+
+        Args:
+            nbytes: its size in bytes.
+            device: where the parameters are.
+        """
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
     # --- master weights ---------------------------------------------------------------------------------------------
 
     def keep_master(self, parameter: Tensor, weights: Tensor) -> None:

@@ -164,7 +164,8 @@ class PieceUpdate:
     def _stream(self, pieces: list[Piece], window: int) -> None:
         if not pieces:
             return
-        arena = _Arena(pieces[0].parameter.device, max(map(self._bytes, pieces)) + _SLACK, window)
+        device = pieces[0].parameter.device
+        arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window)
         loaded = self._load(pieces[0], arena.place(0))
         for i, piece in enumerate(pieces):
             current = loaded
@@ -233,14 +234,13 @@ class _Arena:
     own where the device has streams.
     """
 
-    def __init__(self, device: torch.device, piece_bytes: int, window: int) -> None:
+    def __init__(self, residency: Residency, device: torch.device, piece_bytes: int, window: int) -> None:
         self.holds_two = 2 * piece_bytes <= window
         self._piece_bytes = -(-piece_bytes // _ALIGNMENT) * _ALIGNMENT
         self._memory: Tensor | None = None
         self._side = SideStream(device)
         if device.type != "cpu" and piece_bytes > _SLACK:  # otherwise nothing is copied, or nothing is parked yet
-            size = self._piece_bytes * (1 + self.holds_two)
-            self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+            self._memory = residency.window(self._piece_bytes * (1 + self.holds_two), device)
 
     def place(self, turn: int) -> Place | None:
         """A function that copies host tensors, one after the other, into the part whose turn it is."""

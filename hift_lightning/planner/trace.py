@@ -1,0 +1,172 @@
+"""What is on the fake device, from one op to the next: bytes by role and phase, and FLOPs."""
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+Phase = Literal["forward", "backward", "update"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
+
+ROLES = (
+    "weights",
+    "gradients",
+    "optimizer state",
+    "masters",
+    "window",
+    "activations",
+    "logits",
+    "temporary",
+)
+"""What bytes on the device are for. ``window``: the memory through which `streamed` and `fused` page state and masters;
+``logits``: floating-point tensors as wide as the vocabulary; ``temporary``: what ops of backward and of the optimizer
+make for the moment."""
+
+
+@dataclass(eq=False)
+class _Allocation:
+    nbytes: int
+    role: str
+
+
+@dataclass
+class StepTrace:
+    """One optimizer step. Bytes are those in use on the device."""
+
+    peak_bytes: int = 0
+    peak_phase: Phase = "forward"
+    roles_at_peak: dict[str, int] = field(default_factory=dict)
+    phase_peaks: dict[str, int] = field(default_factory=dict)
+    timeline: list[tuple[Phase, int]] = field(default_factory=list)
+    """The most bytes in use in each of some stretches of the step, in order."""
+    bytes_after: int = 0
+    flops: int = 0
+
+
+class DeviceTrace(TorchDispatchMode):
+    """Follows every allocation on a device while it is on, from the tensors that ops return.
+
+    A number that is read from a tensor (`.item()`) is 1, since fake tensors have no values.
+
+    Args:
+        device: the device.
+        vocabulary: last dimension of a tensor that counts as logits; `None` if nothing does.
+    """
+
+    def __init__(self, device: torch.device, vocabulary: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._vocabulary = vocabulary
+        self._alive: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
+        self._events: list[tuple[int, _Allocation, Phase]] = []
+        self._at_begin: list[_Allocation] = []
+        self._flops = 0
+        self._role: str | None = None
+        self.phase: Phase = "forward"
+
+    def begin_step(self) -> None:
+        """From here on an optimizer step runs."""
+        self._events = []
+        self._at_begin = [allocation for _, allocation in self._alive.values()]
+        self._flops = 0
+
+    def end_step(self, stretches: int = 24) -> StepTrace:
+        """What has been seen since `begin_step`.
+
+        Args:
+            stretches: in which the timeline divides the step.
+        """
+        return _replay(self._at_begin, self._events, self._flops, stretches)
+
+    def mark(self, tensors: Iterable[Tensor], role: str) -> None:
+        """Say what tensors on the device are for, whenever they were made."""
+        for tensor in tensors:
+            if tensor.device == self._device:
+                self._allocation(tensor).role = role
+
+    @contextlib.contextmanager
+    def made_as(self, role: str) -> Iterator[None]:
+        """Within it, what is made on the device has this role."""
+        before, self._role = self._role, role
+        try:
+            yield
+        finally:
+            self._role = before
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == self._device:
+            # a host tensor whose value torch happens to know would really be copied there
+            args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
+        try:
+            result = func(*args, **kwargs)
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return 1.0 if args[0].is_floating_point() else 1
+        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self._flops += formula(*args, **kwargs, out_val=result)
+        for leaf in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(leaf, Tensor) and leaf.device == self._device:
+                self._allocation(leaf)
+        return result
+
+    def _allocation(self, tensor: Tensor) -> _Allocation:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._alive:
+            return self._alive[key][1]
+        allocation = _Allocation(storage.nbytes(), self._role or self._role_of(tensor))
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self._events.append((-allocation.nbytes, allocation, self.phase))
+
+        self._alive[key] = (weakref.ref(storage, freed), allocation)
+        self._events.append((allocation.nbytes, allocation, self.phase))
+        return allocation
+
+    def _role_of(self, tensor: Tensor) -> str:
+        wide = tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary and tensor.is_floating_point()
+        if wide and self.phase != "update":
+            return "logits"
+        return "activations" if self.phase == "forward" else "temporary"
+
+
+def _replay(
+    at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int, stretches: int
+) -> StepTrace:
+    """Go through a step again, now that the role of each allocation is known."""
+    trace = StepTrace(flops=flops)
+    in_use = sum(allocation.nbytes for allocation in at_begin)
+    length = max(1, len(events) // stretches)
+    highest, peak_at = 0, 0
+    for i, (change, _, phase) in enumerate(events):
+        in_use += change
+        highest = max(highest, in_use)
+        trace.phase_peaks[phase] = max(trace.phase_peaks.get(phase, 0), in_use)
+        if in_use > trace.peak_bytes:
+            trace.peak_bytes, trace.peak_phase, peak_at = in_use, phase, i
+        ends_phase = i + 1 == len(events) or events[i + 1][2] != phase
+        if (i + 1) % length == 0 or ends_phase:
+            trace.timeline.append((phase, highest))
+            highest = in_use
+    trace.bytes_after = in_use
+    roles: Counter[str] = Counter()
+    for allocation in at_begin:
+        roles[allocation.role] += allocation.nbytes
+    for change, allocation, _ in events[: peak_at + 1]:
+        roles[allocation.role] += change
+    trace.roles_at_peak = {role: roles[role] for role in ROLES if roles[role]}
+    return trace

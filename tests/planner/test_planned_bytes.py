@@ -1,0 +1,138 @@
+"""The planner's peak against the bytes that the same run takes on the simulated accelerator."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader
+
+from hift_lightning import HiFTStrategy
+from hift_lightning.engine.residency import parameters_stay_themselves
+from hift_lightning.planner import plan
+from tests import simulated_accelerator as sim
+
+pytestmark = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
+
+BATCH, LENGTH = 2, 64
+SIZES = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+DECODERS = {
+    "llama": transformers.LlamaConfig(**SIZES, intermediate_size=352, num_key_value_heads=2, use_cache=False),
+    "gpt2": transformers.GPT2Config(vocab_size=512, n_embd=128, n_layer=4, n_head=4, n_positions=64, attn_pdrop=0.0),
+    "opt": transformers.OPTConfig(
+        **SIZES, ffn_dim=512, word_embed_proj_dim=128, max_position_embeddings=64, attention_dropout=0.0
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, intermediate_size=352, num_key_value_heads=2, head_dim=32),
+    "gemma2": transformers.Gemma2Config(**SIZES, intermediate_size=352, num_key_value_heads=2, head_dim=32),
+}
+
+
+class Module(L.LightningModule):
+    def __init__(self, family: str, optimizer: str = "AdamW"):
+        super().__init__()
+        torch.manual_seed(0)
+        if family == "roberta":
+            config = transformers.RobertaConfig(**SIZES, intermediate_size=512, num_labels=2)
+            self.network = transformers.RobertaForSequenceClassification(config)
+        else:
+            self.network = transformers.AutoModelForCausalLM.from_config(DECODERS[family])
+        self.optimizer = optimizer
+
+    def training_step(self, batch, batch_idx):
+        loss = self.network(**batch).loss
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        arguments = {"SGD": {"lr": 1e-3, "momentum": 0.9}}.get(self.optimizer, {"lr": 1e-3})
+        return getattr(torch.optim, self.optimizer)(self.parameters(), **arguments)
+
+
+class Peak(Callback):
+    """Most bytes in use on the simulated accelerator in any step from the second cycle on."""
+
+    def __init__(self, after: int):
+        self.after, self.bytes = after, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.after:
+            sim.reset_peak_memory_stats()
+
+    def on_train_end(self, trainer, pl_module):
+        self.bytes = sim.max_memory_allocated()
+
+
+@dataclass
+class Case:
+    family: str = "llama"
+    optimizer: str = "AdamW"
+    precision: str = "32-true"
+    strategy: dict[str, Any] | None = field(default_factory=dict)
+    """Arguments of `HiFTStrategy`; `None` for full fine-tuning."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self):
+        words = [self.family, self.optimizer, self.precision]
+        words += ["full"] if self.strategy is None else [f"{k}={v}" for k, v in self.strategy.items()]
+        return " ".join([*words, *(f"{k}={v}" for k, v in self.trainer.items())])
+
+
+CASES = [
+    Case(),
+    Case(strategy=None),
+    Case(strategy={"update": "streamed", "window": "64KiB"}),
+    Case(strategy={"update": "fused", "window": "64KiB", "activation_checkpointing": True}),
+    Case(strategy={"update": "streamed", "activation_checkpointing": True, "group_size": 2}),
+    Case(precision="bf16-true", strategy={"update": "streamed", "window": "64KiB", "master_weights": True}),
+    Case(precision="bf16-true", strategy={"master_weights": True}),
+    Case(precision="bf16-mixed"),
+    Case(precision="bf16-mixed", strategy=None),
+    Case(precision="bf16-mixed", strategy={"activation_checkpointing": True}),
+    Case(trainer={"accumulate_grad_batches": 3, "gradient_clip_val": 1.0}),
+    Case("gpt2", "SGD"),
+    Case("opt", "Adafactor"),
+    Case("qwen3", "Adagrad", strategy={"update": "streamed"}),
+    Case("gemma2", "RMSprop", strategy={"order": "random"}),
+    Case("roberta", strategy={"group_size": 3, "order": "bottom2up"}),
+    Case("roberta", "SGD", "16-true", strategy={"master_weights": True, "activation_checkpointing": True}),
+]
+
+
+def batch_of(family):
+    tokens = torch.randint(3, 500, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(BATCH, dtype=torch.long) if family == "roberta" else tokens
+    return {"input_ids": tokens, "labels": labels}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_planned_peak_is_that_on_the_simulated_accelerator(case):
+    module = Module(case.family, case.optimizer)
+    strategy = "full" if case.strategy is None else HiFTStrategy(**case.strategy)
+    planned = plan(module, strategy, batch_of(case.family), precision=case.precision, **case.trainer)
+
+    sim.load()
+    before = sim.memory_allocated()
+    batches = case.trainer.get("accumulate_grad_batches", 1)
+    cycle = len(planned.blocks) * batches
+    peak = Peak(after=cycle)
+    trainer = L.Trainer(
+        accelerator="sim",
+        devices=1,
+        strategy=SingleDeviceStrategy("sim:0") if strategy == "full" else HiFTStrategy(**case.strategy),
+        precision=case.precision,
+        max_steps=2 * len(planned.blocks),
+        callbacks=[peak],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **case.trainer,
+    )
+    with parameters_stay_themselves(torch.device("sim")):
+        trainer.fit(module, DataLoader([batch_of(case.family)] * (2 * cycle), batch_size=None))
+    counted = peak.bytes - before
+    assert planned.peak_bytes == pytest.approx(counted, rel=0.001)
