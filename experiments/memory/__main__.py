@@ -25,11 +25,11 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tables = (PEAKS, CAP, DEPTH, OFFLOAD, step_time(arguments.cycles))
-    known = {name for table in tables for name in (table.file, *table.rows)}
+    known = {name for table in tables for name in (table.path.name, *table.rows)}
     if unknown := sorted(set(arguments.only) - known):
         parser.error(f"--only: {', '.join(unknown)} is not among {'; '.join(sorted(known))}")
     for table in tables:
-        whole = not arguments.only or table.file in arguments.only
+        whole = not arguments.only or table.path.name in arguments.only
         table.complete(table.rows if whole else arguments.only, arguments.again)
 
     text = summary(*(table.load() for table in tables))

@@ -1,12 +1,9 @@
-"""Bytes on the simulated accelerator in each phase of a step, bytes moved, and FLOPs."""
+"""Bytes on the simulated accelerator in each phase of a step, and bytes moved."""
 
-import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tests import simulated_accelerator as sim
 
@@ -69,27 +66,3 @@ class Meter:
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products, attention's included.
-
-    torch knows no formula for the attention kernel of the CPU, which the simulated accelerator takes. Its backward
-    counts as twice the forward, as for any matrix product; what the kernel computes anew inside is left out.
-    """
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        },
-    )
-
-
-def _attention_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
-    return 4 * math.prod(query) * key[-2]  # two products, of two FLOPs for each multiplication
-
-
-def _attention_backward_flops(gradient: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
-    return 2 * _attention_flops(query, key)

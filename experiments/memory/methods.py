@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from experiments.memory import peers
-from experiments.memory.meter import Meter, StepBytes, flop_counter, nbytes
+from experiments.memory.meter import Meter, StepBytes, nbytes
 from experiments.memory.task import LanguageModel, Task
 from hift_lightning import HiFTStrategy
 from tests import simulated_accelerator as sim
@@ -49,8 +49,6 @@ class Method:
     checkpointing: bool = False
     rotates: bool = False
     """Whether steps differ, so that FLOPs are counted over a whole cycle instead of over one step."""
-    chunked_loss: bool = False
-    """With `strategy`: see `LanguageModel`. torch cannot count the FLOPs of that loss, so none are given."""
     remark: str = ""
 
     def run(self, task: Task, steps: int | None = None, cap: float | None = None, meter: Meter | None = None) -> Run:
@@ -66,7 +64,7 @@ class Method:
         gc.collect()
         meter = meter or Meter()
         measured = MEASURED_CYCLES * task.cycle if steps is None else steps
-        counted = 0 if steps is not None or self.chunked_loss else task.cycle if self.rotates else 1
+        counted = 0 if steps is not None else task.cycle if self.rotates else 1
         with _memory_cap(cap, task):
             if self.strategy is not None:
                 return _under_trainer(self, task, measured, counted, meter)
@@ -98,7 +96,7 @@ class _TellMeter(Callback):
         if batch_idx < self.measured:
             self.meter.begin_step(batch)
         else:
-            self._counter = flop_counter()
+            self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()  # type: ignore[no-untyped-call]
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,7 +114,7 @@ class _TellMeter(Callback):
 
 def _under_trainer(method: Method, task: Task, measured: int, counted: int, meter: Meter) -> Run:
     assert method.strategy is not None
-    module = LanguageModel(task, method.chunked_loss)
+    module = LanguageModel(task)
     weights = nbytes(module.parameters())
     tell = _TellMeter(meter, measured)
     trainer = L.Trainer(
@@ -159,7 +157,7 @@ def _in_plain_loop(method: Method, task: Task, measured: int, counted: int, mete
         meter.end_step()
     for batch in batches[measured:]:
         tokens = batch.to("sim")
-        with flop_counter() as counter:
+        with FlopCounterMode(display=False) as counter:
             peer.begin()
             peer.backward(peer.model(input_ids=tokens, labels=tokens).loss)
             peer.update()
@@ -174,12 +172,6 @@ OURS = {
     "block": Method({"update": "block"}, rotates=True),
     "streamed": Method({"update": "streamed", **_WINDOW}, rotates=True),
     "streamed, checkpointing": Method({"update": "streamed", **_WINDOW}, checkpointing=True, rotates=True),
-    "streamed, chunked loss": Method(
-        {"update": "streamed", **_WINDOW},
-        rotates=True,
-        chunked_loss=True,
-        remark="loss by torch's `linear_cross_entropy`, in pieces; FLOPs as `streamed`",
-    ),
     "fused": Method({"update": "fused", **_WINDOW}, rotates=True),
     "fused, checkpointing": Method({"update": "fused", **_WINDOW}, checkpointing=True, rotates=True),
     "masters, streamed": Method(_MASTERS, bf16=True, rotates=True),

@@ -8,7 +8,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from experiments.memory.methods import OURS
-from experiments.memory.summary import Rows, in_weights, peak
+from experiments.memory.summary import in_weights, peak
+from experiments.table import Rows
 
 
 def plot(rows: Rows, path: Path) -> None:
@@ -23,7 +24,7 @@ def plot(rows: Rows, path: Path) -> None:
             in_weights(measured[name], "to_device_bytes") + in_weights(measured[name], "to_host_bytes")
             for name in names
         ],
-        "GFLOP per step": [float(measured[name]["gflop"] or "nan") for name in names],
+        "GFLOP per step": [float(measured[name]["gflop"]) for name in names],
     }
     figure, axes = pyplot.subplots(1, len(panels), sharey=True, figsize=(16, 1.5 + 0.26 * len(names)))
     for axis, (title, values) in zip(axes, panels.items(), strict=True):

@@ -1,17 +1,15 @@
 """The tables as Markdown."""
 
-from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from experiments.memory.cap import CAP
 from experiments.memory.methods import METHODS, OURS
-from experiments.memory.tables import Row
 from experiments.memory.task import Task
+from experiments.table import Row, Rows, markdown
 
 TARGETS = {
     "block": 1.25,
     "streamed": 1.15,
-    "streamed, chunked loss": 1.15,
     "streamed, checkpointing": 1.10,
     "fused, checkpointing": 1.06,
     "masters, streamed": 0.60,
@@ -20,8 +18,6 @@ TARGETS = {
 """The most that the peak may be, in multiples of the fp32 weights."""
 
 PACKAGES = ("badam", "galore-torch", "apollo-torch", "adam-mini", "lomo-optim", "peft", "transformers", "torch")
-
-Rows = dict[str, Row]
 
 
 def peak(row: Row) -> float:
@@ -49,7 +45,7 @@ def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows, step_time: Rows)
         "## Bytes on the device and FLOPs",
         *_peaks(peaks),
         f"## A device with {CAP} P",
-        _table(["method", "", "losses"], [[name, row["outcome"], row["losses"]] for name, row in cap.items()]),
+        markdown(["method", "", "losses"], [[name, row["outcome"], row["losses"]] for name, row in cap.items()]),
         "## Bytes that the update needs, by depth",
         *_depth(depth),
         '## Host memory: `offload="cpu"` and `offload=<folder>`',
@@ -65,11 +61,6 @@ def _version(package: str) -> str:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
         return f"{package} is not installed"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _peaks(rows: Rows) -> list[str]:
@@ -89,7 +80,7 @@ def _peaks(rows: Rows) -> list[str]:
                 f"{in_weights(row, 'left_bytes'):.4f}",
                 f"{in_weights(row, 'to_device_bytes'):.4f}",
                 f"{in_weights(row, 'to_host_bytes'):.4f}",
-                f"{float(row['gflop']):.2f}" if row["gflop"] else "",
+                f"{float(row['gflop']):.2f}",
                 f"{float(row['first_loss']):.4f} → {float(row['loss_of_last_cycle']):.4f}",
                 row["note"],
             ]
@@ -111,7 +102,8 @@ def _peaks(rows: Rows) -> list[str]:
         '`master_weights=True`. The others run in plain loops. "Left between steps" is what is on the device beside '
         "the model's weights: optimizer state, copies of weights, adapters. Bytes moved leave the batch out. Memory is "
         "the most over all steps of two cycles, bytes moved are the mean of the second, FLOPs (matrix products, "
-        "attention included) are counted after that."
+        "attention included) are counted after that. Attention is eager in every row, since at this length it keeps "
+        "fewer fp32 activations for backward than torch's fused kernel."
     )
     peers = (
         "The packages run as they are on PyPI, with nothing replaced (`bitsandbytes` is there since GaLore and APOLLO "
@@ -122,10 +114,9 @@ def _peaks(rows: Rows) -> list[str]:
     )
     peak_of_streamed = (
         "`streamed` has its peak in the backward of the loss, at the turn of the lowest layer: all activations above "
-        "it are held, beside three tensors of the logits' size. The rotation by hand has the same peak. Without those "
-        "tensors, as with `chunked loss`, the peak moves to the backward of the topmost MLP."
+        "it are held, beside three tensors of the logits' size. The rotation by hand has the same peak."
     )
-    return [legend, peers, _table(head, lines), peak_of_streamed, *_without_state(measured)]
+    return [legend, peers, markdown(head, lines), peak_of_streamed, *_without_state(measured)]
 
 
 def _without_state(measured: Rows) -> list[str]:
@@ -173,13 +164,13 @@ def _depth(rows: Rows) -> list[str]:
         ]
         for name, row in rows.items()
     ]
-    return [legend, _table(head, lines)]
+    return [legend, markdown(head, lines)]
 
 
 def _offload(rows: Rows) -> list[str]:
     columns = ("RssAnon", "RssFile", "RssShmem", "parked_bytes")
     lines = [[name, *(f"{int(row[column]):,}" for column in columns)] for name, row in rows.items()]
-    found = [_table(["`offload`", "RssAnon", "RssFile", "RssShmem", "parked"], lines)]
+    found = [markdown(["`offload`", "RssAnon", "RssFile", "RssShmem", "parked"], lines)]
     if rows.keys() >= {"cpu", "folder"}:
         difference = int(rows["cpu"]["RssAnon"]) - int(rows["folder"]["RssAnon"])
         parked = int(rows["cpu"]["parked_bytes"])
@@ -205,5 +196,5 @@ def _step_time(rows: Rows) -> list[str]:
             ]
             for update in ("block", "streamed", "fused")
         ]
-        found += [legend, _table(["update", "ms per step", "fastest to slowest cycle", "of `block`"], lines)]
+        found += [legend, markdown(["update", "ms per step", "fastest to slowest cycle", "of `block`"], lines)]
     return found

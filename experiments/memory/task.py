@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import lightning as L
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LEARNING_RATE = 1e-4
@@ -38,6 +37,7 @@ class Task:
             vocab_size=self.vocabulary,
             max_position_embeddings=self.length,
             use_cache=False,
+            attn_implementation="eager",  # type: ignore[call-arg]
         )
         return LlamaForCausalLM(config)
 
@@ -49,40 +49,23 @@ class Task:
     def __str__(self) -> str:
         return (
             f"LLaMA of {self.layers} layers, width {self.width}, MLP width {self.intermediate}, {self.heads} heads, "
-            f"vocabulary {self.vocabulary}, random weights, AdamW, batch {self.batch} x {self.length}"
+            f"vocabulary {self.vocabulary}, random weights, eager attention, AdamW, batch {self.batch} x {self.length}"
         )
 
 
 class LanguageModel(L.LightningModule):
-    """The task under Lightning.
+    """The task under Lightning."""
 
-    Args:
-        task: what.
-        chunked_loss: compute head and loss with `torch.nn.functional.linear_cross_entropy` (torch 2.13), which never
-            has all logits in memory; its value is that of transformers' loss.
-    """
-
-    def __init__(self, task: Task, chunked_loss: bool = False) -> None:
+    def __init__(self, task: Task) -> None:
         super().__init__()
         self.model = task.model()
-        self.chunked_loss = chunked_loss
         self.losses: list[float] = []
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        loss = self._chunked_loss(tokens) if self.chunked_loss else self.model(input_ids=tokens, labels=tokens).loss
+        loss = self.model(input_ids=tokens, labels=tokens).loss
         assert isinstance(loss, Tensor)
         self.losses.append(loss.item())
         return loss
-
-    def _chunked_loss(self, tokens: Tensor) -> Tensor:
-        hidden = self.model.model(input_ids=tokens).last_hidden_state
-        following = functional.pad(tokens, (0, 1), value=-100)[:, 1:]
-        return functional.linear_cross_entropy(
-            hidden.flatten(0, 1),
-            self.model.lm_head.weight,
-            following.flatten(),
-            options=torch.nn.LinearCrossEntropyOptions(),
-        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hift_lightning import HiFTStrategy
-from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
 
 
 class CountsSaved(SmallTransformer):
@@ -33,17 +33,14 @@ class CountsSaved(SmallTransformer):
         return loss
 
 
-def fit(module, **arguments):
-    trainer(HiFTStrategy(order="bottom2up", **arguments)).fit(module, loader(make_batches(2 * (module_layers(module)))))
+def fit(device, module, **arguments):
+    trainer_ = trainer(HiFTStrategy(order="bottom2up", **arguments), accelerator=device.type, devices=1)
+    trainer_.fit(module, loader(make_batches(2 * (len(module.layers) + 2))))
     return module
 
 
-def module_layers(module):
-    return len(module.layers) + 2
-
-
-def test_layers_below_the_active_block_run_without_a_graph():
-    module = fit(CountsSaved(depth=4))
+def test_layers_below_the_active_block_run_without_a_graph(any_device):
+    module = fit(any_device, CountsSaved(depth=4))
     for step, graphs in enumerate(module.graphs):
         active = step % 6  # embeddings, four layers, head
         assert graphs == [(index, index + 1 >= active) for index in range(4)]
@@ -51,15 +48,16 @@ def test_layers_below_the_active_block_run_without_a_graph():
     assert module.saved[5] < module.saved[0] / 4
 
 
-def test_checkpointing_changes_nothing_but_what_is_kept():
-    plain, checkpointed = fit(CountsSaved()), fit(CountsSaved(), activation_checkpointing=True)
+def test_checkpointing_changes_nothing_but_what_is_kept(any_device):
+    plain = fit(any_device, CountsSaved())
+    checkpointed = fit(any_device, CountsSaved(), activation_checkpointing=True)
     assert checkpointed.losses == plain.losses
     for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(p, q)
     assert checkpointed.saved[0] < plain.saved[0] / 2
 
 
-def test_checkpointing_never_reaches_below_the_active_block():
+def test_checkpointing_never_reaches_below_the_active_block(any_device):
     class CountsCalls(SmallTransformer):
         def __init__(self):
             super().__init__()
@@ -71,10 +69,9 @@ def test_checkpointing_never_reaches_below_the_active_block():
             self.calls.append([])
             return super().training_step(batch, batch_idx)
 
-    module = CountsCalls()
-    trainer(HiFTStrategy(order="bottom2up", activation_checkpointing=True)).fit(module, loader(make_batches(LAYERS)))
+    module = fit(any_device, CountsCalls(), activation_checkpointing=True)
     again = [sorted(calls[2:]) for calls in module.calls]  # what ran a second time, in backward
-    assert again == [[0, 1], [0, 1], [1], []]
+    assert again == [[0, 1], [0, 1], [1], []] * 2
 
 
 @pytest.mark.parametrize("raises", [False, True])

@@ -1,4 +1,4 @@
-"""Out of memory, forced by lowering the device's cap in each phase of a step."""
+"""Out of memory, forced by capping the device in each phase of a step."""
 
 import gc
 
@@ -10,43 +10,31 @@ from hift_lightning.engine.residency import parameters_stay_themselves
 from tests import simulated_accelerator as sim
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
-pytestmark = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
 UPDATES = ["block", "streamed"]
 FAILS_AT = LAYERS + 1
-
-
-@pytest.fixture(autouse=True)
-def no_cap_afterwards():
-    sim.load()
-    yield
-    sim.set_memory_cap(None)
-
-
-def cap_here(spare=0):
-    gc.collect()
-    sim.set_memory_cap(sim.memory_allocated() + spare)
 
 
 class PlainLoop:
     """A loop on the device that can be made to fail in a phase of a step."""
 
-    def __init__(self, update):
+    def __init__(self, device, update):
+        self.device = device
         self.model = SmallTransformer()
-        with parameters_stay_themselves(torch.device("sim")):
-            self.model.to("sim")
+        with parameters_stay_themselves(torch.device(device.type)):
+            self.model.to(device.type)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, foreach=False)
         self.hift = HiFT(self.model, self.optimizer, HiFTSettings(update=update, window="6KiB"))
 
     def step(self, batch, phase=None):
-        batch = [tensor.to("sim") for tensor in batch]
+        batch = [tensor.to(self.device.type) for tensor in batch]
         if phase == "forward":
-            cap_here()
+            self.device.cap_here()
         loss = self.model.loss(batch)
         if phase == "backward":
-            cap_here()
+            self.device.cap_here()
         loss.backward()
         if phase == "page in":
-            cap_here()
+            self.device.cap_here()
         self.optimizer.step()
 
     def snapshot(self):
@@ -71,8 +59,8 @@ def assert_same(left, right):
 
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("phase", ["forward", "backward", "page in"])
-def test_before_the_update_it_is_as_if_the_step_had_not_begun(update, phase):
-    failing, straight = PlainLoop(update), PlainLoop(update)
+def test_before_the_update_it_is_as_if_the_step_had_not_begun(device, update, phase):
+    failing, straight = PlainLoop(device, update), PlainLoop(device, update)
     batches = make_batches(2 * LAYERS + 2)
     small = [tensor[:2] for tensor in batches[FAILS_AT]]
     with straight.hift, failing.hift:
@@ -84,7 +72,7 @@ def test_before_the_update_it_is_as_if_the_step_had_not_begun(update, phase):
             before = failing.snapshot()
             with pytest.raises(torch.OutOfMemoryError):
                 failing.step(batch, phase)
-            sim.set_memory_cap(None)
+            device.no_cap()
             failing.hift.settle()
             assert failing.hift.updates == FAILS_AT
             assert_same(failing.snapshot(), before)
@@ -94,9 +82,13 @@ def test_before_the_update_it_is_as_if_the_step_had_not_begun(update, phase):
 
 
 class FailsInStep(torch.optim.AdamW):
-    """Lowers the cap when its own step has begun."""
+    """Caps the device when its own step has begun."""
 
     fail_at = None
+
+    def __init__(self, parameters, device):
+        super().__init__(parameters, lr=1e-2)
+        self.device = device
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -108,15 +100,15 @@ class FailsInStep(torch.optim.AdamW):
         if busy and self.calls == self.fail_at:
             with_gradient = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
             with_gradient[0].add_(1.0)  # what it would have done before memory ran out
-            cap_here()
-            torch.empty(10_000, device="sim")
+            self.device.cap_here()
+            torch.empty(10_000, device=self.device.type)
         return super().step()
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_are_named(update, tmp_path):
+def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_are_named(device, update):
     def make(parameters):
-        optimizer = FailsInStep(parameters, lr=1e-2)
+        optimizer = FailsInStep(parameters, device)
         optimizer.fail_at = LAYERS + 1 if update == "block" else None
         return optimizer
 
@@ -129,10 +121,10 @@ def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_ar
                 optimizer.fail_at = optimizer.calls + 1 if update == "streamed" else optimizer.fail_at
 
     module = Fails(make)
-    trainer_ = trainer(HiFTStrategy(update=update, window="6KiB"), accelerator="sim", devices=1)
+    trainer_ = trainer(HiFTStrategy(update=update, window="6KiB"), accelerator=device.type, devices=1)
     with pytest.raises(torch.OutOfMemoryError, match=r"the weights of .* have changed") as failure:
         trainer_.fit(module, loader(make_batches(2 * LAYERS)))
-    sim.set_memory_cap(None)
+    device.no_cap()
     changed = [name for name, p in module.named_parameters() if not torch.equal(p, module.weights[name])]
     assert changed
     assert all(name in str(failure.value) for name in changed)
@@ -140,7 +132,7 @@ def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_ar
     assert trainer_.strategy.hift.updates == LAYERS
 
 
-def test_fused_names_the_weights_it_has_touched_and_keeps_the_last_parked_state_of_the_others():
+def test_fused_names_the_weights_it_has_touched_and_keeps_the_last_parked_state_of_the_others(device):
     class Fails(SmallTransformer):
         def on_before_backward(self, loss):
             if self.trainer.global_step == LAYERS:
@@ -150,14 +142,14 @@ def test_fused_names_the_weights_it_has_touched_and_keeps_the_last_parked_state_
                 self.optimizer_to_fail.fail_at = self.optimizer_to_fail.calls + 2  # the second piece
 
     def make(parameters):
-        module.optimizer_to_fail = FailsInStep(parameters, lr=1e-2)
+        module.optimizer_to_fail = FailsInStep(parameters, device)
         return module.optimizer_to_fail
 
     module = Fails(make)
-    trainer_ = trainer(HiFTStrategy(update="fused", window="6KiB"), accelerator="sim", devices=1)
+    trainer_ = trainer(HiFTStrategy(update="fused", window="6KiB"), accelerator=device.type, devices=1)
     with pytest.raises(torch.OutOfMemoryError, match=r"the weights of .* have changed") as failure:
         trainer_.fit(module, loader(make_batches(2 * LAYERS)))
-    sim.set_memory_cap(None)
+    device.no_cap()
     changed = [name for name, p in module.named_parameters() if not torch.equal(p, module.weights[name])]
     assert len(changed) == 2
     assert all(name in str(failure.value) for name in changed)
@@ -169,45 +161,44 @@ def test_fused_names_the_weights_it_has_touched_and_keeps_the_last_parked_state_
 
 
 @pytest.mark.parametrize("update", UPDATES)
-def test_parking_needs_no_device_memory(update):
-    capped, free = PlainLoop(update), PlainLoop(update)
-    handle = capped.optimizer.register_step_post_hook(lambda *_: cap_here())  # before the engine's own hook
+def test_parking_needs_no_device_memory(device, update):
+    capped, free = PlainLoop(device, update), PlainLoop(device, update)
+    handle = capped.optimizer.register_step_post_hook(lambda *_: device.cap_here())  # before the engine's own hook
     with capped.hift, free.hift:
         for batch in make_batches(2 * LAYERS):
-            sim.set_memory_cap(None)
             capped.step(batch)
-            sim.set_memory_cap(None)
+            device.no_cap()
             free.step(batch)
     handle.remove()
     assert_same(capped.snapshot(), free.snapshot())
 
 
-def test_after_it_under_the_trainer_a_checkpoint_is_complete_and_fit_goes_on_from_it(tmp_path):
+def test_after_it_under_the_trainer_a_checkpoint_is_complete_and_fit_goes_on_from_it(device, tmp_path):
     class Fails(SmallTransformer):
         armed = True
 
         def on_before_backward(self, loss):
             if self.armed and self.trainer.global_step == FAILS_AT:
-                cap_here()
+                device.cap_here()
 
     batches = make_batches(2 * LAYERS)
     module = Fails()
-    trainer_ = trainer(HiFTStrategy(), accelerator="sim", devices=1)
+    trainer_ = trainer(HiFTStrategy(), accelerator=device.type, devices=1)
     with pytest.raises(torch.OutOfMemoryError):
         trainer_.fit(module, loader(batches))
-    sim.set_memory_cap(None)
+    device.no_cap()
     trainer_.save_checkpoint(tmp_path / "after.ckpt")
     saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
     assert saved["hift"]["engines"][0]["updates"] == FAILS_AT
 
     module.armed = False
-    again = trainer(HiFTStrategy(), accelerator="sim", devices=1, max_steps=2 * LAYERS, max_epochs=-1)
+    again = trainer(HiFTStrategy(), accelerator=device.type, devices=1, max_steps=2 * LAYERS, max_epochs=-1)
     smaller = [[tensor[:2] for tensor in batch] for batch in batches]
     again.fit(module, loader(smaller), ckpt_path=tmp_path / "after.ckpt")
     assert again.strategy.hift.updates == 2 * LAYERS
 
 
-def test_under_a_cap_that_full_fine_tuning_exceeds_the_run_is_the_same():
+def test_under_a_cap_that_full_fine_tuning_exceeds_the_run_is_the_same(sim_device):
     free = SmallTransformer()
     trainer(HiFTStrategy(update="streamed"), accelerator="sim", devices=1).fit(free, loader(make_batches(2 * LAYERS)))
     weights = sum(p.nbytes for p in free.parameters())

@@ -1,6 +1,8 @@
 """``offload=<folder>`` under the Trainer: faults stop the run with a clear error, and nothing good is lost."""
 
+import errno
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -44,9 +46,56 @@ def test_a_lost_file_stops_the_run_with_the_weights_intact_and_the_checkpoint_us
     for name, p in module.named_parameters():
         assert torch.equal(p, module.weights[name]), name
 
-    resumed = trainer(HiFTStrategy(offload="cpu"), max_steps=2 * LAYERS, max_epochs=-1)
-    resumed.fit(SmallTransformer(), loader(make_batches(2 * LAYERS)), ckpt_path=checkpoint.best_model_path)
-    assert resumed.strategy.hift.updates == 2 * LAYERS
+    assert_goes_on_from(checkpoint.best_model_path, HiFTStrategy(offload="cpu", update=update))
+
+
+def assert_goes_on_from(path, strategy):
+    """A run that resumes from the checkpoint ends as one that has never stopped."""
+    batches = make_batches(2 * LAYERS)
+    done = torch.load(path, weights_only=True)["global_step"]
+    resumed, straight = SmallTransformer(), SmallTransformer()
+    to_come = loader(
+        batches[done:] + batches[:done]
+    )  # Lightning takes the rest of an epoch from the loader's beginning
+    trainer(strategy).fit(resumed, to_come, ckpt_path=path)
+    trainer().fit(straight, loader(batches))
+    for (name, p), q in zip(resumed.named_parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.fixture
+def file_size_limit():
+    """A function that limits the size of files: beyond it the kernel refuses room, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if nbytes is None else nbytes, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_a_full_disk_stops_the_run_with_whole_weights_and_the_checkpoint_usable(update, file_size_limit, tmp_path):
+    full_at = 2  # the turn of the lower layer, which has no file yet
+    folder = tmp_path / "parked"
+    folder.mkdir()
+
+    class FillsDisk(SmallTransformer):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == full_at:
+                file_size_limit(2500)  # bytes; the first moment of the first matrix has 3072
+                self.weights = {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    module = FillsDisk()
+    checkpoint = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1)
+    trainer_ = trainer(HiFTStrategy(offload=folder, update=update), callbacks=[checkpoint], enable_checkpointing=True)
+    with pytest.raises(OSError, match=r"no room for 3,072 bytes of parked state.*hift-parked-.*\.bin") as failure:
+        trainer_.fit(module, loader(make_batches(2 * LAYERS)))
+    file_size_limit(None)
+    assert failure.value.errno == errno.EFBIG
+
+    stepped = SmallTransformer()
+    trainer(max_steps=full_at + 1, max_epochs=-1).fit(stepped, loader(make_batches(2 * LAYERS)))
+    for (name, p), q in zip(module.named_parameters(), stepped.parameters(), strict=True):
+        assert torch.equal(p, q) or torch.equal(p, module.weights[name]), name  # updated, or not yet
+    assert_goes_on_from(checkpoint.best_model_path, HiFTStrategy(offload=folder, update=update))
 
 
 def test_files_are_gone_after_the_run(tmp_path):

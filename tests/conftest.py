@@ -1,0 +1,44 @@
+"""Fixtures that give a test its device (see ``tests/devices.py``), or skip it where there is no such device."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.devices import DEVICES, Device
+
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a CUDA device, its tests are left out unless `-m` names them; then they are skipped with the reason."""
+    if torch.cuda.is_available() or "cuda" in config.option.markexpr:
+        return
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cuda")])
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+
+
+@pytest.fixture
+def sim_device() -> Iterator[Device]:
+    """The simulated accelerator, for what only it can count: bytes copied, a cap to the byte."""
+    yield from _device("sim")
+
+
+@pytest.fixture(params=["sim", CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """A device with memory of its own."""
+    yield from _device(request.param)
+
+
+@pytest.fixture(params=["cpu", "sim", CUDA])
+def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """The CPU too, which needs nothing; it keeps no count of its memory."""
+    yield from _device(request.param)
+
+
+def _device(name: str) -> Iterator[Device]:
+    device = DEVICES[name]()
+    if reason := device.missing():
+        pytest.skip(reason)
+    with device.in_use():
+        yield device

@@ -1,0 +1,45 @@
+"""The record of an experiment: rows are measured once, and again only where that is asked for."""
+
+import os
+
+from experiments.parked_dtype.runs import RUNS, summary
+from experiments.table import Table
+
+
+def process_of(name):
+    return {"process": os.getpid()}
+
+
+def test_only_missing_rows_are_measured_each_by_a_process_of_its_own(tmp_path):
+    table = Table(tmp_path / "record.csv", ("first", "second", "third"), process_of)
+    table.complete(["first", "third"], again=False)
+    before = table.load()
+    assert list(before) == ["first", "third"]
+    table.complete(table.rows, again=False)
+    after = table.load()
+    assert list(after) == ["first", "second", "third"]
+    assert {name: after[name] for name in before} == before
+    table.complete(["second"], again=True)
+    assert table.load()["second"] != after["second"]
+    assert len({row["process"] for row in after.values()} | {str(os.getpid())}) == 4
+
+
+def test_the_page_on_parked_dtype_compares_the_runs_of_each_seed():
+    rows = {
+        name: {
+            "dtype": dtype,
+            "seed": str(seed),
+            "steps": "7",
+            "test/accuracy": str(0.5 + 0.01 * (seed - 42) - 0.002 * (dtype == "bf16")),
+            "test/loss": str(0.25 + 0.125 * (dtype == "bf16")),
+            "val/loss": "0.5",
+            "memory/parked_bytes": "1000" if dtype == "fp32" else "501",
+        }
+        for name, (dtype, seed) in RUNS.items()
+    }
+    text = summary(rows)
+    assert "stopped after 7 steps" in text
+    assert "0.5010 of the bytes" in text
+    assert "50.80% against 51.00%" in text
+    assert "by -0.20 to -0.20 points, and the test loss by +0.1250 to +0.1250" in text
+    assert "2.00 points apart" in text
