@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.partition import partition
+from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.planner.fake_device import (
     DEVICE,
@@ -31,7 +31,8 @@ from hift_lightning.planner.fake_device import (
     fake_copy,
     fake_tensors,
 )
-from hift_lightning.planner.trace import DeviceTrace, StepTrace
+from hift_lightning.planner.result import BlockPlan, Plan, Stretch
+from hift_lightning.planner.trace import DeviceTrace
 from hift_lightning.strategies import HiFTStrategy
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -41,54 +42,6 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """The step of one block."""
-
-    name: str
-    numel: int
-    trace: StepTrace
-    to_device_bytes: int
-    """State and masters paged in."""
-    to_host_bytes: int
-    """State and masters parked."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training step of one configuration needs; bytes, unless said otherwise."""
-
-    numel: int
-    """Parameters of the model."""
-    trained_numel: int
-    blocks: tuple[BlockPlan, ...]
-    """In the order of their turns; a single one, the model, under full fine-tuning."""
-    parked_bytes: int
-    """Optimizer state and masters in host memory or files, once every block has been updated."""
-    full_flops: int
-    """FLOPs of a step of full fine-tuning with the same batches."""
-
-    @property
-    def peak(self) -> BlockPlan:
-        """The block whose step has the peak."""
-        return max(self.blocks, key=lambda block: block.trace.peak_bytes)
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes in use on the device."""
-        return self.peak.trace.peak_bytes
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of a step (matrix products and attention), mean over a cycle."""
-        return sum(block.trace.flops for block in self.blocks) / len(self.blocks)
-
-    @property
-    def moved_bytes(self) -> float:
-        """Bytes of state and masters moved in a step, both ways together, mean over a cycle."""
-        return sum(block.to_device_bytes + block.to_host_bytes for block in self.blocks) / len(self.blocks)
 
 
 def plan(
@@ -164,16 +117,20 @@ class _Job:
             trace = stack.enter_context(DeviceTrace(DEVICE, _vocabulary(self.module)))
             module = fake_copy(self.module, None if mixed else dtype)
             trace.mark([*module.parameters(), *module.buffers()], "weights")
-            watch = _Watch(trace, FakeAutocast(dtype) if mixed else None, with_state, progress)
-            watch.accumulated = self.trainer_arguments["accumulate_grad_batches"]
-            watch.steps = 1 if settings is None else _blocks(module, settings)
+            watch = _Watch(
+                trace,
+                autocast=FakeAutocast(dtype) if mixed else None,
+                micro_batches=self.trainer_arguments["accumulate_grad_batches"],
+                made_up_steps=0 if not with_state else 1 if settings is None else _blocks(module, settings),
+                progress=progress,
+            )
             trainer = L.Trainer(
                 accelerator=FakeAccelerator(),
                 strategy=_strategy(settings),
                 devices=1,
                 plugins=[_MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)],
                 callbacks=[watch],
-                max_steps=watch.steps * (1 + with_state),
+                max_steps=_MOST_STEPS,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
@@ -188,14 +145,17 @@ class _Job:
                     "there are no values while planning; compute it without `.item()`, boolean indexing or `if` on a "
                     "tensor, at least when the tensor is fake."
                 ) from error
-        parameters = list(self.module.parameters())
+        blocks = watch.blocks()
         return Plan(
-            numel=sum(p.numel() for p in parameters),
-            trained_numel=sum(block.numel for block in watch.blocks),
-            blocks=tuple(watch.blocks),
+            numel=sum(p.numel() for p in self.module.parameters()),
+            trained_numel=sum(block.numel for block in blocks),
+            blocks=blocks,
             parked_bytes=watch.parked_bytes,
-            full_flops=watch.blocks[0].trace.flops,
+            full_flops=blocks[0].trace.flops,
         )
+
+
+_MOST_STEPS = 10**6
 
 
 class _Forever:
@@ -250,26 +210,42 @@ def _no_info() -> Iterator[None]:
 
 
 class _Watch(Callback):
-    """Tells the trace where the step is, and makes up the gradients of the first cycle."""
+    """Makes up the gradients of the first cycle, then tells the trace where each step is, and gathers what it saw.
+
+    Args:
+        trace: the trace.
+        autocast: entered for forward and backward.
+        micro_batches: batches in a step.
+        made_up_steps: steps whose gradients are made up, so that the state of each block exists.
+        progress: as in `plan`.
+    """
 
     def __init__(
         self,
         trace: DeviceTrace,
         autocast: FakeAutocast | None,
-        with_state: bool,
+        micro_batches: int,
+        made_up_steps: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.trace, self.autocast, self.with_state, self.progress = trace, autocast, with_state, progress
-        self.blocks: list[BlockPlan] = []
         self.parked_bytes = 0
-        self.steps = self.accumulated = 1
+        self._trace, self._autocast, self._progress = trace, autocast, progress
+        self._micro_batches, self._made_up_steps = micro_batches, made_up_steps
         self._autocasting = contextlib.ExitStack()
+        self._stretches = [Stretch([0])]
+        self._due = [0]  # indices of blocks
+        self._seen: dict[int, BlockPlan] = {}
+
+    def blocks(self) -> tuple[BlockPlan, ...]:
+        """What each block needs, in the order of their turns."""
+        plans = {index: plan for stretch in self._stretches for index, plan in stretch.fill(self._seen).items()}
+        return tuple(dataclasses.replace(plans[index], name=self._names[index]) for index in self._turns)
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         def mark_gradient(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self.trace.mark([parameter.grad], "gradients")
+            self._trace.mark([parameter.grad], "gradients")
 
         for parameter in pl_module.parameters():
             if parameter.requires_grad:
@@ -281,77 +257,85 @@ class _Watch(Callback):
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors
         engine = _engine(trainer)
-        if engine is not None:
-            residency = engine.residency
-            for method, role in (("load", "optimizer state"), ("load_master", "masters"), ("window", "window")):
-                setattr(residency, method, self._with_role(getattr(residency, method), role))
+        if engine is None:
+            self._turns, self._names = [0], ["all"]
+            return
+        residency = engine.residency
+        for method, role in (("load", "optimizer state"), ("load_master", "masters"), ("window", "window")):
+            setattr(residency, method, self._with_role(getattr(residency, method), role))
+        self._turns, self._names = list(engine.rotation.turns), [block.name for block in engine.plan.blocks]
+        kinds = [_kind(pl_module, block) for block in engine.plan.blocks]
+        self._stretches = [Stretch(list(alike)) for _, alike in itertools.groupby(range(len(kinds)), kinds.__getitem__)]
+        self._due = [index for stretch in self._stretches for index in stretch.ends_and_middle()]
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step, micro_batch = divmod(batch_idx, self.accumulated)
-        self.trace.phase = "forward"
-        if micro_batch == 0:
-            self.trace.begin_step()
-            self._note_block(_engine(trainer), pl_module)
-        if step < self.steps and self.with_state:
+        step, micro_batch = divmod(batch_idx, self._micro_batches)
+        self._trace.phase = "forward"
+        if step < self._made_up_steps:
             pl_module.training_step = functools.partial(_made_up_loss, pl_module)  # type: ignore[method-assign]
-        else:
-            pl_module.__dict__.pop("training_step", None)
-            if self.autocast is not None:
-                self._autocasting.enter_context(self.autocast)
+            return
+        pl_module.__dict__.pop("training_step", None)
+        if micro_batch == 0:
+            engine = _engine(trainer)
+            if engine is not None:
+                engine.load_state_dict({**engine.state_dict(), "updates": self._turns.index(self._due[0])})
+                self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
+            self._trace.begin_step()
+        if self._autocast is not None:
+            self._autocasting.enter_context(self._autocast)
 
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.trace.phase = "backward"
-        if self.autocast is not None:
-            self.autocast.forget_casts()
+        self._trace.phase = "backward"
+        if self._autocast is not None:
+            self._autocast.forget_casts()
 
     @override
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.autocast is not None:
-            self.autocast.forget_casts()
+        if self._autocast is not None:
+            self._autocast.forget_casts()
         self._autocasting.close()
-        self.trace.phase = "update"
+        self._trace.phase = "update"
 
     @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, micro_batch = divmod(batch_idx, self.accumulated)
-        if micro_batch + 1 < self.accumulated:
+        step, micro_batch = divmod(batch_idx, self._micro_batches)
+        if micro_batch + 1 < self._micro_batches:
             return
-        engine = _engine(trainer)
         for optimizer in trainer.optimizers:
             leaves = tree_leaves(list(optimizer.state.values()))
-            self.trace.mark(filter(torch.is_tensor, leaves), "optimizer state")
-        if step >= self.steps or not self.with_state:
-            residency = None if engine is None else engine.residency
-            self.blocks.append(
-                BlockPlan(
-                    name=self._name,
-                    numel=self._numel,
-                    trace=self.trace.end_step(),
-                    to_device_bytes=0 if residency is None else residency.bytes_paged_in - self._paged_in,
-                    to_host_bytes=0 if residency is None else residency.bytes_parked - self._parked,
-                )
-            )
-            self.parked_bytes = 0 if residency is None else residency.parked_bytes
-        if self.progress is not None:
-            self.progress(step + 1, self.steps * (1 + self.with_state))
+            self._trace.mark(filter(torch.is_tensor, leaves), "optimizer state")
+        if step >= self._made_up_steps:
+            self._note(_engine(trainer), pl_module)
+            trainer.should_stop = not self._due
+        if self._progress is not None:
+            self._progress(step + 1, step + 1 + len(self._due) + max(0, self._made_up_steps - step - 1))
 
-    def _note_block(self, engine: HiFT | None, module: L.LightningModule) -> None:
+    def _note(self, engine: HiFT | None, module: L.LightningModule) -> None:
+        index = self._due.pop(0)
+        trace = self._trace.end_step()
         if engine is None:
-            self._name, self._numel = "all", sum(p.numel() for p in module.parameters() if p.requires_grad)
+            numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            self._seen[index] = BlockPlan(self._names[0], numel, trace, to_device_bytes=0, to_host_bytes=0)
             return
-        self._name, self._numel = engine.block.name, engine.block.numel
-        self._paged_in, self._parked = engine.residency.bytes_paged_in, engine.residency.bytes_parked
+        block, residency = engine.plan.blocks[index], engine.residency
+        paged_in, parked = self._moved_before
+        self._seen[index] = BlockPlan(
+            block.name, block.numel, trace, residency.bytes_paged_in - paged_in, residency.bytes_parked - parked
+        )
+        self.parked_bytes = residency.parked_bytes
+        if not self._due:
+            self._due = [index for stretch in self._stretches for index in stretch.not_on_a_line(self._seen)]
 
     def _with_role(self, method: Callable[..., Any], role: str) -> Callable[..., Any]:
         @functools.wraps(method)
         def with_role(*args: Any, **kwargs: Any) -> Any:
-            with self.trace.made_as(role):
+            with self._trace.made_as(role):
                 return method(*args, **kwargs)
 
         return with_role
@@ -359,6 +343,12 @@ class _Watch(Callback):
 
 def _engine(trainer: L.Trainer) -> HiFT | None:
     return trainer.strategy.hift if isinstance(trainer.strategy, HiFTStrategy) else None
+
+
+def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype]]:
+    """Blocks of one kind have the same tensors."""
+    parameters = map(module.get_parameter, block.parameters)
+    return [(parameter.shape, parameter.dtype) for parameter in parameters]
 
 
 def _made_up_loss(module: nn.Module, batch: Any, *_: Any) -> Tensor:

@@ -3,13 +3,13 @@
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -44,7 +44,9 @@ class StepTrace:
     peak_bytes: int = 0
     peak_phase: Phase = "forward"
     roles_at_peak: dict[str, int] = field(default_factory=dict)
-    phase_peaks: dict[str, int] = field(default_factory=dict)
+    phase_peaks: dict[Phase, int] = field(default_factory=dict)
+    role_peaks: dict[str, int] = field(default_factory=dict)
+    """The most bytes of each role, which need not be at the moment of the peak."""
     timeline: list[tuple[Phase, int]] = field(default_factory=list)
     """The most bytes in use in each of some stretches of the step, in order."""
     bytes_after: int = 0
@@ -118,7 +120,8 @@ class DeviceTrace(TorchDispatchMode):
         if formula is not None:
             self._flops += formula(*args, **kwargs, out_val=result)
         for leaf in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(leaf, Tensor) and leaf.device == self._device:
+            # `fake_device` is read, since `device` would be an op again
+            if isinstance(leaf, FakeTensor) and leaf.fake_device == self._device:
                 self._allocation(leaf)
         return result
 
@@ -151,22 +154,28 @@ def _replay(
     trace = StepTrace(flops=flops)
     in_use = sum(allocation.nbytes for allocation in at_begin)
     length = max(1, len(events) // stretches)
-    highest, peak_at = 0, 0
-    for i, (change, _, phase) in enumerate(events):
+    roles: Counter[str] = Counter()
+    for allocation in at_begin:
+        roles[allocation.role] += allocation.nbytes
+    role_peaks = roles.copy()
+    highest = 0
+    for i, (change, allocation, phase) in enumerate(events):
         in_use += change
+        roles[allocation.role] += change
+        role_peaks[allocation.role] = max(role_peaks[allocation.role], roles[allocation.role])
         highest = max(highest, in_use)
         trace.phase_peaks[phase] = max(trace.phase_peaks.get(phase, 0), in_use)
         if in_use > trace.peak_bytes:
-            trace.peak_bytes, trace.peak_phase, peak_at = in_use, phase, i
+            trace.peak_bytes, trace.peak_phase = in_use, phase
+            trace.roles_at_peak = _in_order(roles)
         ends_phase = i + 1 == len(events) or events[i + 1][2] != phase
         if (i + 1) % length == 0 or ends_phase:
             trace.timeline.append((phase, highest))
             highest = in_use
     trace.bytes_after = in_use
-    roles: Counter[str] = Counter()
-    for allocation in at_begin:
-        roles[allocation.role] += allocation.nbytes
-    for change, allocation, _ in events[: peak_at + 1]:
-        roles[allocation.role] += change
-    trace.roles_at_peak = {role: roles[role] for role in ROLES if roles[role]}
+    trace.role_peaks = _in_order(role_peaks)
     return trace
+
+
+def _in_order(roles: Mapping[str, int]) -> dict[str, int]:
+    return {role: roles[role] for role in ROLES if roles.get(role)}

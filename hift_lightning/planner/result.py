@@ -1,0 +1,127 @@
+"""What a plan says."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from hift_lightning.planner.trace import StepTrace
+
+_Key = TypeVar("_Key", bound=str)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The step of one block."""
+
+    name: str
+    numel: int
+    trace: StepTrace
+    to_device_bytes: int
+    """State and masters paged in."""
+    to_host_bytes: int
+    """State and masters parked."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step of one configuration needs; bytes, unless said otherwise."""
+
+    numel: int
+    """Parameters of the model."""
+    trained_numel: int
+    blocks: tuple[BlockPlan, ...]
+    """In the order of their turns; a single one, the model, under full fine-tuning."""
+    parked_bytes: int
+    """Optimizer state and masters in host memory or files, once every block has been updated."""
+    full_flops: int
+    """FLOPs of a step of full fine-tuning with the same batches."""
+
+    @property
+    def peak(self) -> BlockPlan:
+        """The block whose step has the peak."""
+        return max(self.blocks, key=lambda block: block.trace.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes in use on the device."""
+        return self.peak.trace.peak_bytes
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step (matrix products and attention), mean over a cycle."""
+        return sum(block.trace.flops for block in self.blocks) / len(self.blocks)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Bytes of state and masters moved in a step, both ways together, mean over a cycle."""
+        return sum(block.to_device_bytes + block.to_host_bytes for block in self.blocks) / len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Blocks of the same tensors, one above the other, such as all middle layers of a transformer.
+
+    What a step needs grows by the same amount from each of them to the one below, so the ends of a long stretch are
+    run, and those between are on the line through them. The block in the middle is run too: where it is not on the
+    line, every block is run.
+    """
+
+    indices: list[int]
+
+    def ends_and_middle(self) -> list[int]:
+        """Blocks to run first."""
+        if len(self.indices) < 5:
+            return self.indices
+        return [self.indices[0], self.indices[len(self.indices) // 2], self.indices[-1]]
+
+    def not_on_a_line(self, seen: Mapping[int, BlockPlan]) -> list[int]:
+        """Blocks to run yet."""
+        missing = [index for index in self.indices if index not in seen]
+        if not missing:
+            return []
+        first, middle, last = self.ends_and_middle()
+        guess, found = self._between(seen, first, last, middle).trace, seen[middle].trace
+        on_line = all(
+            abs(a - b) <= 1e-3 * b for a, b in ((guess.peak_bytes, found.peak_bytes), (guess.flops, found.flops))
+        )
+        return [] if on_line else missing
+
+    def fill(self, seen: Mapping[int, BlockPlan]) -> dict[int, BlockPlan]:
+        """All blocks of the stretch."""
+        plans = {index: seen[index] for index in self.indices if index in seen}
+        known = sorted(plans)
+        for below, above in itertools.pairwise(known):
+            for index in range(below + 1, above):
+                plans[index] = self._between(seen, below, above, index)
+        return plans
+
+    def _between(self, seen: Mapping[int, BlockPlan], below: int, above: int, index: int) -> BlockPlan:
+        low, high = seen[below], seen[above]
+        share = (index - below) / (above - below)
+
+        def mix(a: int, b: int) -> int:
+            return round(a + share * (b - a))
+
+        def mix_all(a: Mapping[_Key, int], b: Mapping[_Key, int]) -> dict[_Key, int]:
+            return {key: mix(a.get(key, 0), b.get(key, 0)) for key in dict.fromkeys((*a, *b))}
+
+        near = (low if share < 0.5 else high).trace
+        peaks = mix_all(low.trace.phase_peaks, high.trace.phase_peaks)
+        same_shape = len(low.trace.timeline) == len(high.trace.timeline)
+        trace = StepTrace(
+            peak_bytes=max(peaks.values()),
+            peak_phase=max(peaks, key=peaks.__getitem__),
+            roles_at_peak=mix_all(low.trace.roles_at_peak, high.trace.roles_at_peak),
+            phase_peaks=peaks,
+            role_peaks=mix_all(low.trace.role_peaks, high.trace.role_peaks),
+            timeline=[
+                (phase, mix(a, b)) for (phase, a), (_, b) in zip(low.trace.timeline, high.trace.timeline, strict=True)
+            ]
+            if same_shape
+            else near.timeline,
+            bytes_after=mix(low.trace.bytes_after, high.trace.bytes_after),
+            flops=mix(low.trace.flops, high.trace.flops),
+        )
+        return dataclasses.replace(low, trace=trace)
