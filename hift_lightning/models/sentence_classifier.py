@@ -1,4 +1,4 @@
-"""A transformer body with a pooling and a linear head: one class for encoders and decoders."""
+"""A transformer body with a pooling and a head: one class for encoders and decoders."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.pretrained import WEIGHT_FILES, locate
+from hift_lightning.models.architecture import check_vocabulary, keep_constants, random_model
+from hift_lightning.models.pretrained import pretrained_model
 
-Pooling = Literal["mean", "last"]
+Pooling = Literal["mean", "first", "last"]
+Head = Literal["linear", "mlp"]
+POOLINGS = ("mean", "first", "last")
+HEADS = ("linear", "mlp")
 
 
 class SentenceClassifier(nn.Module):
@@ -20,13 +24,25 @@ class SentenceClassifier(nn.Module):
             `last_hidden_state` (batch x tokens x width).
         width: width of the hidden states.
         num_classes: number of classes.
-        pooling: `mean` over the tokens that are not padding (encoders), or the `last` of them (decoders).
+        pooling: `mean` over the tokens that are not padding, the `first` of them (encoders), or the `last` (decoders).
+        head: `linear`; or `mlp`, a layer of that width and tanh before it, as RoBERTa has
+            (https://arxiv.org/abs/1907.11692).
+        dtype: of the head's weights; torch's default by default.
     """
 
-    def __init__(self, body: nn.Module, width: int, num_classes: int, pooling: Pooling) -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        width: int,
+        num_classes: int,
+        pooling: Pooling,
+        head: Head = "linear",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.body = body
-        self.head = nn.Linear(width, num_classes)
+        out = nn.Linear(width, num_classes, dtype=dtype)
+        self.head = out if head == "linear" else nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Tanh(), out)
         self.pooling = pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -35,6 +51,8 @@ class SentenceClassifier(nn.Module):
         if self.pooling == "mean":
             weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
             pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1)
+        elif self.pooling == "first":
+            pooled = hidden[:, 0]
         else:
             last = attention_mask.sum(dim=1) - 1
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), last]
@@ -48,71 +66,42 @@ def sentence_classifier(
     num_classes: int,
     pooling: Pooling,
     config: Mapping[str, Any],
+    head: Head = "linear",
+    dtype: torch.dtype | None = None,
+    lossless: bool = False,
 ) -> SentenceClassifier:
-    """Build a `SentenceClassifier` on pretrained or random weights, in fp32.
+    """Build a `SentenceClassifier` on pretrained or random weights; the head is new in either case.
 
     Args:
-        tokenizer: the tokenizer whose tokens the model will see.
+        tokenizer: the tokenizer whose tokens the model will see; `None` where it will see none.
         pretrained: where the weights lie, as `hift_lightning.models.pretrained.locate` takes it; `None` for
-            random weights of the shape that `config` tells.
+            random weights of the shape that `config` tells, on torch's default device and in its default dtype.
         num_classes: number of classes.
-        pooling: `mean` or `last`.
+        pooling: `mean`, `first` or `last`.
         config: `model_type` and the numbers of its transformers configuration; only for random weights.
+        head: `linear` or `mlp`.
+        dtype: of pretrained weights; `None` for that of their files.
+        lossless: take a wider one where this one would round them.
 
     Raises:
         ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used, or
             the tokenizer has more tokens than the model.
     """
-    if pooling not in ("mean", "last"):
-        raise ConfigurationError(f"`model.network.pooling={pooling}` is unknown; give `mean` or `last`.")
-    body = _random_body(config) if pretrained is None else _pretrained_body(pretrained)
-    if len(tokenizer) > body.config.vocab_size:
-        raise ConfigurationError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model only `vocab_size={body.config.vocab_size}`; "
-            "give the model's own tokenizer with `model.tokenizer.pretrained=/path/to/folder`."
-        )
+    from transformers import AutoModel
+
+    for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
+        if value not in known:
+            raise ConfigurationError(f"`model.network.{name}={value}` is unknown; give one of {', '.join(known)}.")
+    if pretrained is None:
+        body = random_model(AutoModel, config)
+    else:
+        # what else is in the files belongs to the head that they were trained with
+        body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless)
+    check_vocabulary(tokenizer, body)
     if getattr(body, "pooler", None) is not None:
         # BERT's own pooling of the first token, which this classifier does not use: it would never be trained
         body.pooler = None
     body.config.use_cache = False
+    keep_constants(body)
     # transformers hands out pretrained models in evaluation mode, without dropout
-    return SentenceClassifier(body, body.config.hidden_size, num_classes, pooling).train()
-
-
-def _random_body(config: Mapping[str, Any]) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModel
-
-    numbers = dict(config)
-    try:
-        return AutoModel.from_config(  # type: ignore[no-untyped-call]
-            AutoConfig.for_model(numbers.pop("model_type"), **numbers)
-        )
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(
-            f"`model.network.config={dict(config)}` makes no model ({reason}); mend the number that it names."
-        ) from error
-
-
-def _pretrained_body(pretrained: str) -> Any:
-    from transformers import AutoModel
-
-    folder = locate(pretrained, WEIGHT_FILES)
-    try:
-        body, found = AutoModel.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigurationError(
-            f"`model.pretrained={pretrained}` cannot be loaded ({reason}); give "
-            "`model.pretrained=/path/to/folder` with weights, or `model.pretrained=null` for random weights."
-        ) from error
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ConfigurationError(
-            f"`model.pretrained={pretrained}` lacks {len(missing)} tensors of the model, the first is "
-            f"`{missing[0]}`; give a folder whose weights fit its config.json."
-        )
-    return body
+    return SentenceClassifier(body, body.config.hidden_size, num_classes, pooling, head, body.dtype).train()

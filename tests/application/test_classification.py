@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from hift_lightning import schedule
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.classification import ClassificationModule, parameter_groups
+from hift_lightning.models.classification import ClassificationModule
+from hift_lightning.models.optimization import parameter_groups
 
 
 class Network(nn.Module):

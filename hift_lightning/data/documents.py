@@ -1,0 +1,246 @@
+"""Texts from files: plain text, JSON lines and parquet, checked line by line and split in three parts."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hift_lightning.data.encoding import ASSISTANT, Encoder, Message, Piece
+from hift_lightning.data.sentences import Part, part_of
+from hift_lightning.engine.errors import ConfigurationError
+
+TEXT_FILES = (".txt", ".md")
+LINE_FILES = (".jsonl",)
+TABLE_FILES = (".parquet",)
+FORMS = '`{"text": ...}`, `{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}]}`'
+# a tokenizer needs hundreds of bytes of memory for each byte of a text that it is given at once
+LARGEST_PIECE = 2**20
+# bytes; where a line is longer, a text is cut within it
+LONGEST_LINE = 2**16
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with a beginning and an end.
+
+    Attributes:
+        place: the file and where in it, for messages.
+        part: what the document is for.
+        pieces: what it consists of, in their order.
+    """
+
+    place: str
+    part: Part
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How much is kept for validation and test.
+
+    Attributes:
+        test_fraction: share of all, above 0 and below 1.
+        validation_fraction: share of the rest, above 0 and below 1.
+    """
+
+    test_fraction: float
+    validation_fraction: float
+
+    def bounds(self, size: int) -> dict[Part, tuple[int, int]]:
+        """Return where in a stretch of `size` bytes each part begins and ends."""
+        test = round(size * (1 - self.test_fraction))
+        validation = round(test * (1 - self.validation_fraction))
+        return {"train": (0, validation), "validation": (validation, test), "test": (test, size)}
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Raise unless every file can be a source of documents.
+
+    Raises:
+        ConfigurationError: no file is given, one does not exist, is empty, or has an ending that is not known.
+    """
+    if not paths:
+        raise ConfigurationError("`data.path=[]` names no file; give the path of one, or several in a list.")
+    for path in paths:
+        if not path.is_file():
+            raise ConfigurationError(f"The data file `{path}` does not exist; give `data.path` the path of a file.")
+        known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
+        if path.suffix.lower() not in known:
+            raise ConfigurationError(
+                f"`{path}` is of no kind that can be read; give `data.path` a file that ends with one of "
+                f"{', '.join(known)}."
+            )
+        if not path.stat().st_size:
+            raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+
+
+def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Iterator[Document]:
+    """Read files and tell the part of each document.
+
+    - Plain text (`.txt`, `.md`): the files one after the other are cut in three stretches, for training, validation
+      and test, each at the end of a line unless that is far away. What one file has of a stretch is a document. All
+      of it is trained.
+    - JSON lines (`.jsonl`): a document a line, of one of three forms: `text`, all of it trained; `prompt` and
+      `completion`, of which the completion is trained; `messages`, each with `role` and `content`, of which the
+      assistant's are trained. Other keys are not read. A hash of the texts decides the part.
+    - Parquet (`.parquet`), where the package `datasets` is installed: a document a row, with such columns.
+
+    Args:
+        paths: the files, as `check_files` takes them.
+        encoder: writes conversations down.
+        split: how much is for validation and test.
+
+    Raises:
+        ConfigurationError: a file is not UTF-8, or a line cannot be used; or a package is missing.
+    """
+    texts = [path for path in paths if path.suffix.lower() in TEXT_FILES]
+    bounds = split.bounds(sum(path.stat().st_size for path in texts))
+    begin = 0
+    for path in paths:
+        if path in texts:
+            yield from _documents_of_text(path, begin, bounds)
+            begin += path.stat().st_size
+        elif path.suffix.lower() in LINE_FILES:
+            for place, line in _lines(path):
+                yield _document(_parsed(line, place), place, encoder, split)
+        else:
+            for place, row in _rows(path):
+                yield _document(row, place, encoder, split)
+
+
+def _documents_of_text(path: Path, begin: int, bounds: Mapping[Part, tuple[int, int]]) -> Iterator[Document]:
+    raw = path.read_bytes()
+    if not _decoded(raw, path).strip():
+        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+    for part, (first, last) in bounds.items():
+        text = raw[_cut(raw, first - begin) : _cut(raw, last - begin)].decode("utf-8-sig").replace("\r\n", "\n")
+        if text.strip():
+            yield Document(f"`{path}`", part, [Piece(piece, True) for piece in _in_lines(text)])
+
+
+def _cut(raw: bytes, position: int) -> int:
+    """Return where to cut at `position` or a little after: at the end of a line, or else of a word or a character."""
+    if position <= 0:
+        return 0
+    last = len(raw.rstrip())
+    if position >= last:
+        return len(raw)
+    for end in (b"\n", b" "):
+        found = raw.find(end, position - 1, min(position + LONGEST_LINE, last))
+        if found >= 0:
+            return found + 1
+    while position < len(raw) and raw[position] & 0b1100_0000 == 0b1000_0000:  # within a character of UTF-8
+        position += 1
+    return position
+
+
+def _in_lines(text: str) -> Iterator[str]:
+    """Cut a long text at ends of lines."""
+    begin = 0
+    while begin < len(text):
+        line_break = text.find("\n", begin + LARGEST_PIECE)
+        end = len(text) if line_break < 0 else line_break + 1
+        yield text[begin:end]
+        begin = end
+
+
+def _decoded(raw: bytes, path: Path) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigurationError(
+            f"`{path}`, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8."
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    found = False
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            place = f"`{path}`, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ConfigurationError(f"{place}: not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+            if line.strip():
+                found = True
+                yield place, line
+    if not found:
+        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"{place}: `{line.strip()[:60]}` is not JSON ({error.msg}, column {error.colno}); mend or remove the line."
+        ) from error
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise ConfigurationError(
+            f"`{path}` cannot be read without the package `datasets`; run `pip install datasets`."
+        ) from error
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        table = Dataset.from_parquet(str(path))
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigurationError(f"`{path}` cannot be read as parquet ({reason}); give another file.") from error
+    if not len(table):
+        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+    for number, row in enumerate(table, start=1):
+        # a row has all columns of its table, with nothing in those that it does not use
+        yield f"`{path}`, row {number}", {name: value for name, value in row.items() if value is not None}
+
+
+def _document(example: Any, place: str, encoder: Encoder, split: Split) -> Document:
+    forms = [form for form in ("text", "completion", "messages") if isinstance(example, dict) and form in example]
+    if len(forms) != 1:
+        found = f"the keys {', '.join(example)}" if isinstance(example, dict) else f"`{example!r:.60}`"
+        raise ConfigurationError(f"{place}: found {found}; write {FORMS}.")
+    if forms == ["messages"]:
+        messages = _messages(example["messages"], place)
+        texts = [message["content"] for message in messages]
+        pieces = encoder.chat(messages, place)
+    elif forms == ["completion"]:
+        texts = [_string(example, "prompt", place), _string(example, "completion", place)]
+        pieces = [Piece(texts[0], False), Piece(texts[1], True)]
+    else:
+        texts = [_string(example, "text", place)]
+        pieces = [Piece(piece, True) for piece in _in_lines(texts[0])]
+    if not any(piece.trained and piece.text for piece in pieces):
+        raise ConfigurationError(f"{place}: there is nothing to train on; give a text, a completion or an answer.")
+    return Document(place, part_of(" ".join(texts), split.test_fraction, split.validation_fraction), pieces)
+
+
+def _messages(messages: Any, place: str) -> list[Message]:
+    if not isinstance(messages, list) or not messages:
+        raise ConfigurationError(f"{place}: `messages` is `{messages!r:.60}`; write {FORMS}.")
+    checked = [
+        {key: _string(message, key, f"{place}, message {number}") for key in ("role", "content")}
+        for number, message in enumerate(messages, start=1)
+    ]
+    if not any(message["role"] == ASSISTANT and message["content"] for message in checked):
+        raise ConfigurationError(f"{place}: there is nothing to train on; give a message of the role `{ASSISTANT}`.")
+    return checked
+
+
+def _string(example: Any, key: str, place: str) -> str:
+    value = example.get(key) if isinstance(example, dict) else None
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{place}: `{key}` is `{value!r:.60}` and not a text; write {FORMS}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigurationError(
+            f"{place}: `{key}` has half of a character, {value[error.start]!a}, at position {error.start + 1}; mend it."
+        ) from error
+    return value

@@ -1,0 +1,157 @@
+"""From texts to token ids: with the model's tokenizer, or byte by byte where it has none."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from hift_lightning.engine.errors import ConfigurationError
+
+Message = dict[str, str]
+ASSISTANT = "assistant"
+
+
+class Piece(NamedTuple):
+    """A stretch of a document.
+
+    Args:
+        text: what it says.
+        trained: whether the model is trained to say it.
+    """
+
+    text: str
+    trained: bool
+
+
+class Encoder(Protocol):
+    """What the data need of a tokenizer.
+
+    `vocab_size` is the number of different ids, `start` the ids that each document begins with, `end` the id that
+    it ends with, and `fingerprint` another text for whatever gives other ids.
+    """
+
+    vocab_size: int
+    start: tuple[int, ...]
+    end: int
+    fingerprint: str
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return the ids of `text` alone."""
+
+    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
+        """Write a conversation down; the assistant's turns are trained."""
+
+
+class ByteEncoder:
+    """The bytes of UTF-8 as ids 0 to 255, and 256 at the end of a document."""
+
+    vocab_size = 257
+    start: tuple[int, ...] = ()
+    end = 256
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return the bytes of `text`."""
+        return text.encode("utf-8")
+
+    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
+        """Write a conversation down as `plain_chat` does."""
+        return plain_chat(messages)
+
+
+class TokenizerEncoder:
+    """A tokenizer of transformers, with its own chat template where it has one.
+
+    Args:
+        tokenizer: has an end-of-text token, or at least a separator.
+
+    Raises:
+        ConfigurationError: it has neither.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        if end is None:
+            raise ConfigurationError(
+                f"The tokenizer `{tokenizer.name_or_path}` has no end-of-text token to put between documents; give "
+                "another one with `model.tokenizer.pretrained=/path/to/folder`."
+            )
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.end: int = end
+        # as the model was pretrained: with a first token where the tokenizer sets one by itself
+        first = tokenizer("a").input_ids[0]
+        self.start: tuple[int, ...] = (first,) if first == tokenizer.bos_token_id else ()
+        self.fingerprint = _fingerprint(tokenizer)
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return the ids of `text`, without tokens that the tokenizer would set around it."""
+        # `verbose` is for texts that are longer than the model's context; they are cut into rows later
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
+        """Write a conversation down with the tokenizer's chat template, or as `plain_chat` does without one.
+
+        Raises:
+            ConfigurationError: the template refuses the conversation, or writes the assistant's turns in another
+                way when others follow.
+        """
+        if not self._tokenizer.chat_template:
+            return plain_chat(messages)
+        whole = self._written(messages, place)
+        pieces = []
+        position = 0
+        for index, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            before = self._written(messages[:index], place, add_generation_prompt=True)
+            after = self._written(messages[: index + 1], place)
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise ConfigurationError(
+                    f"{place}: the chat template of `{self._tokenizer.name_or_path}` writes message {index + 1} in "
+                    "another way when others follow, so what to train on cannot be told; leave these out, or give "
+                    "`prompt` and `completion`."
+                )
+            pieces += [Piece(whole[position : len(before)], False), Piece(whole[len(before) : len(after)], True)]
+            position = len(after)
+        if position < len(whole):
+            return [*pieces, Piece(whole[position:].rstrip(), False)]
+        # the line break that many templates set after the end of a turn is nothing for the model to say
+        return [*pieces[:-1], Piece(pieces[-1].text.rstrip(), True)]
+
+    def _written(self, messages: Sequence[Message], place: str, **options: Any) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        except (TemplateError, ValueError, TypeError, IndexError) as error:
+            raise ConfigurationError(
+                f"{place}: the chat template of `{self._tokenizer.name_or_path}` refuses the messages ({error}); mend "
+                "them or give `prompt` and `completion`."
+            ) from error
+        return text
+
+
+def encoder_of(tokenizer: Any) -> Encoder:
+    """Return the encoder for a tokenizer of transformers, or that for bytes if it is `None`."""
+    return ByteEncoder() if tokenizer is None else TokenizerEncoder(tokenizer)
+
+
+def plain_chat(messages: Sequence[Message]) -> list[Piece]:
+    """Write a conversation down as lines `role: content`, of which the assistant's contents are trained."""
+    pieces = []
+    for message in messages:
+        trained = message["role"] == ASSISTANT
+        pieces += [Piece(f"{message['role']}:", False), Piece(f" {message['content']}\n", trained)]
+    return pieces
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    known = [
+        type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.sep_token_id,
+        tokenizer.bos_token_id,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(known).encode("utf-8")).hexdigest()

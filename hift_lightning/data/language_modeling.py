@@ -1,0 +1,128 @@
+"""Texts for causal language models, tokenised once and packed into rows of one length."""
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch.utils.data import DataLoader
+
+from hift_lightning.cache import cache_root, digest_of_file, made_once
+from hift_lightning.data.documents import Split, check_files, read_documents
+from hift_lightning.data.encoding import encoder_of
+from hift_lightning.data.packing import PARTS, PackedRows, write_tokens
+from hift_lightning.data.sentences import Part
+from hift_lightning.engine.errors import ConfigurationError
+
+MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
+# raised whenever the same files and settings give other tokens
+VERSION = 1
+
+
+class TextDataModule(L.LightningDataModule):
+    """Batches of packed texts for training, validation and test.
+
+    Files are read, checked and tokenised at once, so that a bad line ends a run before a model is loaded; the tokens
+    are kept in a cache folder and mapped into memory. A batch has `input_ids` and `labels` (batch x `max_length`), as
+    `hift_lightning.data.packing.PackedRows` makes them. Attention goes across the ends of documents within a row.
+
+    Args:
+        tokenizer: the model's own, of transformers; `None` to take the bytes of UTF-8 as tokens.
+        path: a file as `hift_lightning.data.documents.read_documents` takes it, or a list of several; `None` for the
+            packaged chapters of Moby-Dick.
+        batch_size: rows in a training batch.
+        eval_batch_size: rows in a batch of validation and test.
+        max_length: tokens of a row, 2 or more.
+        test_fraction: share of all texts for the test.
+        validation_fraction: share of the others for validation.
+        cache_dir: the folder that keeps tokens; `None` for `~/.cache/hift_lightning`.
+        num_workers: processes that build batches; the tokens are mapped, so 0 is the fastest.
+        seed: decides the order of the training rows, whatever else draws random numbers.
+
+    Raises:
+        ConfigurationError: a file cannot be used (see `check_files` and `read_documents`), a number is out of range,
+            a part of the split is empty, the tokenizer has no end-of-text token, or the cache cannot be written.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        path: str | Sequence[str] | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int = 16,
+        max_length: int = 128,
+        test_fraction: float = 0.1,
+        validation_fraction: float = 0.1,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_numbers(batch_size, eval_batch_size, max_length, test_fraction, validation_fraction)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        paths = [MOBY_DICK] if path is None else [Path(one) for one in ([path] if isinstance(path, str) else path)]
+        check_files(paths)
+        encoder = encoder_of(tokenizer)
+        self.vocab_size = encoder.vocab_size
+        split = Split(test_fraction, validation_fraction)
+
+        def tokenise(folder: Path) -> None:
+            rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in paths)}.")
+            write_tokens(read_documents(paths, encoder, split), encoder, folder)
+
+        made_from = [VERSION, encoder.fingerprint, test_fraction, validation_fraction]
+        made_from += [(one.suffix.lower(), digest_of_file(one)) for one in paths]
+        name = hashlib.sha256(json.dumps(made_from).encode("utf-8")).hexdigest()[:32]
+        self.folder = made_once(cache_root(cache_dir) / "tokens" / name, tokenise, "data.cache_dir")
+        self.rows = {part: PackedRows(self.folder, part, max_length, encoder.end) for part in PARTS}
+        for part, rows in self.rows.items():
+            if not len(rows):
+                raise ConfigurationError(
+                    f"Nothing of `data.path={path}` falls to the {part} part; give more data or another "
+                    "`data.test_fraction` and `data.validation_fraction`."
+                )
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        """Training batches: rows shuffled by a generator of its own."""
+        return DataLoader(
+            self.rows["train"],
+            batch_size=self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Validation batches, in the order of the text."""
+        return self._eval_dataloader("validation")
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """Test batches, in the order of the text."""
+        return self._eval_dataloader("test")
+
+    def _eval_dataloader(self, part: Part) -> DataLoader[dict[str, torch.Tensor]]:
+        return DataLoader(self.rows[part], batch_size=self.eval_batch_size, num_workers=self.num_workers)
+
+
+def _check_numbers(
+    batch_size: int, eval_batch_size: int, max_length: int, test_fraction: float, validation_fraction: float
+) -> None:
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("eval_batch_size", eval_batch_size, 1),
+        ("max_length", max_length, 2),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"`data.{name}={value}` is not possible; give a whole number from {least} on.")
+    for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
+        if not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ConfigurationError(f"`data.{name}={share}` is not possible; give a number between 0 and 1.")

@@ -1,0 +1,108 @@
+"""Models of a transformers architecture with random weights, from the numbers of a configuration alone."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from hift_lightning.engine.errors import ConfigurationError
+
+
+def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
+    """Build a model with random weights, on torch's default device and in its default dtype.
+
+    Under `torch.device("meta")` the weights take no memory; nothing is asked of a hub in any case.
+
+    Args:
+        model_class: a class such as `transformers.AutoModel`.
+        config: `model_type`, the architecture's transformers name, and numbers of its configuration; those not
+            given have transformers' defaults.
+
+    Raises:
+        ConfigurationError: there is no such architecture, it has no such number, or the numbers make no model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    numbers = dict(config)
+    kind = numbers.pop("model_type", None)
+    _check_names(kind, numbers)
+    try:
+        return model_class.from_config(AutoConfig.for_model(kind, **numbers))
+    except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(
+            f"`model.network.config={dict(config)}` makes no model ({reason}); mend the number that it names."
+        ) from error
+
+
+def keep_constants(model: nn.Module) -> None:
+    """Keep the dtype of buffers that are computed and not trained when the model is cast.
+
+    Lightning's 16-bit precisions cast all buffers. Rotary frequencies in bf16 are wrong by up to 0.4 %, which is
+    radians at position 1000; transformers itself keeps them in fp32.
+
+    Args:
+        model: changed in place: its modules with floating-point buffers that no checkpoint holds.
+    """
+    for module in model.modules():
+        if _constants(module):
+            module._apply = MethodType(_apply_to_all_but_constants, module)  # type: ignore[method-assign]
+
+
+def check_vocabulary(tokenizer: Any, model: Any) -> None:
+    """Raise if the tokenizer has tokens that the model has not.
+
+    Args:
+        tokenizer: `None` is not looked at.
+        model: a transformers model.
+
+    Raises:
+        ConfigurationError: it has.
+    """
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ConfigurationError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model only `vocab_size={model.config.vocab_size}`; "
+            "give the model's own tokenizer with `model.tokenizer.pretrained=/path/to/folder`."
+        )
+
+
+def _apply_to_all_but_constants(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    before = _constants(self)
+    type(self)._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+    for name, buffer in _constants(self).items():
+        if buffer.dtype != before[name].dtype:
+            self._buffers[name] = before[name].to(buffer.device)
+    return self
+
+
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: buffer
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None and buffer.is_floating_point()
+    }
+
+
+def _check_names(kind: Any, numbers: Mapping[str, Any]) -> None:
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        raise ConfigurationError(
+            f"`model.network.config.model_type={kind}` is no architecture of transformers; "
+            f"{_suggestion(str(kind), CONFIG_MAPPING, 'give one, such as `llama`.')}"
+        )
+    defaults = CONFIG_MAPPING[kind]()
+    for name in numbers:
+        if not hasattr(defaults, name):
+            raise ConfigurationError(
+                f"`model.network.config.{name}` is no number of the architecture `{kind}`; "
+                f"{_suggestion(name, vars(defaults), 'leave it out.')}"
+            )
+
+
+def _suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else otherwise

@@ -1,0 +1,52 @@
+"""Causal language models: a transformers decoder with its head over the vocabulary."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.architecture import check_vocabulary, keep_constants, random_model
+from hift_lightning.models.pretrained import pretrained_model
+
+
+def causal_lm(
+    tokenizer: Any,
+    pretrained: str | None,
+    config: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    lossless: bool = False,
+) -> Any:
+    """Build a causal language model on pretrained or random weights.
+
+    Args:
+        tokenizer: the tokenizer whose tokens the model will see; `None` where that is not known.
+        pretrained: where the weights lie, as `hift_lightning.models.pretrained.locate` takes it; `None` for
+            random weights of the shape that `config` tells, on torch's default device and in its default dtype.
+        config: `model_type` and the numbers of its transformers configuration; only for random weights.
+        dtype: of pretrained weights; `None` for that of their files.
+        lossless: take a wider one where this one would round them.
+
+    Returns:
+        A transformers model in training mode: called with `input_ids` (batch x tokens), its result has `logits`
+        (batch x tokens x vocabulary).
+
+    Raises:
+        ConfigurationError: the weights cannot be found, or lack tensors of the model or have others; the
+            configuration cannot be used; or the tokenizer has more tokens than the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if pretrained is None:
+        model = random_model(AutoModelForCausalLM, config)
+    else:
+        model, unexpected = pretrained_model(AutoModelForCausalLM, pretrained, dtype, lossless)
+        if unexpected:
+            raise ConfigurationError(
+                f"`model.pretrained={pretrained}` has {len(unexpected)} tensors that its config.json has no place for, "
+                f"the first is `{unexpected[0]}`; give a folder whose weights fit its config.json."
+            )
+    check_vocabulary(tokenizer, model)
+    model.config.use_cache = False
+    keep_constants(model)
+    return model.train()

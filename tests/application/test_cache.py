@@ -1,0 +1,96 @@
+"""Folders that are made once."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from hift_lightning.cache import cache_root, made_once
+from hift_lightning.engine.errors import ConfigurationError
+
+
+class Maker:
+    """Writes two files and counts how often it was asked to."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.calls += 1
+        (folder / "numbers").write_bytes(bytes(range(100)))
+        (folder / "words").write_text("once")
+
+
+def test_a_folder_is_made_once_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    make = Maker()
+    folder = tmp_path / "cache" / "made"
+    assert made_once(folder, make, "data.cache_dir") == made_once(folder, make, "data.cache_dir") == folder
+    assert make.calls == 1
+    assert (folder / "words").read_text() == "once"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "lost", "manifest"])
+def test_a_broken_folder_is_told_and_made_anew(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hift_lightning.cache.rank_zero_info", told.append)
+    make = Maker()
+    folder = made_once(tmp_path / "made", make, "data.cache_dir")
+    numbers = folder / "numbers"
+    if damage == "cut":
+        numbers.write_bytes(numbers.read_bytes()[:50])
+    elif damage == "flipped":
+        numbers.write_bytes(bytes(reversed(range(100))))
+    elif damage == "lost":
+        numbers.unlink()
+    else:
+        (folder / "manifest.json").write_text("{")
+    made_once(folder, make, "data.cache_dir")
+    assert make.calls == 2
+    assert numbers.read_bytes() == bytes(range(100))
+    (message,) = told
+    assert str(folder) in message
+    assert "made anew" in message
+
+
+def test_a_maker_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        made_once(tmp_path / "made", fail, "data.cache_dir")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_that_make_it_at_one_time_the_first_wins(tmp_path: Path) -> None:
+    both = threading.Barrier(2, timeout=30)
+    wrote: list[str] = []
+
+    def make(folder: Path) -> None:
+        both.wait()
+        wrote.append(threading.current_thread().name)
+        (folder / "words").write_text("the same")
+
+    threads = [threading.Thread(target=made_once, args=(tmp_path / "made", make, "data.cache_dir")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrote) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "words").read_text() == "the same"
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_the_setting(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"cannot be written.*data\.cache_dir=/path/to/folder"):
+        made_once(tmp_path / "file" / "made", Maker(), "data.cache_dir")
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_root(None) == Path("/somewhere/hift_lightning")
+    assert cache_root("/elsewhere") == Path("/elsewhere")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_root(None) == Path.home() / ".cache" / "hift_lightning"

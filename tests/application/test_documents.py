@@ -1,0 +1,203 @@
+"""Documents from files: their parts, what of them is trained, and what is refused."""
+
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hift_lightning.data import documents
+from hift_lightning.data.documents import Document, Split, check_files, read_documents
+from hift_lightning.data.encoding import ByteEncoder, Piece
+from hift_lightning.engine.errors import ConfigurationError
+
+HALVES = Split(test_fraction=0.25, validation_fraction=1 / 3)
+
+
+def read(*paths: Path, split: Split = HALVES) -> list[Document]:
+    check_files(paths)
+    return list(read_documents(paths, ByteEncoder(), split))
+
+
+def text_of(read: list[Document], part: str) -> str:
+    return "".join(piece.text for document in read for piece in document.pieces if document.part == part)
+
+
+def written(path: Path, *examples: Any) -> Path:
+    path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
+    return path
+
+
+def test_a_text_is_cut_in_stretches_at_ends_of_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    lines = [f"line {number} — and more\n" for number in range(100)]
+    (tmp_path / "book.txt").write_text("".join(lines), encoding="utf-8")
+    parts = read(tmp_path / "book.txt")
+    assert [document.part for document in parts] == ["train", "validation", "test"]
+    assert all(piece.trained for document in parts for piece in document.pieces)
+    train, validation, test = (text_of(parts, part) for part in ("train", "validation", "test"))
+    assert train + validation + test == "".join(lines)
+    assert (train.count("\n"), validation.count("\n"), test.count("\n")) == (51, 25, 24)
+    assert train.endswith("\n")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="a —\n𝄞é", min_size=1), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
+def test_any_text_is_cut_between_characters_and_nothing_is_lost(
+    tmp_path_factory: pytest.TempPathFactory, text: str, test: float, validation: float
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "book.md"
+    path.write_bytes(text.encode("utf-8"))
+    if not text.strip():
+        return
+    parts = read(path, split=Split(test, validation))
+    assert "".join("".join(piece.text for piece in part.pieces) for part in parts).split() == text.split()
+
+
+def test_a_text_of_one_long_line_is_cut_at_words_and_one_without_words_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("word " * 100_000)
+    assert text_of(read(tmp_path / "words.txt"), "test") == "word " * 25_000
+    (tmp_path / "signs.txt").write_text("字" * 100_000, encoding="utf-8")
+    assert text_of(read(tmp_path / "signs.txt"), "test") == "字" * 25_000
+
+
+def test_several_texts_are_cut_as_one_and_a_long_one_comes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one.txt").write_text("1\n" * 50)
+    (tmp_path / "two.md").write_bytes(b"\xef\xbb\xbf" + b"2\r\n" * 33)
+    monkeypatch.setattr(documents, "LARGEST_PIECE", 10)
+    parts = read(tmp_path / "one.txt", tmp_path / "two.md")
+    assert [(Path(document.place.strip("`")).name, document.part) for document in parts] == [
+        ("one.txt", "train"),
+        ("two.md", "train"),
+        ("two.md", "validation"),
+        ("two.md", "test"),
+    ]
+    assert [len(piece.text) for piece in parts[0].pieces] == [12] * 8 + [4]
+    assert text_of(parts[:1], "train") == "1\n" * 50
+    assert "".join(piece.text for document in parts[1:] for piece in document.pieces) == "2\n" * 33
+
+
+def test_completions_and_the_assistants_turns_are_trained_and_prompts_are_not(tmp_path: Path) -> None:
+    turns = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"), ("assistant", "Bye.")]
+    path = written(
+        tmp_path / "examples.jsonl",
+        {"prompt": "2 + 2 = ", "completion": "4", "source": "a book"},
+        {"text": "All of it."},
+        {"messages": [{"role": role, "content": content} for role, content in turns]},
+    )
+    path.write_text(path.read_text() + "\n  \n")
+    completion, text, chat = read(path)
+    assert completion.pieces == [Piece("2 + 2 = ", False), Piece("4", True)]
+    assert text.pieces == [Piece("All of it.", True)]
+    assert "".join(piece.text for piece in chat.pieces) == (
+        "system: Be brief.\nuser: Hi\nassistant: Hello.\nuser: Bye\nassistant: Bye.\n"
+    )
+    assert [piece.text for piece in chat.pieces if piece.trained] == [" Hello.\n", " Bye.\n"]
+
+
+def test_examples_split_as_asked_and_copies_are_on_one_side(tmp_path: Path) -> None:
+    examples = [{"prompt": f"Number {number}?", "completion": f"It is {number}."} for number in range(2000)]
+    copies = [{"text": f"{one['prompt']} {one['completion']}".upper()} for one in examples]
+    sides = [document.part for document in read(written(tmp_path / "examples.jsonl", *examples, *copies))]
+    assert sides[:2000] == sides[2000:]
+    shares = Counter(sides[:2000])
+    assert shares["test"] / 2000 == pytest.approx(0.25, abs=0.03)
+    assert shares["validation"] / 2000 == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"text": "cut', ['`{"text": "cut`', "not JSON", "column 10"]),
+        ("[1, 2]", ["`[1, 2]`", "completion", "messages"]),
+        ('{"question": "?", "answer": "!"}', ["question, answer", "completion"]),
+        ('{"text": "one", "completion": "two"}', ["text, completion"]),
+        ('{"completion": "4"}', ["`prompt`", "`None`"]),
+        ('{"prompt": "2 + 2", "completion": 4}', ["`completion`", "`4`", "not a text"]),
+        ('{"prompt": "2 + 2", "completion": ""}', ["nothing to train on"]),
+        ('{"text": ""}', ["nothing to train on"]),
+        ('{"text": "\\ud834"}', ["half of a character", "position 1"]),
+        ('{"messages": []}', ["`messages`", "`[]`", "role"]),
+        ('{"messages": "Hi"}', ["`messages`", "Hi"]),
+        ('{"messages": [{"role": "user", "content": "Hi"}, "Ho"]}', ["message 2", "`role`"]),
+        ('{"messages": [{"role": "user", "text": "Hi"}]}', ["message 1", "`content`", "`None`"]),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', ["nothing to train on", "`assistant`"]),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_refused_with_file_number_and_fault(
+    tmp_path: Path, line: str, named: list[str]
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(ConfigurationError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert [part for part in [f"`{path}`, line 3", *named] if part not in message] == [], message
+
+
+@pytest.mark.parametrize("name", ["book.txt", "examples.jsonl"])
+def test_another_encoding_is_refused_with_the_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes('{"text": "fine"}\n{"text": "caf\xe9"}\n'.encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=rf"{name}`, line 2: not UTF-8.*save the file as UTF-8"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("book.txt", ""), ("book.txt", "\n \n"), ("lines.jsonl", ""), ("lines.jsonl", "\n \n"), ("table.parquet", "")],
+)
+def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=rf"{name}` is empty"):
+        read(tmp_path / name)
+
+
+def test_a_missing_file_another_kind_and_none_at_all_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nothing\.txt` does not exist"):
+        check_files([tmp_path / "nothing.txt"])
+    (tmp_path / "book.pdf").write_text("text")
+    with pytest.raises(ConfigurationError, match=r"book\.pdf` is of no kind.*\.jsonl"):
+        check_files([tmp_path / "book.pdf"])
+    with pytest.raises(ConfigurationError, match="names no file"):
+        check_files([])
+
+
+def test_parquet_without_its_package_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "table.parquet").write_text("PAR1")
+    (tmp_path / "book.txt").write_text("a text\n" * 10)
+    with pytest.raises(ConfigurationError, match=r"table\.parquet`.*`datasets`.*pip install datasets"):
+        read(tmp_path / "table.parquet")
+    assert read(tmp_path / "book.txt")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
+def test_rows_of_parquet_are_read_like_lines(tmp_path: Path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    rows = [
+        {"text": "All of it.", "prompt": None, "completion": None},
+        {"text": None, "prompt": "2 + 2 = ", "completion": "4"},
+        {"text": None, "prompt": "2 + 2 = ", "completion": None},
+    ]
+    path = tmp_path / "table.parquet"
+    write_table(Table.from_pylist(rows[:2]), path)
+    assert [document.pieces for document in read(path)] == [
+        [Piece("All of it.", True)],
+        [Piece("2 + 2 = ", False), Piece("4", True)],
+    ]
+    write_table(Table.from_pylist(rows), path)
+    with pytest.raises(ConfigurationError, match=r"table\.parquet`, row 3"):
+        read(path)
+    path.write_text("no table")
+    with pytest.raises(ConfigurationError, match=r"table\.parquet` cannot be read as parquet"):
+        read(path)

