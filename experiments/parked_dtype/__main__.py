@@ -1,8 +1,8 @@
-"""What it costs in accuracy to park the moments in bf16: `python train.py`, shortened, with and without.
+"""What it costs in accuracy to park the moments in bf16: `python train.py` with and without.
 
     python -m experiments.parked_dtype [--again]
 
-Six runs of a few minutes each; what is in `results.csv` beside this file is not run again unless `--again` is given.
+Twelve runs of a few minutes each; what is in `results.csv` beside this file is not run again unless `--again` is given.
 Prints and writes `summary.md`.
 """
 

@@ -27,19 +27,20 @@ def test_only_missing_rows_are_measured_each_by_a_process_of_its_own(tmp_path):
 def test_the_page_on_parked_dtype_compares_the_runs_of_each_seed():
     rows = {
         name: {
-            "dtype": dtype,
-            "seed": str(seed),
             "steps": "7",
-            "test/accuracy": str(0.5 + 0.01 * (seed - 42) - 0.002 * (dtype == "bf16")),
-            "test/loss": str(0.25 + 0.125 * (dtype == "bf16")),
-            "val/loss": "0.5",
-            "memory/parked_bytes": "1000" if dtype == "fp32" else "501",
+            "hift/cycles": "1",
+            "test/accuracy_before": "0.25",
+            "test/accuracy": str(0.5 + 0.01 * (run.seed - 42) - 0.002 * (run.dtype == "bf16")),
+            "test/loss": str(0.25 + 0.125 * (run.dtype == "bf16")),
+            "memory/parked_bytes": "1000" if run.dtype == "fp32" else "501",
         }
-        for name, (dtype, seed) in RUNS.items()
+        for name, run in RUNS.items()
+        if run.setting == "default" or run.seed == 42  # the other setting is not complete yet
     }
     text = summary(rows)
-    assert "stopped after 7 steps" in text
-    assert "0.5010 of the bytes" in text
+    assert "- default: with bf16, 0.5010 of the bytes" in text
     assert "50.80% against 51.00%" in text
     assert "by -0.20 to -0.20 points, and the test loss by +0.1250 to +0.1250" in text
     assert "2.00 points apart" in text
+    assert "- one block" not in text
+    assert "after 256 visits of its block, at 0.25 of" in text
