@@ -125,6 +125,8 @@ class Residency:
                     known: list[_ParkedLeaf | None] = [None for _ in leaves]
                     for i, leaf in enumerate(leaves):
                         if isinstance(leaf, Tensor) and (leaf.dim() > 0 or scalars_on_device):
+                            if parameter in self._mastered and leaf.is_floating_point():
+                                leaf = leaf.float()  # built with the 16-bit weights; it will step fp32 masters
                             kept = self._kept_dtype(leaf)
                             buffer = self._tier.adopt(leaf, kept, parameter.device)
                             known[i] = _ParkedLeaf(buffer, leaf.dtype)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
@@ -128,7 +129,8 @@ def fake_copy(module: L.LightningModule, dtype: torch.dtype | None) -> L.Lightni
         memo[id(parameter)] = fake
     for buffer in module.buffers():
         memo[id(buffer)] = _fake(buffer, DEVICE, dtype)
-    fake_module = copy.deepcopy(module, memo)
+    with _disable_current_modes():  # what is neither, such as the state of a metric, is copied as it is
+        fake_module = copy.deepcopy(module, memo)
     # Its tensors are where and what they should be, and `Module.to` cannot change fake ones.
     fake_module._apply = lambda fn, recurse=True: fake_module  # type: ignore[method-assign]
     # Logged values have no value.
