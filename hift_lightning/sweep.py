@@ -37,11 +37,11 @@ class SweepTable(Callback):
     anew after each run, so that a sweep that breaks off leaves what it has.
 
     Args:
-        vertical: name of the number drawn upwards.
+        vertical: names of numbers; the first that was measured is drawn upwards.
         horizontal: name of the number drawn to the right.
     """
 
-    def __init__(self, vertical: str, horizontal: str) -> None:
+    def __init__(self, vertical: Sequence[str], horizontal: str) -> None:
         self.vertical = vertical
         self.horizontal = horizontal
 
@@ -61,7 +61,8 @@ class SweepTable(Callback):
         print_table(runs)
         print(f"table: {folder / TABLE_FILE}")
         try:
-            draw(runs, self.vertical, self.horizontal, folder / PICTURE_FILE)
+            vertical = next((name for name in self.vertical if any(name in run for run in runs)), self.vertical[0])
+            draw(runs, vertical, self.horizontal, folder / PICTURE_FILE)
         except ImportError:
             print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
         else:

@@ -10,11 +10,11 @@ mean of the ratings, from -4 to 4, that people gave it. Kept are those that peop
 rating and sentence, |rating| >= 0.5, in the order of the source. The same archive gives the same bytes.
 """
 
-import argparse
 import io
 import tarfile
 from pathlib import Path
 
+from hift_lightning.data.archives import make_from_archive
 from hift_lightning.engine.errors import ConfigurationError
 
 INNER_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -67,23 +67,6 @@ def _member(archive: tarfile.TarFile, source: str | Path, ending: str) -> bytes:
     raise ConfigurationError(f"`{source}` holds no `{ending}`; give the source archive of vaderSentiment 3.3.2.")
 
 
-def main() -> None:
-    """Read the command line and make the files."""
-    parser = argparse.ArgumentParser(description="Make film_reviews.tsv from the vaderSentiment source archive.")
-    parser.add_argument("archive", type=Path, help="vaderSentiment-3.3.2.tar.gz")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(__file__).parent / "film_reviews",
-        help="where the files go (default: beside this script)",
-    )
-    arguments = parser.parse_args()
-    try:
-        count = make(arguments.archive, arguments.folder)
-    except ConfigurationError as error:
-        raise SystemExit(str(error)) from error
-    print(f"{count} sentences written to {arguments.folder / 'film_reviews.tsv'}")
-
-
 if __name__ == "__main__":
-    main()
+    packaged = Path(__file__).parent / "film_reviews" / "film_reviews.tsv"
+    make_from_archive(make, "vaderSentiment-3.3.2.tar.gz", packaged, "sentences")

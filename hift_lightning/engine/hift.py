@@ -278,8 +278,11 @@ class HiFT:
             )
         self.updates = state_dict["updates"]
         if self.settings.master_weights:
-            for name, master in state_dict["masters"].items():
-                self.residency.keep_master(self._trained[name], master)
+            for name, parameter in self._trained.items():
+                if name in state_dict["masters"]:
+                    self.residency.keep_master(parameter, state_dict["masters"][name])
+                else:  # not updated yet, or a checkpoint without masters: its weights are all there is
+                    self.residency.make_master_when_updated(parameter)
         if self.active:
             self._activate()
 

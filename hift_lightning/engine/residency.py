@@ -109,33 +109,42 @@ class Residency:
         optimizer wants them on the device (``capturable`` or ``fused``), as in
         :meth:`torch.optim.Optimizer.load_state_dict`.
         """
-        self._leaves.clear()
+        known_before, self._leaves = self._leaves, {}
         self._parked.clear()
         self._last_parked.clear()
         if self._tier.in_host_memory:  # where it is pinned if the parameters have come to a device meanwhile
             for parameter, master in self._masters.items():
                 self._masters[parameter] = self._tier.adopt(master.tensor, torch.float32, parameter.device)
-        if self.offload == "none":
-            return
         for group in self.optimizer.param_groups:
             scalars_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
-                    leaves, spec = tree_flatten(self.optimizer.state[parameter])
-                    known: list[_ParkedLeaf | None] = [None for _ in leaves]
-                    for i, leaf in enumerate(leaves):
-                        if isinstance(leaf, Tensor) and (leaf.dim() > 0 or scalars_on_device):
-                            if parameter in self._mastered and leaf.is_floating_point():
-                                leaf = leaf.float()  # built with the 16-bit weights; it will step fp32 masters
-                            kept = self._kept_dtype(leaf)
-                            buffer = self._tier.adopt(leaf, kept, parameter.device)
-                            known[i] = _ParkedLeaf(buffer, leaf.dtype)
-                            leaves[i] = buffer.tensor
-                        elif isinstance(leaf, Tensor):
-                            leaves[i] = leaf.to("cpu")
-                    self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
-                    self._leaves[parameter] = known
-                    self._parked.add(parameter)
+                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []))
+
+    def _adopt(self, parameter: Tensor, scalars_on_device: bool, known_before: list[_ParkedLeaf | None]) -> None:
+        leaves, spec = tree_flatten(self.optimizer.state[parameter])
+        on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
+        known: list[_ParkedLeaf | None] = [None for _ in leaves]
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
+                continue
+            dtype = on_device.get(id(leaf), leaf.dtype)
+            if id(leaf) not in on_device and leaf.dtype == self._parked_dtype and leaf.dim() > 0:
+                dtype = torch.promote_types(dtype, parameter.dtype)  # saved as it was parked
+            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
+                dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
+            if self.offload == "none":
+                leaves[i] = leaf.to(dtype)
+            elif leaf.dim() > 0 or scalars_on_device:
+                buffer = self._tier.adopt(leaf, self._kept_dtype(leaf, dtype), parameter.device)
+                known[i] = _ParkedLeaf(buffer, dtype)
+                leaves[i] = buffer.tensor
+            else:
+                leaves[i] = leaf.to("cpu")
+        self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+        if self.offload != "none":
+            self._leaves[parameter] = known
+            self._parked.add(parameter)
 
     # --- where things are ------------------------------------------------------------------------------------------
 
@@ -259,7 +268,7 @@ class Residency:
             whole = torch.empty((parameter.shape[0], *leaf.shape[1:]), device="meta") if split else leaf
             kept = known[i]
             if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
-                buffer = self._tier.allocate(whole, self._kept_dtype(leaf), parameter.device)
+                buffer = self._tier.allocate(whole, self._kept_dtype(leaf, leaf.dtype), parameter.device)
                 kept = known[i] = _ParkedLeaf(buffer, leaf.dtype)
             if split or last:
                 kept.buffer.write(leaf, rows if split else ALL_ROWS)
@@ -294,8 +303,9 @@ class Residency:
         self._masters[parameter].write(weights)
 
     def make_master_when_updated(self, parameter: Tensor) -> None:
-        """Have a master from the first update on; until then the 16-bit weights, which were never rounded, are it."""
+        """Have a master from the next update on; until then the 16-bit weights, which were never rounded, are it."""
         self._mastered.add(parameter)
+        self._masters.pop(parameter, None)
 
     def has_master(self, parameter: Tensor) -> bool:
         """Whether the parameter is stepped through a master."""
@@ -320,20 +330,16 @@ class Residency:
 
     def store_master(self, parameter: Tensor, values: Tensor, rows: slice, *, last: bool) -> None:
         """Park rows of the master; arguments as in :meth:`store`."""
-        if parameter not in self._masters:
-            if parameter not in self._unfinished_masters:
-                buffer = self._tier.allocate(parameter, torch.float32, parameter.device)
-                self._unfinished_masters[parameter] = buffer
-            buffer = self._unfinished_masters[parameter]
-            if last:
-                self._masters[parameter] = self._unfinished_masters.pop(parameter)
-        elif self._steps_masters_in_place(parameter):
+        made = parameter in self._masters
+        if made and self._steps_masters_in_place(parameter):
             return
-        else:
-            buffer = self._masters[parameter]
-        buffer.write(values, rows)
+        if not made and parameter not in self._unfinished_masters:
+            self._unfinished_masters[parameter] = self._tier.allocate(parameter, torch.float32, parameter.device)
+        (self._masters if made else self._unfinished_masters)[parameter].write(values, rows)
         self.bytes_parked += values.nbytes
         self._copying_from.add(parameter.device)
+        if last and not made:
+            self._masters[parameter] = self._unfinished_masters.pop(parameter)
 
     def _steps_masters_in_place(self, parameter: Tensor) -> bool:
         return parameter.device.type == "cpu" and self._tier.in_host_memory
@@ -354,9 +360,10 @@ class Residency:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
 
-    def _kept_dtype(self, leaf: Tensor) -> torch.dtype:
-        narrow = self._parked_dtype is not None and leaf.dtype.is_floating_point and leaf.dim() > 0
-        return self._parked_dtype if narrow and self._parked_dtype is not None else leaf.dtype
+    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """In which a state tensor is parked that has this dtype on the device."""
+        narrow = self._parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
+        return self._parked_dtype if narrow and self._parked_dtype is not None else dtype
 
 
 def _own_memory_on(device: torch.device) -> Place:

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from hift_lightning.data.packing import NOT_COUNTED
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.optimization import OptimizedModule, OptimizerFactory, SchedulerFactory
 
 Batch = dict[str, Tensor]
-# the label that transformers' loss passes over
-NOT_COUNTED = -100
 
 
 class Perplexity(MeanMetric):

@@ -75,7 +75,8 @@ def plan(
         progress: called with the steps done and all steps to do.
 
     Raises:
-        ConfigurationError: if the precision cannot be planned, or the module reads values while it trains.
+        ConfigurationError: if the precision cannot be planned, or the shape of a tensor depends on values while
+            the module trains.
     """
     if precision not in PRECISIONS:
         raise ConfigurationError(f"`precision={precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}.")
@@ -141,9 +142,8 @@ class _Job:
                 trainer.fit(module, _Forever(fake_batch(self.batch)))
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
-                    f"`{type(self.module).__name__}` reads the value of a tensor while it trains (`{error.func}`), and "
-                    "there are no values while planning; compute it without `.item()`, boolean indexing or `if` on a "
-                    "tensor, at least when the tensor is fake."
+                    f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "
+                    "and there are no values while planning; use a mask of full shape instead of boolean indexing."
                 ) from error
         blocks = watch.blocks()
         return Plan(

@@ -63,9 +63,9 @@ class Plan:
 class Stretch:
     """Blocks of the same tensors, one above the other, such as all middle layers of a transformer.
 
-    What a step needs grows by the same amount from each of them to the one below, so the ends of a long stretch are
-    run, and those between are on the line through them. The block in the middle is run too: where it is not on the
-    line, every block is run.
+    What a step needs grows by the same amount from each of them to the one below, so of a long stretch the ends and the
+    middle are run, and the others are taken to be on the lines through them. Where the middle is more than 0.1 % off
+    the line between the ends, every block is run.
     """
 
     indices: list[int]

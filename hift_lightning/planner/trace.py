@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 Phase = Literal["forward", "backward", "update"]
-PHASES: tuple[Phase, ...] = ("forward", "backward", "update")
 
 ROLES = (
     "weights",

@@ -43,6 +43,31 @@ def test_state_built_in_a_constructor_counts_as_parked():
     assert residency.is_parked(parameter)
 
 
+@pytest.mark.parametrize("again", ["adopted twice", "saved and loaded"])
+def test_state_that_is_parked_in_bf16_is_on_the_device_as_the_optimizer_made_it(again):
+    (first, second), optimizer = stepped()
+    residency = Residency(optimizer, parked_dtype="bfloat16")
+    if again == "adopted twice":
+        residency.adopt_state()
+    else:
+        (first, second), loaded = stepped()
+        load_optimizer_state(loaded, optimizer.state_dict())
+        residency, optimizer = Residency(loaded, parked_dtype="bfloat16"), loaded
+    assert optimizer.state[second]["exp_avg"].dtype == torch.bfloat16
+    residency.page_in([second])
+    assert optimizer.state[second]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("offload", ["cpu", "none"])
+def test_state_built_with_16_bit_weights_steps_masters_in_fp32(offload):
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = torch.optim.Adagrad([parameter])
+    residency = Residency(optimizer, offload)
+    residency.make_master_when_updated(parameter)
+    residency.adopt_state()
+    assert residency.load(parameter)["sum"].dtype == torch.float32
+
+
 def test_offload_none_parks_nothing():
     (first, second), optimizer = stepped()
     residency = Residency(optimizer, "none")

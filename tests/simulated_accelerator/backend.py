@@ -1,6 +1,7 @@
 """Builds the C++ part once per machine, and registers it as torch's device type `sim` once per process."""
 
 import atexit
+import fcntl
 import functools
 import os
 import re
@@ -38,11 +39,19 @@ def native() -> ModuleType:
     # The autograd engine counts the devices at its first backward of the process. Have that behind us, whether or
     # not the process has run one, so that the new device always adds the thread of its own.
     torch.zeros((), requires_grad=True).backward()
-    module = cpp_extension.load(
-        name="simulated_accelerator_torch_" + re.sub(r"\W", "_", torch.__version__),
-        sources=[str(Path(__file__).with_name("device.cpp"))],
-        extra_cflags=["-O2"],
-    )
+    name = "simulated_accelerator_torch_" + re.sub(r"\W", "_", torch.__version__)
+    folder = Path(cpp_extension.get_default_build_root(), name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "builder").open("w") as file:
+        # torch waits for ever for a lock file that a killed process has left; the kernel gives this one back
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        module = cpp_extension.load(
+            name=name,
+            sources=[str(Path(__file__).with_name("device.cpp"))],
+            extra_cflags=["-O2"],
+            build_directory=str(folder),
+        )
     module.start_autograd_thread()
     atexit.register(_stop_autograd_thread, module, os.getpid())
 

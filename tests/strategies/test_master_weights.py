@@ -131,3 +131,15 @@ def test_a_plain_loop_has_masters_too():
             optimizer.step()
     for name, master in hift.state_dict()["masters"].items():
         assert torch.equal(model.get_parameter(name), master.bfloat16())
+
+
+def test_an_earlier_state_takes_back_masters_that_were_made_since():
+    model = SmallTransformer().bfloat16()
+    hift = HiFT(model, torch.optim.AdamW(model.parameters(), lr=1e-2), HiFTSettings(master_weights=True))
+    with hift:
+        before = hift.state_dict()
+        model.loss(make_batches(1)[0]).backward()
+        hift.optimizer.step()
+        assert hift.state_dict()["masters"]
+        hift.load_state_dict(before)
+        assert hift.state_dict()["masters"] == {}

@@ -1,0 +1,66 @@
+"""Blocks that are not run while planning are planned as if they had been."""
+
+import lightning as L
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hift_lightning import HiFTStrategy
+from hift_lightning.planner import plan
+from hift_lightning.planner.result import BlockPlan, Stretch
+from hift_lightning.planner.trace import StepTrace
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=7,
+            num_attention_heads=2,
+            use_cache=False,
+        )
+        with torch.device("meta"):
+            self.network = LlamaForCausalLM(config)
+
+    def training_step(self, batch, batch_idx):
+        return self.network(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"update": "streamed", "order": "random"}, {"update": "fused", "activation_checkpointing": True}],
+    ids=str,
+)
+def test_blocks_between_the_ends_are_as_if_they_had_been_run_to_half_a_percent(arguments, monkeypatch):
+    batch = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    some = plan(Module(), HiFTStrategy(**arguments), batch)
+    monkeypatch.setattr(Stretch, "ends_and_middle", lambda self: self.indices)
+    every = plan(Module(), HiFTStrategy(**arguments), batch)
+    assert len(some.blocks) == len(every.blocks) == 9
+    assert (some.peak_bytes, some.peak.name) == (every.peak_bytes, every.peak.name)
+    for guessed, run in zip(some.blocks, every.blocks, strict=True):
+        assert (guessed.name, guessed.numel) == (run.name, run.numel)
+        assert guessed.trace.flops == run.trace.flops
+        # the topmost layers, where backward begins, are a little off the line
+        assert guessed.trace.phase_peaks == pytest.approx(run.trace.phase_peaks, rel=0.005)
+        assert guessed.trace.peak_bytes == pytest.approx(run.trace.peak_bytes, rel=0.005)
+        assert guessed.trace.bytes_after == run.trace.bytes_after
+        assert (guessed.to_device_bytes, guessed.to_host_bytes) == (run.to_device_bytes, run.to_host_bytes)
+
+
+def block(peak):
+    return BlockPlan("", 1, StepTrace(peak_bytes=peak, phase_peaks={"forward": peak}, flops=1), 0, 0)
+
+
+def test_every_block_is_run_where_the_middle_is_off_the_line():
+    stretch = Stretch([0, 1, 2, 3, 4])
+    straight = {0: block(500), 2: block(400), 4: block(300)}
+    assert stretch.not_on_a_line(straight) == []
+    assert [plan.trace.peak_bytes for _, plan in sorted(stretch.fill(straight).items())] == [500, 450, 400, 350, 300]
+    assert stretch.not_on_a_line({**straight, 2: block(450)}) == [1, 3]
