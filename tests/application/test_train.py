@@ -119,6 +119,8 @@ def test_ctrl_c_ends_with_a_sentence_that_tells_the_checkpoint(tmp_path: Path) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell lets its background jobs ignore SIGINT, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 200
