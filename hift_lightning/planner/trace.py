@@ -46,8 +46,8 @@ class StepTrace:
     phase_peaks: dict[Phase, int] = field(default_factory=dict)
     role_peaks: dict[str, int] = field(default_factory=dict)
     """The most bytes of each role, which need not be at the moment of the peak."""
-    timeline: list[tuple[Phase, int]] = field(default_factory=list)
-    """The most bytes in use in each of some stretches of the step, in order."""
+    timeline: list[tuple[Phase, dict[str, int]]] = field(default_factory=list)
+    """Bytes of each role at the highest moment of each of some stretches of the step, in order."""
     bytes_after: int = 0
     flops: int = 0
 
@@ -157,20 +157,21 @@ def _replay(
     for allocation in at_begin:
         roles[allocation.role] += allocation.nbytes
     role_peaks = roles.copy()
-    highest = 0
+    highest, roles_at_highest = 0, roles.copy()
     for i, (change, allocation, phase) in enumerate(events):
         in_use += change
         roles[allocation.role] += change
         role_peaks[allocation.role] = max(role_peaks[allocation.role], roles[allocation.role])
-        highest = max(highest, in_use)
+        if in_use > highest:
+            highest, roles_at_highest = in_use, roles.copy()
         trace.phase_peaks[phase] = max(trace.phase_peaks.get(phase, 0), in_use)
         if in_use > trace.peak_bytes:
             trace.peak_bytes, trace.peak_phase = in_use, phase
             trace.roles_at_peak = _in_order(roles)
         ends_phase = i + 1 == len(events) or events[i + 1][2] != phase
         if (i + 1) % length == 0 or ends_phase:
-            trace.timeline.append((phase, highest))
-            highest = in_use
+            trace.timeline.append((phase, _in_order(roles_at_highest)))
+            highest, roles_at_highest = in_use, roles.copy()
     trace.bytes_after = in_use
     trace.role_peaks = _in_order(role_peaks)
     return trace
