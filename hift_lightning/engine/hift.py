@@ -92,7 +92,7 @@ class HiFT:
         self._parameters = dict(model.named_parameters())
         self.plan = partition(
             model,
-            settings.group_size,
+            settings.layers_per_block,
             layers=settings.layers,
             frozen=settings.frozen,
             trainable=_names_in(self._parameters, optimizer),

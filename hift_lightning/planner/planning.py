@@ -78,36 +78,58 @@ def plan(
         ConfigurationError: if the precision cannot be planned, or not with `update="fused"`, or the shape of a tensor
             depends on values while the module trains.
     """
-    settings = None if strategy == "full" else HiFTSettings() if strategy == "hift" else strategy.settings
-    if precision not in PRECISIONS:
-        raise ConfigurationError(f"`precision={precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}.")
-    if precision == "16-mixed" and settings is not None and settings.update == "fused":
-        raise ConfigurationError(
-            "`update='fused'` frees each gradient inside backward, and `precision='16-mixed'` has a GradScaler that "
-            "needs all of them after it; use `update='streamed'` or `precision='bf16-mixed'`."
-        )
-    arguments = {
-        "accumulate_grad_batches": accumulate_grad_batches,
-        "gradient_clip_val": gradient_clip_val,
-        "gradient_clip_algorithm": gradient_clip_algorithm,
-    }
-    return _Job(module, batch, precision, arguments).run(settings, progress)
+    step = StepPlanner(
+        module, batch, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm, progress
+    )
+    if isinstance(strategy, str):
+        return step.plan(None if strategy == "full" else HiFTSettings())
+    return step.plan(strategy.settings)
 
 
 @dataclass(frozen=True)
-class _Job:
+class StepPlanner:
+    """Plans one step again and again with different settings; arguments as in `plan`.
+
+    Raises:
+        ConfigurationError: if the precision cannot be planned.
+    """
+
     module: L.LightningModule
     batch: Any
-    precision: str
-    trainer_arguments: dict[str, Any]
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    progress: Callable[[int, int], None] | None = None
 
-    def run(self, settings: HiFTSettings | None, progress: Callable[[int, int], None] | None) -> Plan:
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigurationError(
+                f"`precision={self.precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}."
+            )
+
+    @property
+    def why_not_fused(self) -> str | None:
+        """What `update="fused"` does not go with here, in a few words; `None` where it can be used."""
+        if self.gradient_clip_val and self.gradient_clip_algorithm in (None, "norm"):
+            return f"`gradient_clip_val={self.gradient_clip_val}` clips by norm"
+        if self.accumulate_grad_batches > 1:
+            return f"`accumulate_grad_batches={self.accumulate_grad_batches}` sums gradients over batches"
+        if self.precision == "16-mixed":
+            return "`precision='16-mixed'` has a GradScaler that looks for overflows"
+        return None
+
+    def plan(self, settings: HiFTSettings | None) -> Plan:
         """Follow a cycle under HiFT, or a step of full fine-tuning where `settings` is `None`.
 
-        Args:
-            settings: of HiFT.
-            progress: as in `plan`.
+        Raises:
+            ConfigurationError: as in `plan`.
         """
+        if settings is not None and settings.update == "fused" and self.why_not_fused:
+            raise ConfigurationError(
+                f"`update='fused'` frees each gradient inside backward, and {self.why_not_fused}, which needs all of "
+                "them after it; use `update='streamed'`."
+            )
         dtype = PRECISIONS[self.precision]
         mixed = self.precision.endswith("mixed")
         with contextlib.ExitStack() as stack:
@@ -119,8 +141,8 @@ class _Job:
             watch = _Watch(
                 trace,
                 autocast=FakeAutocast(dtype) if mixed else None,
-                micro_batches=self.trainer_arguments["accumulate_grad_batches"],
-                progress=progress,
+                micro_batches=self.accumulate_grad_batches,
+                progress=self.progress,
             )
             trainer = L.Trainer(
                 accelerator=FakeAccelerator(),
@@ -129,14 +151,17 @@ class _Job:
                 plugins=[_MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)],
                 callbacks=[watch],
                 max_steps=_MOST_STEPS,
+                limit_val_batches=0,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                **self.trainer_arguments,
+                accumulate_grad_batches=self.accumulate_grad_batches,
+                gradient_clip_val=self.gradient_clip_val,
+                gradient_clip_algorithm=self.gradient_clip_algorithm,
             )
             try:
-                trainer.fit(module, _Forever(fake_batch(self.batch)))
+                trainer.fit(module, _Forever(fake_batch(self.batch)), val_dataloaders=[])
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
                     f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "

@@ -120,7 +120,8 @@ class Stretch:
             phase_peaks=peaks,
             role_peaks=mix_all(low.trace.role_peaks, high.trace.role_peaks),
             timeline=[
-                (phase, mix_all(a, b)) for (phase, a), (_, b) in zip(low.trace.timeline, high.trace.timeline, strict=True)
+                (phase, mix_all(a, b))
+                for (phase, a), (_, b) in zip(low.trace.timeline, high.trace.timeline, strict=True)
             ]
             if same_shape
             else near.timeline,

@@ -1,6 +1,7 @@
 """What is on the fake device, from one op to the next: bytes by role and phase, and FLOPs."""
 
 import contextlib
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -47,7 +48,7 @@ class StepTrace:
     role_peaks: dict[str, int] = field(default_factory=dict)
     """The most bytes of each role, which need not be at the moment of the peak."""
     timeline: list[tuple[Phase, dict[str, int]]] = field(default_factory=list)
-    """Bytes of each role at the highest moment of each of some stretches of the step, in order."""
+    """Bytes of each role at the highest moment of each of some equal stretches of each phase, in order."""
     bytes_after: int = 0
     flops: int = 0
 
@@ -79,13 +80,9 @@ class DeviceTrace(TorchDispatchMode):
         self._at_begin = [allocation for _, allocation in self._alive.values()]
         self._flops = 0
 
-    def end_step(self, stretches: int = 24) -> StepTrace:
-        """What has been seen since `begin_step`.
-
-        Args:
-            stretches: in which the timeline divides the step.
-        """
-        return _replay(self._at_begin, self._events, self._flops, stretches)
+    def end_step(self) -> StepTrace:
+        """What has been seen since `begin_step`."""
+        return _replay(self._at_begin, self._events, self._flops)
 
     def mark(self, tensors: Iterable[Tensor], role: str) -> None:
         """Say what tensors on the device are for, whenever they were made."""
@@ -146,13 +143,15 @@ class DeviceTrace(TorchDispatchMode):
         return "activations" if self.phase == "forward" else "temporary"
 
 
-def _replay(
-    at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int, stretches: int
-) -> StepTrace:
+_STRETCHES = 12
+"""In which the timeline divides each phase."""
+
+
+def _replay(at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int) -> StepTrace:
     """Go through a step again, now that the role of each allocation is known."""
     trace = StepTrace(flops=flops)
     in_use = sum(allocation.nbytes for allocation in at_begin)
-    length = max(1, len(events) // stretches)
+    ends = _ends_of_stretches(events)
     roles: Counter[str] = Counter()
     for allocation in at_begin:
         roles[allocation.role] += allocation.nbytes
@@ -168,13 +167,22 @@ def _replay(
         if in_use > trace.peak_bytes:
             trace.peak_bytes, trace.peak_phase = in_use, phase
             trace.roles_at_peak = _in_order(roles)
-        ends_phase = i + 1 == len(events) or events[i + 1][2] != phase
-        if (i + 1) % length == 0 or ends_phase:
+        if i + 1 in ends:
             trace.timeline.append((phase, _in_order(roles_at_highest)))
             highest, roles_at_highest = in_use, roles.copy()
     trace.bytes_after = in_use
     trace.role_peaks = _in_order(role_peaks)
     return trace
+
+
+def _ends_of_stretches(events: list[tuple[int, _Allocation, Phase]]) -> set[int]:
+    ends: set[int] = set()
+    start = 0
+    for _, run in itertools.groupby(phase for _, _, phase in events):
+        length = len(list(run))
+        ends.update(start + -(-length * part // _STRETCHES) for part in range(1, _STRETCHES + 1))
+        start += length
+    return ends
 
 
 def _in_order(roles: Mapping[str, int]) -> dict[str, int]:
