@@ -39,8 +39,8 @@ class ClassificationModule(OptimizedModule):
 
     @staticmethod
     def blank_batch(rows: int, tokens: int) -> Batch:
-        """Return a batch of that shape that holds nothing, for planning."""
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        """Return a batch of that shape without memory, for planning."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -48,8 +48,8 @@ class LanguageModelingModule(OptimizedModule):
 
     @staticmethod
     def blank_batch(rows: int, tokens: int) -> Batch:
-        """Return a batch of that shape that holds nothing, for planning."""
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        """Return a batch of that shape without memory, for planning."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
         return {"input_ids": ids, "labels": ids.clone()}
 
     def setup(self, stage: str) -> None:

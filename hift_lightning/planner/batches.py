@@ -25,14 +25,21 @@ class BatchSizes:
         for batch in (1, 2) if 1 in planned else (1,):
             if batch not in self._plans:
                 self._plans[batch] = planner(batch)
-        if not self._fits(1, largest_memory):
-            return
+        if self._fits(1, largest_memory):
+            self._plan_one_that_is_too_large(planner, largest_memory)
+
+    def _plan_one_that_is_too_large(self, planner: Callable[[int], Plan], memory_bytes: int) -> None:
         (low, below), (high, above) = sorted(self._plans.items())[-2:]
-        growth = (needed_bytes(above.peak_bytes) - needed_bytes(below.peak_bytes)) / (high - low)
-        room = largest_memory - needed_bytes(above.peak_bytes)
-        if room >= 0 and growth > 0:
-            # the line goes on below the true bytes, so this one is too large for every device
-            too_large = high + int(room / growth) + 1
+        if not self._fits(high, memory_bytes):
+            return
+        reached = []  # where the line through the peaks of a phase comes to the memory; the true bytes lie above it
+        for block, same in zip(below.blocks, above.blocks, strict=True):
+            for phase, peak in same.trace.phase_peaks.items():
+                growth = (needed_bytes(peak) - needed_bytes(block.trace.phase_peaks[phase])) / (high - low)
+                if growth > 0:
+                    reached.append(high + (memory_bytes - needed_bytes(peak)) / growth)
+        if reached:
+            too_large = int(min(reached)) + 1
             self._plans[too_large] = planner(too_large)
 
     def largest(self, memory_bytes: int) -> int | None:

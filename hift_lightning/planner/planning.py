@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
@@ -161,7 +162,9 @@ class StepPlanner:
                 gradient_clip_algorithm=self.gradient_clip_algorithm,
             )
             try:
-                trainer.fit(module, _Forever(fake_batch(self.batch)), val_dataloaders=[])
+                # none are validated, but who says nothing about it is warned
+                val_batches: list[Any] | None = [] if is_overridden("validation_step", module) else None
+                trainer.fit(module, _Forever(fake_batch(self.batch)), val_batches)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
                     f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.application.running import ENVIRONMENT, ROOT
+from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
 
 SMALL = [
     "model=llama7b",
@@ -73,9 +73,9 @@ def test_full_fine_tuning_is_planned_too(tmp_path):
 
 
 def test_a_classifier_is_planned_without_weights_or_tokenizer(tmp_path):
-    done = plan(tmp_path, "model=roberta_large", *QUICK, "data.batch_size=4", "trainer.gradient_clip_val=null")
+    done = plan(tmp_path, "model=roberta_base", *QUICK, "data.batch_size=4", "trainer.gradient_clip_val=null")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["parameters"] > 355e6
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["parameters"] > 124e6
 
 
 def test_data_of_ones_own_are_not_looked_at(tmp_path):
@@ -109,7 +109,7 @@ def test_what_cannot_be_planned_ends_in_a_sentence(tmp_path, overrides, message)
 
 
 def test_a_sweep_of_plans_has_one_table(tmp_path):
-    command = [sys.executable, str(ROOT / "plan.py"), *SMALL, *QUICK, "-m", "strategy.group_size=1,8"]
+    command = [sys.executable, str(ROOT / "plan.py"), "-m", *SMALL, *QUICK, "strategy.group_size=1,8"]
     done = subprocess.run(
         [*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -118,3 +118,15 @@ def test_a_sweep_of_plans_has_one_table(tmp_path):
     assert len(rows) == 3
     assert "memory/peak_device_bytes" in rows[0]
     assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+def test_training_with_auto_says_what_it_chose_before_anything_long(tmp_path):
+    auto = [*TINY, "strategy.group_size=auto"]
+    done = run_application(tmp_path, *auto, "strategy.memory_budget=2GiB", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert "HiFT: group_size=4 with update=block and activation_checkpointing=False needs" in done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["hift/blocks"] == 1
+    refused = run_application(tmp_path, *auto, "strategy.memory_budget=1GiB")
+    assert "Nothing fits `memory_budget` of 1.00 GiB" in told(refused)
+    assert "test/accuracy" not in refused.stdout
+    assert "`cpu` does not tell how much it has; give `memory_budget`" in told(run_application(tmp_path, *auto))

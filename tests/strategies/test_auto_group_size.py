@@ -1,7 +1,5 @@
 """`HiFTStrategy(group_size="auto")` under the Trainer."""
 
-import itertools
-
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -75,7 +73,7 @@ def test_it_can_be_chosen_before_fit_with_a_batch_of_ones_own():
 
 def test_no_data_are_told():
     with pytest.raises(ConfigurationError, match="there is none; give training data"):
-        fit(HiFTStrategy(group_size="auto", memory_budget=BUDGET), itertools.cycle([]), max_steps=1)
+        fit(HiFTStrategy(group_size="auto", memory_budget=BUDGET), loader([]))
 
 
 def test_a_plain_loop_wants_a_number():
