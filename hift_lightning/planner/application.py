@@ -87,10 +87,10 @@ def plan_run(cfg: DictConfig) -> Findings:
         reason=reason,
     )
     folder = Path(cfg.output_dir)
-    files = [write_json(findings, folder)]
+    files = {"all numbers": write_json(findings, folder)}
     write_metrics(findings.numbers(), folder)
     try:
-        files.append(draw(planned, findings.title, folder))
+        files["picture"] = draw(planned, findings.title, folder)
     except ImportError:
         print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
     print_tables(findings, files)

@@ -1,6 +1,6 @@
 """A plan in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -11,12 +11,12 @@ from hift_lightning.planner.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GPUS,
 from hift_lightning.planner.result import Plan
 
 
-def print_tables(findings: Findings, files: Sequence[Path]) -> None:
+def print_tables(findings: Findings, files: Mapping[str, Path]) -> None:
     """Print what was found out, and where it was written.
 
     Args:
         findings: of the planning application.
-        files: that were written.
+        files: that were written, by what is in them.
     """
     console = Console(highlight=False, soft_wrap=True)
     plan = findings.plan
@@ -36,8 +36,8 @@ def print_tables(findings: Findings, files: Sequence[Path]) -> None:
         f"\"Needed\" allows {CONTEXT_BYTES / GIB:g} GiB for the driver's context and the libraries' workspaces, and "
         f"{FRAGMENTATION:.0%} of the peak for what the allocator rounds up and cannot use."
     )
-    for path in files:
-        console.print(f"{path.stem}: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    for content, path in files.items():
+        console.print(f"{content}: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
 def _at_peak(plan: Plan) -> Table:
