@@ -1,0 +1,174 @@
+"""Faults that a run meets while it trains."""
+
+import functools
+import os
+import random
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from lightning.pytorch.callbacks import Callback
+from tests.resuming import StopsAt
+
+from experiments.faults.trials import Fault, Trial, begun, straight_run
+
+Outcome = dict[str, object]
+"""Times `tried`, times that it `ended` as it should, and times that something good was `lost`."""
+
+
+def killed(name: int, tries: int) -> Outcome:
+    """Stop a run by a signal at random moments, from its first import to its end, and let it go on each time.
+
+    Args:
+        name: of the signal.
+        tries: times that the signal has met a living run.
+    """
+    draw = random.Random(int(name))
+    tried = ended = lost = number = 0
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        straight = straight_run(Path(folder, "straight"))
+        duration = time.monotonic() - started
+        while tried < tries:
+            number += 1
+            trial = Trial(Path(folder, f"run{number}"))
+            trial.folder.mkdir()
+            while True:
+                process = trial.start()
+                process.join(draw.uniform(0.05, duration / 2) if tried < tries else None)
+                if process.exitcode is None:
+                    assert process.pid is not None
+                    os.kill(process.pid, name)
+                    process.join()
+                if process.exitcode == 0:
+                    break
+                tried += 1
+                ended += process.exitcode == (-name if name == signal.SIGKILL else 1)
+                lost += not _whole(trial) or not trial.losses() <= straight.losses()
+            lost += not trial.is_exact(straight)
+    return {"tried": tried, "ended": ended, "lost": lost}
+
+
+def met(
+    fault: Callable[[random.Random], Fault], sentence: str, tries: int, fresh: bool = False, **changes: Any
+) -> Outcome:
+    """Let a run meet a fault at a random step, and go on without it.
+
+    Args:
+        fault: makes one.
+        sentence: part of what the run has to end with; empty if it has to go on by itself.
+        tries: how often.
+        fresh: whether the run begins with the fault, rather than at a checkpoint.
+        changes: of the case.
+    """
+    draw = random.Random(7)
+    ended = lost = 0
+    with tempfile.TemporaryDirectory() as folder:
+        straight = straight_run(Path(folder, "straight"))
+        for number in range(tries):
+            place = Path(folder, f"run{number}")
+            if fresh:
+                place.mkdir()
+            trial = Trial(place) if fresh else begun(place, draw)
+            failed = trial.complete(fault(draw), **changes) == 1
+            ended += (failed and sentence in trial.error) if sentence else not failed
+            lost += not _whole(trial)
+            if sentence:
+                trial.complete()
+                lost += not trial.is_exact(straight)
+    return {"tried": tries, "ended": ended, "lost": lost}
+
+
+def _whole(trial: Trial) -> bool:
+    """Whether there is no checkpoint that is not whole, nor a part of one under a checkpoint's name."""
+    for path in trial.checkpoints.glob("*.ckpt"):
+        StreamingCheckpointIO.check(path)
+    return True
+
+
+# --- faults ----------------------------------------------------------------------------------------------------
+
+
+def _a_step(draw: random.Random) -> int:
+    return draw.randint(1, 5)
+
+
+class _Spoils(Callback):
+    """Makes the loss, or the gradients that come from it, NaN or inf."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self._step, self._value, self._steps = step, value, 0
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        self._steps += 1
+        if self._steps == self._step:
+            pl_module.trace.pop()
+            loss.mul_(self._value)
+
+
+def spoiled_loss(draw: random.Random) -> Fault:
+    return functools.partial(_spoil, _a_step(draw), draw.choice([float("nan"), float("inf")]))
+
+
+def _spoil(step: int, value: float, folder: Path) -> list[Callback]:
+    return [_Spoils(step, value)]
+
+
+def file_lost(draw: random.Random) -> Fault:
+    return functools.partial(_damage, _a_step(draw), draw.random(), _remove)
+
+
+def file_cut(draw: random.Random) -> Fault:
+    return functools.partial(_damage, _a_step(draw), draw.random(), _cut)
+
+
+def _damage(step: int, which: float, how: Callable[[Path], None], folder: Path) -> list[Callback]:
+    def act(trainer: Any) -> None:
+        files = sorted(folder.glob("hift-parked-*/*"), key=lambda path: path.stat().st_size)
+        large = files[len(files) // 2 :]
+        for path in large[int(which * len(large)) :]:
+            how(path)
+
+    return [StopsAt("on_train_batch_start", step, act)]
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def disk_full(draw: random.Random) -> Fault:
+    return functools.partial(_limit, _a_step(draw), draw.randint(1, 30_000))
+
+
+def no_room_to_park(draw: random.Random) -> Fault:
+    return functools.partial(_limit, 0, draw.randint(100, 2_000))
+
+
+def _limit(step: int, nbytes: int, folder: Path) -> list[Callback]:
+    def act(trainer: Any) -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails, as on a full disk, and does not kill
+        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+    if step == 0:
+        act(None)
+    return [StopsAt("on_train_batch_start", step, act)]
+
+
+def error_in_training(draw: random.Random) -> Fault:
+    return functools.partial(_raise, _a_step(draw))
+
+
+def _raise(step: int, folder: Path) -> list[Callback]:
+    def act(trainer: Any) -> None:
+        raise ZeroDivisionError("a broken sample")
+
+    return [StopsAt("on_train_batch_start", step, act)]
