@@ -141,8 +141,8 @@ def check_weights(model: nn.Module, state_dict: dict[str, Any], strict: bool = T
         more = f" and {len(shapes) - 3} more shapes" if len(shapes) > 3 else ""
         told = [differences, ", ".join(list(shapes.values())[:3]) + more]
         raise ConfigurationError(
-            f"The checkpoint's weights do not fit `{type(model).__name__}`: {'; '.join(filter(None, told))}; resume "
-            "with the model that it was made with."
+            f"The checkpoint's weights do not fit `{type(model).__name__}`: {'; '.join(filter(None, told))}; take "
+            "the model that it was made with."
         ) from error
 
 

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_weight_is_touched(mad
         "The checkpoint's weights do not fit `WiderTransformer`: it has `norm.bias`, `norm.weight` and it lacks "
         "`layers.2.linear1.bias`, `layers.2.linear1.weight`, `layers.2.linear2.bias` and 9 more; "
         "`head.weight` is (3, 16) in it and (7, 16) in the model, `head.bias` is (3,) in it and (7,) in the model; "
-        "resume with the model that it was made with."
+        "take the model that it was made with."
     )
     for name, p in module.named_parameters():
         assert torch.equal(p, before[name]), name
