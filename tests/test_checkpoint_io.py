@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import multiprocessing
 import os
 import pickle
 import random
@@ -10,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -243,6 +245,39 @@ def test_the_leftover_of_a_killed_process_goes_at_the_next_save_and_that_of_a_li
     finally:
         process.kill()
         process.wait()
+
+
+def saves_for_ever(folder, started):
+    io = StreamingCheckpointIO()
+    step = io.load_checkpoint(folder / "last.ckpt")["step"] if (folder / "last.ckpt").exists() else 0
+    started.set()
+    while True:
+        step += 1
+        io.save_checkpoint(
+            {"state_dict": {"weight": torch.full((16_000,), float(step))}, "step": step}, folder / "last.ckpt"
+        )
+
+
+def test_killed_at_100_random_moments_the_file_is_always_whole_and_nothing_piles_up(io, tmp_path):
+    fork, draw, steps = multiprocessing.get_context("fork"), random.Random(0), [0]
+    for _ in range(100):
+        started = fork.Event()
+        process = fork.Process(target=saves_for_ever, args=(tmp_path, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(draw.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        if (tmp_path / "last.ckpt").exists():
+            loaded = io.load_checkpoint(tmp_path / "last.ckpt")
+            assert torch.equal(loaded["state_dict"]["weight"], torch.full((16_000,), float(loaded["step"])))
+            assert loaded["step"] >= steps[-1]
+            steps.append(loaded["step"])
+        assert [path.name for path in tmp_path.glob("*.ckpt")] in ([], ["last.ckpt"])
+        assert len(list(tmp_path.iterdir())) <= 2
+    assert steps[-1] >= 100
+    io.save_checkpoint(CHECKPOINT, tmp_path / "last.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_other_file_systems_are_left_to_lightning_but_load_weights_only(io, tmp_path):

@@ -179,6 +179,12 @@ def test_the_command_runs_as_a_module_and_tells_where_it_wrote(run_of_tied: Path
     assert "Traceback" not in again.stderr
 
 
+def test_the_command_is_installed_with_the_package() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["hift-export"] == f"{main.__module__}:{main.__name__}"
+
+
 @pytest.fixture
 def copy_of_run(run_of_tied: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_of_tied, tmp_path / "run"))

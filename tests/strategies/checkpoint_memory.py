@@ -1,7 +1,8 @@
 """Anonymous memory of a process that saves a checkpoint, and of one that resumes from it.
 
-``python -m tests.strategies.checkpoint_memory save|load MIB OFFLOAD PATH [lightning]`` prints bytes as JSON; MIB is of
-AdamW's moments, OFFLOAD is ``cpu`` or a folder, and ``lightning`` takes Lightning's own CheckpointIO.
+``python -m tests.strategies.checkpoint_memory save|load MIB OFFLOAD PATH [masters|lightning]`` prints bytes as JSON. MIB
+is of AdamW's moments, OFFLOAD is ``cpu`` or a folder, ``masters`` has bf16 weights with fp32 masters, and ``lightning``
+takes Lightning's own CheckpointIO.
 """
 
 import ctypes
@@ -62,13 +63,18 @@ class Resumed(Callback):
         trainer.should_stop = True
 
 
-def main(what, mib, offload, path, io=None):
+def main(what, mib, offload, path, kind=None):
     layers = int(mib) // MIB_OF_LAYER
     module = Stack(layers)
     batches = loader([torch.ones(1, WIDTH)] * layers)
-    strategy = HiFTStrategy(offload=offload, checkpoint_io=TorchCheckpointIO() if io == "lightning" else None)
+    strategy = HiFTStrategy(
+        offload=offload,
+        master_weights=kind == "masters",
+        checkpoint_io=TorchCheckpointIO() if kind == "lightning" else None,
+    )
+    precision = "bf16-true" if kind == "masters" else "32-true"
     if what == "save":
-        trainer_ = trainer(strategy, max_steps=layers)
+        trainer_ = trainer(strategy, max_steps=layers, precision=precision)
         trainer_.fit(module, batches)
         before = anonymous_bytes_in_use()
         with PeakAnonymousMemory() as memory:
@@ -76,7 +82,7 @@ def main(what, mib, offload, path, io=None):
         found = {"before": before, "peak": memory.peak_bytes, "after": anonymous_bytes_in_use()}
     else:
         resumed = Resumed()
-        trainer_ = trainer(strategy, max_steps=2 * layers, max_epochs=-1, callbacks=[resumed])
+        trainer_ = trainer(strategy, max_steps=2 * layers, max_epochs=-1, callbacks=[resumed], precision=precision)
         trainer_.fit(module, batches, ckpt_path=path)
         found = {"before": resumed.before, "peak": resumed.memory.peak_bytes, "after": resumed.after}
     found["parked"] = strategy.hift.residency.parked_bytes

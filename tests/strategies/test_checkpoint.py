@@ -1,6 +1,7 @@
 """Checkpoints are complete, safe to load, and go both ways between HiFT and a plain Trainer."""
 
 import gc
+import resource
 from pathlib import Path
 
 import pytest
@@ -427,6 +428,30 @@ def test_who_trusts_a_checkpoint_may_say_so(tmp_path):
     )
     assert len(module.losses) == STEPS
     assert (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_while_saving_stops_the_run_and_the_former_checkpoint_goes_on_exactly(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillsDisk(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == STEPS - 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, filename="{step}", save_on_exception=True)
+    try:
+        with pytest.raises(ConfigurationError, match=r"`.*ckpt` could not be saved \(EFBIG: File too large\)"):
+            fit(callbacks=[FillsDisk(), keep], enable_checkpointing=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    (former,) = tmp_path.iterdir()
+    assert torch.load(former, weights_only=True)["global_step"] == STEPS - 1
+    resumed, straight = make_module(), make_module()
+    batches = make_batches(STEPS)
+    # Lightning takes the rest of an epoch from the loader's beginning
+    trainer().fit(resumed, loader(batches[STEPS - 1 :] + batches[: STEPS - 1]), ckpt_path=former)
+    trainer().fit(straight, loader(batches))
+    assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
 
 
 # --- what stays of it, and where it goes ------------------------------------------------------------------------------

@@ -45,6 +45,19 @@ def test_saving_takes_no_memory_and_loading_holds_parked_state_once(mib, offload
 
 
 @pytest.mark.slow
+def test_masters_too_are_held_once(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    saving = measured("save", 64, "cpu", path, "masters")
+    assert saving["parked"] >= 96 * MIB
+    assert saving["peak"] - saving["before"] < 16 * MIB
+    loading = measured("load", 64, "cpu", path, "masters")
+    rounded = 16 * MIB  # the weights became bf16 meanwhile
+    assert loading["parked"] == saving["parked"]
+    assert loading["peak"] - loading["before"] < loading["parked"] + 16 * MIB
+    assert loading["after"] - loading["before"] > loading["parked"] - rounded - MIB
+
+
+@pytest.mark.slow
 def test_these_measurements_see_what_a_checkpoint_io_that_buffers_takes(tmp_path):
     path = tmp_path / "saved.ckpt"
     saving = measured("save", 128, "cpu", path, "lightning")
