@@ -30,8 +30,9 @@ if sys.platform != "win32":
 # requeued job (`hpc_ckpt_` anywhere in a name) and ours (`*.ckpt`) pass over it.
 _TEMPORARY = ".hift-saving-"
 
-# A module and HiFT's engine copy what they load, one tensor at a time; others keep the tensors that they are given.
-_COPIED_BY_WHO_LOADS = {"state_dict", "optimizer_states", "hift"}
+# A module and HiFT's engines copy what they load, one tensor at a time; others keep the tensors that they are given.
+_COPIED_BY_WHO_LOADS = {"state_dict", "optimizer_states", "engines"}
+_HIFT = "hift"
 
 _ZIP = b"PK\x03\x04"
 _FOLDER = 0x10
@@ -116,15 +117,18 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             if not weights_only:
                 raise
             if not isinstance(error, pickle.UnpicklingError):
-                raise _not_whole(local, _reason(error)) from error
+                raise ConfigurationError(
+                    f"The checkpoint `{local}` cannot be loaded ({_reason(error)}); give one that `torch.save` wrote."
+                ) from error
             raise ConfigurationError(
                 f"The checkpoint `{local}` holds something else than tensors and primitives "
                 f"({_reason(error)}), and loading that could run code; if you trust where it comes from, pass "
                 "`weights_only=False`, otherwise do not load it."
             ) from error
         if isinstance(checkpoint, dict):
-            for key in checkpoint.keys() - _COPIED_BY_WHO_LOADS:
-                checkpoint[key] = tree_map_only(torch.Tensor, torch.clone, checkpoint[key])
+            for part in (checkpoint, checkpoint.get(_HIFT, {})):
+                for key in part.keys() - _COPIED_BY_WHO_LOADS - {_HIFT}:
+                    part[key] = tree_map_only(torch.Tensor, torch.clone, part[key])
         return checkpoint
 
     @staticmethod

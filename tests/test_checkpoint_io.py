@@ -1,6 +1,7 @@
 """Checkpoint files: never half, never without a check, and no code in them is run."""
 
 import ast
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from hift_lightning.engine.errors import ConfigurationError
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = {
     "state_dict": {"weight": torch.arange(1000.0), "half": torch.ones(3, dtype=torch.bfloat16)},
-    "hift": {"masters": {"weight": torch.zeros(5)}},
+    "hift": {"engines": [{"masters": {"weight": torch.zeros(5)}}], "random": [torch.arange(4)]},
     "callbacks": {"best": torch.tensor(1.5)},
     "epoch": 3,
 }
@@ -57,6 +58,9 @@ def assert_same(left, right):
         assert left.keys() == right.keys()
         for key in left:
             assert_same(left[key], right[key])
+    elif isinstance(left, list):
+        for one, other in zip(left, right, strict=True):
+            assert_same(one, other)
     elif isinstance(left, torch.Tensor):
         assert left.dtype == right.dtype
         assert torch.equal(left, right)
@@ -318,6 +322,17 @@ def write_records_of_nothing(path):
         file.writestr("archive/version", "3")
 
 
+def write_another_byteorder(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}, 2))
+        file.writestr("archive/byteorder", "middle")
+        file.writestr("archive/version", "3")
+
+
+def write_torch_script(path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1, 1)), path)
+
+
 def write_the_old_format(path):
     torch.save(CHECKPOINT, path, _use_new_zipfile_serialization=False)
 
@@ -327,7 +342,9 @@ FOREIGN = {
     "text": (lambda path: path.write_text("no checkpoint"), "is no checkpoint: it begins with b'no c'"),
     "another zip": (write_another_zip, "is no checkpoint: it is a zip archive"),
     "repacked": (write_a_repacked_checkpoint, "is no checkpoint: it is a zip archive"),
-    "records of nothing": (write_records_of_nothing, "foreign.ckpt` "),
+    "records of nothing": (write_records_of_nothing, "foreign.ckpt` holds something else than tensors"),
+    "TorchScript": (write_torch_script, "is no checkpoint: it is a zip archive"),
+    "records of another order": (write_another_byteorder, "foreign.ckpt` cannot be loaded (Unknown endianness"),
     "pickle": (lambda path: path.write_bytes(pickle.dumps({"state_dict": {}})), "is no checkpoint: it begins with"),
     "the old format": (write_the_old_format, "torch older than 1.6 must be saved anew"),
     "a folder": (lambda path: path.mkdir(), "cannot be read (Is a directory)"),
@@ -392,6 +409,18 @@ def test_a_flipped_bit_is_found_or_changes_nothing_that_is_loaded(io, saved):
     assert not [message for message in messages if "\n" in message]
 
 
+@pytest.mark.slow
+def test_every_single_flipped_bit_is_found_or_changes_nothing_that_is_loaded(io, tmp_path):
+    path = tmp_path / "small.ckpt"
+    checkpoint = {"state_dict": {"weight": torch.arange(20.0)}, "callbacks": {"best": torch.tensor(1.5)}, "epoch": 3}
+    io.save_checkpoint(checkpoint, path)
+    for bit in range(8 * path.stat().st_size):
+        flip(path, bit)
+        with contextlib.suppress(ConfigurationError):
+            assert_same(io.load_checkpoint(path), checkpoint)
+        flip(path, bit)
+
+
 def test_every_flipped_bit_of_a_weight_is_found_and_the_record_is_named(io, saved):
     whole = saved.read_bytes()
     start = whole.index(CHECKPOINT["state_dict"]["weight"].numpy().tobytes())
@@ -432,10 +461,11 @@ def mapped(path):
 def test_weights_and_state_are_parts_of_the_mapped_file_and_nothing_else_is(io, saved):
     loaded = io.load_checkpoint(saved)
     assert mapped(saved)
-    kept = loaded["callbacks"]
+    kept = loaded["callbacks"], loaded["hift"]["random"]
     del loaded
     assert not mapped(saved)
-    assert kept["best"] == 1.5
+    assert_same(kept[0], CHECKPOINT["callbacks"])
+    assert torch.equal(kept[1][0], torch.arange(4))
 
 
 def test_a_temporary_file_that_was_taken_for_a_leftover_is_made_again(io, tmp_path, monkeypatch):

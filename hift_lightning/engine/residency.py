@@ -186,6 +186,7 @@ class Residency:
                         leaf, kept, parameter.device
                     )
                     buffer.write(leaf)
+                    self._copying_from.update({leaf.device} if leaf.device.type != "cpu" else ())
                 else:
                     buffer = self._tier.adopt(leaf, kept, parameter.device)
                 known[i] = _ParkedLeaf(buffer, dtype)

@@ -1,8 +1,8 @@
 """Anonymous memory of a process that saves a checkpoint, and of one that resumes from it.
 
-``python -m tests.strategies.checkpoint_memory save|load MIB OFFLOAD PATH [masters|lightning]`` prints bytes as JSON. MIB
-is of AdamW's moments, OFFLOAD is ``cpu`` or a folder, ``masters`` has bf16 weights with fp32 masters, and ``lightning``
-takes Lightning's own CheckpointIO.
+``python -m tests.strategies.checkpoint_memory save|load MIB OFFLOAD PATH [masters|lightning]`` prints bytes as JSON.
+MIB is of AdamW's moments, OFFLOAD is ``cpu`` or a folder, ``masters`` has bf16 weights with fp32 masters, and
+``lightning`` takes Lightning's own CheckpointIO.
 """
 
 import ctypes

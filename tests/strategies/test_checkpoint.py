@@ -561,6 +561,19 @@ def test_a_resumed_run_on_a_device_equals_one_that_never_stopped(any_device, off
 
 # --- both ways between HiFT and a plain Trainer -----------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_streamed_run_resumes_with_state_of_any_shape(optimizer, tmp_path):
+    def strategy():
+        return HiFTStrategy(update="streamed", offload=tmp_path)
+
+    _, stopped = fit(strategy(), optimizer=optimizer)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, _ = fit(strategy(), epochs=2, ckpt_path=tmp_path / "stopped.ckpt", optimizer=optimizer)
+    straight, _ = fit(strategy(), epochs=2, optimizer=optimizer)
+    assert resumed.losses == straight.losses[STEPS:]
+
+
 PRECISIONS = {"32-true": {}, "bf16-mixed": {}, "bf16-true": {}, "64-true": {}, "masters": {"master_weights": True}}
 
 
