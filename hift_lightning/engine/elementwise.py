@@ -42,17 +42,23 @@ def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe
         dtype: in which the optimizer will see weights and gradients.
     """
     with _numbers_where(like) as device:
-        return _probe(optimizer, like, dtype, device)
+        try:
+            return _probe(optimizer, like, dtype, device, None)
+        except Exception:  # whatever an optimizer raises that expects the state built in its constructor (Adagrad)
+            if not (state := optimizer.state.get(like)):
+                raise
+            return _probe(optimizer, like, dtype, device, state)
 
 
-def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Probe:
+def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device: torch.device, state: Any) -> Probe:
     # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
     count = torch.arange(1.0, ROWS * COLUMNS + 1, device=device).view(ROWS, COLUMNS)
     weights = (count * 0.7).sin()
     gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
 
     def run(*parts: slice) -> list[list[Any]] | None:
-        return _run(optimizer, like, dtype, [weights[p] for p in parts], [[g[p] for p in parts] for g in gradients])
+        split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
+        return _run(optimizer, like, dtype, state, [weights[p] for p in parts], split_gradients)
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -90,7 +96,12 @@ def _numbers_where(like: Tensor) -> Iterator[torch.device]:
 
 
 def _run(
-    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, weights: list[Tensor], gradients: list[list[Tensor]]
+    optimizer: Optimizer,
+    like: nn.Parameter,
+    dtype: torch.dtype,
+    state: Any,
+    weights: list[Tensor],
+    gradients: list[list[Tensor]],
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
@@ -98,7 +109,7 @@ def _run(
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    if state := optimizer.state.get(like):  # built in the constructor (Adagrad), and expected by `step`
+    if state is not None:
         for parameter in parameters:
             trial.state[parameter] = _state_like(state, like, parameter)
     trial.param_groups = [{**settings, "params": parameters}]

@@ -1,4 +1,6 @@
-"""The error for what a user can mend."""
+"""The error for what a user can mend, and a way to what lies behind an error."""
+
+from collections.abc import Iterator
 
 
 class ConfigurationError(ValueError):
@@ -6,3 +8,10 @@ class ConfigurationError(ValueError):
 
     The application ends with the message alone, without a traceback.
     """
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from or on top of, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

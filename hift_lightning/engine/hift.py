@@ -32,7 +32,8 @@ from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.report import BlockReport, Report
-from hift_lightning.engine.residency import Residency, load_optimizer_state
+from hift_lightning.engine.residency import Residency, state_dict_with_masters
+from hift_lightning.engine.resume import check_optimizer, is_same_plan, record_of_plan, refuse_other_plan
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
@@ -243,7 +244,7 @@ class HiFT:
         return DelayedLRScheduler(scheduler, self.settings.lr_update, lambda: self.cycle)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the rotation, the plan's fingerprint and the masters: primitives and tensors only.
+        """The position in the rotation, the plan and the masters: primitives and tensors only.
 
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
         that is read or saved.
@@ -251,32 +252,26 @@ class HiFT:
         masters = {name: self.residency.master(p) for name, p in self._trained.items()}
         return {
             "updates": self.updates,
-            "group_size": self.settings.group_size,
-            "turns": list(self.rotation.turns),
-            "steps_per_block": self.settings.steps_per_block,
-            "plan": self.plan.fingerprint(),
+            **record_of_plan(self.plan, self.rotation),
+            "parameters": self._names_in_groups(),
+            "parked_dtype": self.settings.parked_dtype,
             "masters": {name: master for name, master in masters.items() if master is not None},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Go on from a saved position; masters are copied, a tensor at a time.
+
+        Where the plan is another one and ``settings.resume_plan`` is ``"rebuild"``, :attr:`updates` starts from 0, and
+        with it the rotation at the beginning of a cycle; the masters carry over.
 
         Args:
             state_dict: what :meth:`state_dict` gave.
 
         Raises:
-            ConfigurationError: if it belongs to another plan or another order of it.
+            ConfigurationError: see :meth:`check_state_dict`.
         """
-        mine = self.state_dict()
-        differing = [key for key in mine.keys() - {"updates", "masters"} if state_dict.get(key) != mine[key]]
-        if differing:
-            saved = ", ".join(f"{key}={state_dict.get(key)!r}" for key in differing)
-            present = ", ".join(f"{key}={mine[key]!r}" for key in differing)
-            raise ConfigurationError(
-                f"The checkpoint was made with {saved}, and this run has {present}, so its position in the rotation "
-                "does not carry over; resume with the checkpoint's values."
-            )
-        self.updates = state_dict["updates"]
+        self.check_state_dict(state_dict)
+        self.updates = state_dict["updates"] if self.has_plan_of(state_dict) else 0
         if self.settings.master_weights:
             for name, parameter in self._trained.items():
                 if name in state_dict["masters"]:
@@ -286,14 +281,50 @@ class HiFT:
         if self.active:
             self._activate()
 
-    def load_optimizer_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the optimizer's state without putting it on the device.
+    def has_plan_of(self, state_dict: dict[str, Any]) -> bool:
+        """Whether a saved position was one in this plan, with this order and as many steps to a block."""
+        return is_same_plan(state_dict, record_of_plan(self.plan, self.rotation))
+
+    def check_state_dict(
+        self, state_dict: dict[str, Any] | None = None, optimizer_state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Raise if what was saved cannot be loaded here; nothing is changed.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+            optimizer_state_dict: what ``optimizer.state_dict()`` gave with it, or without HiFT.
+
+        Raises:
+            ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``, or to another
+                optimizer or other parameters.
+        """
+        if optimizer_state_dict is not None:
+            saved_names = None if state_dict is None else state_dict.get("parameters")
+            check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
+        if state_dict is not None and self.settings.resume_plan == "same":
+            refuse_other_plan(state_dict, record_of_plan(self.plan, self.rotation))
+
+    def load_optimizer_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
+        """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
 
         Args:
             state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
+            parked_dtype: the one of the run that saved it (``parked_dtype`` in :meth:`state_dict`).
+
+        Raises:
+            ConfigurationError: if it belongs to another optimizer or other parameters.
         """
-        load_optimizer_state(self.optimizer, state_dict)
-        self.residency.adopt_state()
+        self.check_state_dict(optimizer_state_dict=state_dict)
+        self.residency.load_state_dict(state_dict, parked_dtype)
+
+    def master_state_dict(self) -> dict[str, Any]:
+        """The model's state dict, with the fp32 master in place of every weight that has one.
+
+        What training would go on from, and so what to export. Masters are host tensors, and all are the tensors
+        themselves and no copies; a weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A
+        tied weight has the same master under each of its names.
+        """
+        return state_dict_with_masters(self.model, [self.residency])
 
     def report(self) -> Report:
         """What each block is, how often it has been updated, and where its state is now."""
@@ -324,6 +355,10 @@ class HiFT:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.finish()
+
+    def _names_in_groups(self) -> list[list[str]]:
+        names = {p: name for name, p in self._parameters.items()}
+        return [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (self._parameters[name] for name in self.block.parameters)

@@ -5,12 +5,13 @@ The optimizer's own ``state`` always holds the tensors that count: parked ones a
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -119,9 +120,51 @@ class Residency:
             scalars_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
-                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []))
+                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []), {self._parked_dtype})
 
-    def _adopt(self, parameter: Tensor, scalars_on_device: bool, known_before: list[_ParkedLeaf | None]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
+        """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
+
+        :meth:`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's device and dtype,
+        which would put the state of the whole model there. So it loads the param groups only. Nothing of
+        ``state_dict`` is referred to afterwards (it may be parts of a mapped file), and buffers that are there already
+        are written to rather than allocated again.
+
+        Args:
+            state_dict: what ``optimizer.state_dict()`` of a like optimizer gave; the present state is dropped.
+            parked_dtype: the one that moments were parked in when it was saved; ``None`` where they were in their own,
+                or in the one that they are parked in here.
+
+        Raises:
+            ValueError: if the param groups do not match (raised by torch).
+        """
+        self.optimizer.load_state_dict({**state_dict, "state": {}})
+        known_before, self._leaves = self._leaves, {}
+        self._parked.clear()
+        self._last_parked.clear()
+        self.optimizer.state.clear()
+        state = state_dict["state"]
+        for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
+            scalars_on_device = bool(group.get("capturable") or group.get("fused"))
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                known = known_before.pop(parameter, [])
+                if saved_id in state:
+                    self.optimizer.state[parameter] = state[saved_id]
+                    narrow = {self._parked_dtype, PARKED_DTYPES[parked_dtype]}
+                    self._adopt(parameter, scalars_on_device, known, narrow, loaded=True)
+        # an optimizer may keep things under keys that are no parameters
+        ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
+        self.optimizer.state.update(copy.deepcopy({key: state[key] for key in state.keys() - ids}))
+
+    def _adopt(
+        self,
+        parameter: Tensor,
+        scalars_on_device: bool,
+        known_before: list[_ParkedLeaf | None],
+        narrow: Collection[torch.dtype | None],
+        *,
+        loaded: bool = False,
+    ) -> None:
         leaves, spec = tree_flatten(self.optimizer.state[parameter])
         on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
@@ -129,18 +172,27 @@ class Residency:
             if not isinstance(leaf, Tensor):
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
-            if id(leaf) not in on_device and leaf.dtype == self._parked_dtype and leaf.dim() > 0:
+            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0:
                 dtype = torch.promote_types(dtype, parameter.dtype)  # saved as it was parked
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
-                leaves[i] = leaf.to(dtype)
+                goes = leaf.dim() > 0 or scalars_on_device
+                leaves[i] = leaf.to(parameter.device if goes else "cpu", dtype, copy=loaded)
             elif leaf.dim() > 0 or scalars_on_device:
-                buffer = self._tier.adopt(leaf, self._kept_dtype(leaf, dtype), parameter.device)
+                kept = self._kept_dtype(leaf, dtype)
+                if loaded:
+                    buffer = _fitting(known_before[i : i + 1], leaf, kept) or self._tier.allocate(
+                        leaf, kept, parameter.device
+                    )
+                    buffer.write(leaf)
+                    self._copying_from.update({leaf.device} if leaf.device.type != "cpu" else ())
+                else:
+                    buffer = self._tier.adopt(leaf, kept, parameter.device)
                 known[i] = _ParkedLeaf(buffer, dtype)
                 leaves[i] = buffer.tensor
             else:
-                leaves[i] = leaf.to("cpu")
+                leaves[i] = leaf.to("cpu", copy=loaded)
         self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
         if self.offload != "none":
             self._leaves[parameter] = known
@@ -370,27 +422,26 @@ def _own_memory_on(device: torch.device) -> Place:
     return lambda source, dtype: source.to(device, dtype, non_blocking=True)
 
 
-def load_optimizer_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load a state dict without putting anything on the device.
+def _fitting(known: list[_ParkedLeaf | None], leaf: Tensor, dtype: torch.dtype) -> Buffer | None:
+    """The buffer that was there before, if the tensor fits into it."""
+    buffer = known[0].buffer if known and known[0] is not None else None
+    return buffer if buffer is not None and (buffer.tensor.shape, buffer.tensor.dtype) == (leaf.shape, dtype) else None
 
-    :meth:`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's device and dtype,
-    which would put the state of the whole model there. So it loads the param groups only, and the state is
-    entered as it is. Call :meth:`Residency.adopt_state` afterwards.
+
+def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) -> dict[str, Any]:
+    """The model's state dict with masters in place of the weights that have one; see :meth:`HiFT.master_state_dict`.
 
     Args:
-        optimizer: the optimizer to load into; its present state is dropped.
-        state_dict: what ``optimizer.state_dict()`` of a like optimizer gave.
-
-    Raises:
-        ValueError: if the param groups do not match (raised by torch).
+        model: whose weights.
+        residencies: those that keep its masters.
     """
-    optimizer.load_state_dict({**state_dict, "state": {}})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-    by_id = dict(zip(saved_ids, parameters, strict=True))
-    optimizer.state.clear()
-    for key, state in state_dict["state"].items():
-        optimizer.state[by_id.get(key, key)] = state
+    weights = model.state_dict(keep_vars=True)
+    for residency in residencies:
+        residency.synchronize()
+        for name, value in weights.items():
+            master = residency.master(value) if isinstance(value, nn.Parameter) else None
+            weights[name] = value if master is None else master
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in weights.items()}
 
 
 def replaces_parameters(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.residency import check_offload, check_parked_dtype
+from hift_lightning.engine.resume import check_resume_plan
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
 from hift_lightning.engine.update import check_update, parse_bytes
 
@@ -45,6 +46,9 @@ class HiFTSettings:
     """Whether fp32 masters of 16-bit weights are kept, and paged with their block (the paper's Mixed^Hi)."""
     parked_dtype: str | None = None
     """Keep parked moments in this dtype: ``bfloat16`` halves their bytes."""
+    resume_plan: str = "same"
+    """What happens when a checkpoint was made with another plan of blocks. ``same``: an error; ``rebuild``: weights,
+    masters and optimizer state carry over, and the rotation begins at the start of a cycle of this plan."""
     layers: Sequence[str] | None = None
     """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
     frozen: Sequence[str] | None = None
@@ -64,6 +68,7 @@ class HiFTSettings:
         check_steps_per_block(self.steps_per_block)
         check_offload(self.offload)
         check_parked_dtype(self.parked_dtype)
+        check_resume_plan(self.resume_plan)
         check_update(self.update)
         parse_bytes("window", self.window)
 

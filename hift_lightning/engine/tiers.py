@@ -69,7 +69,7 @@ class HostMemory(Tier):
         return _HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
-        """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself."""
+        """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""
         fits = tensor.device.type == "cpu" and tensor.dtype == dtype
         if fits and (tensor.is_pinned() or not _can_pin(device.type)):
             return _HostBuffer(tensor)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.pretrained import pretrained_architecture
 
 
 def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
@@ -36,6 +38,24 @@ def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
         raise ConfigurationError(
             f"`model.network.config={dict(config)}` makes no model ({reason}); mend the number that it names."
         ) from error
+
+
+def architecture(model_class: Any, pretrained: str | None, config: Mapping[str, Any]) -> Any:
+    """Build a model on "meta", for its configuration and the names and shapes of its weights.
+
+    Args:
+        model_class: a class such as `transformers.AutoModel`.
+        pretrained: where its configuration lies, as `hift_lightning.models.pretrained.locate` takes it; `None` for the
+            one that `config` tells.
+        config: as for `random_model`.
+
+    Raises:
+        ConfigurationError: see `random_model` and `hift_lightning.models.pretrained.pretrained_architecture`.
+    """
+    with torch.device("meta"):
+        if pretrained is None:
+            return random_model(model_class, config)
+        return pretrained_architecture(model_class, pretrained)
 
 
 def keep_constants(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.architecture import check_vocabulary, keep_constants, random_model
+from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
 from hift_lightning.models.pretrained import pretrained_model
 
 
@@ -16,6 +16,7 @@ def causal_lm(
     config: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     lossless: bool = False,
+    weights: bool = True,
 ) -> Any:
     """Build a causal language model on pretrained or random weights.
 
@@ -26,6 +27,7 @@ def causal_lm(
         config: `model_type` and the numbers of its transformers configuration; only for random weights.
         dtype: of pretrained weights; `None` for that of their files.
         lossless: take a wider one where this one would round them.
+        weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
 
     Returns:
         A transformers model in training mode: called with `input_ids` (batch x tokens), its result has `logits`
@@ -37,6 +39,8 @@ def causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
+    if not weights:
+        return architecture(AutoModelForCausalLM, pretrained, config)
     if pretrained is None:
         model = random_model(AutoModelForCausalLM, config)
     else:

@@ -14,6 +14,8 @@ from hift_lightning.engine.errors import ConfigurationError
 HUB_TIMEOUT_SECONDS = 5.0
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "config.json")
 WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("config.json", "*.safetensors", INDEX)
 FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -132,6 +134,32 @@ def pretrained_model(
             f"`{missing[0]}`; give a folder whose weights fit its config.json."
         )
     return model, sorted(found["unexpected_keys"])
+
+
+def pretrained_architecture(model_class: Any, pretrained: str) -> Any:
+    """Build the model whose weights `pretrained_model` loads, without them, on torch's default device.
+
+    Args:
+        model_class: a class such as `transformers.AutoModel`.
+        pretrained: as for `locate`; its configuration is read, and that of text generation where there is one.
+
+    Raises:
+        ConfigurationError: see `locate`; or the folder has no configuration that makes a model.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    folder = locate(pretrained, (CONFIG, GENERATION_CONFIG))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = model_class.from_config(config)
+        if model.can_generate() and (folder / GENERATION_CONFIG).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
+            "`model.pretrained=/path/to/folder` with a config.json."
+        ) from error
+    return model
 
 
 def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:

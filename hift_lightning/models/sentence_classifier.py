@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.architecture import check_vocabulary, keep_constants, random_model
+from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
 from hift_lightning.models.pretrained import pretrained_model
 
 Pooling = Literal["mean", "first", "last"]
@@ -69,6 +69,7 @@ def sentence_classifier(
     head: Head = "linear",
     dtype: torch.dtype | None = None,
     lossless: bool = False,
+    weights: bool = True,
 ) -> SentenceClassifier:
     """Build a `SentenceClassifier` on pretrained or random weights; the head is new in either case.
 
@@ -82,6 +83,7 @@ def sentence_classifier(
         head: `linear` or `mlp`.
         dtype: of pretrained weights; `None` for that of their files.
         lossless: take a wider one where this one would round them.
+        weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
 
     Raises:
         ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used, or
@@ -92,16 +94,25 @@ def sentence_classifier(
     for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
         if value not in known:
             raise ConfigurationError(f"`model.network.{name}={value}` is unknown; give one of {', '.join(known)}.")
+    if not weights:
+        body = architecture(AutoModel, pretrained, config)
+        with torch.device("meta"):
+            return SentenceClassifier(without_pooler(body), body.config.hidden_size, num_classes, pooling, head)
     if pretrained is None:
         body = random_model(AutoModel, config)
     else:
         # what else is in the files belongs to the head that they were trained with
         body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless)
     check_vocabulary(tokenizer, body)
-    if getattr(body, "pooler", None) is not None:
-        # BERT's own pooling of the first token, which this classifier does not use: it would never be trained
-        body.pooler = None
+    without_pooler(body)
     body.config.use_cache = False
     keep_constants(body)
     # transformers hands out pretrained models in evaluation mode, without dropout
     return SentenceClassifier(body, body.config.hidden_size, num_classes, pooling, head, body.dtype).train()
+
+
+def without_pooler(body: Any) -> Any:
+    """Take BERT's own pooling of the first token out of a model, which is not used and so would never be trained."""
+    if getattr(body, "pooler", None) is not None:
+        body.pooler = None
+    return body

@@ -1,16 +1,18 @@
 """What every HiFT strategy does, whatever the number of devices: the hooks between Lightning and the engine."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -21,12 +23,18 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
-from hift_lightning.engine.residency import parameters_stay_themselves, replaces_parameters
+from hift_lightning.engine.residency import (
+    parameters_stay_themselves,
+    replaces_parameters,
+    state_dict_with_masters,
+)
+from hift_lightning.engine.resume import check_weights
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
@@ -192,7 +200,7 @@ class BlockwiseTraining(_Base):
         if isinstance(exception, torch.OutOfMemoryError) or replaces_parameters(self.root_device):
             # The traceback's frames hold on to the graph of the step, and so to its activations; and parameters that a
             # graph refers to could not be swapped in `teardown`.
-            for link in _chain(exception):
+            for link in chain(exception):
                 traceback.clear_frames(link.__traceback__)
         self._finish()
 
@@ -252,6 +260,35 @@ class BlockwiseTraining(_Base):
             self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, and otherwise one that needs no memory of its own and checks what it loads."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = StreamingCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):  # keeps what it was made with
+            self._checkpoint_io.checkpoint_io = StreamingCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    def master_state_dict(self) -> dict[str, Any]:
+        """The module's state dict, with the fp32 master in place of every weight that has one.
+
+        See :meth:`HiFT.master_state_dict <hift_lightning.engine.hift.HiFT.master_state_dict>`.
+
+        Raises:
+            MisconfigurationException: before ``fit`` has set the training up.
+        """
+        if self.lightning_module is None or not self.engines:
+            raise MisconfigurationException(
+                "`master_state_dict()` was called before `Trainer.fit`, and masters are made at the start of it; call "
+                "it later, or `state_dict()` of the module."
+            )
+        return state_dict_with_masters(self.lightning_module, [engine.residency for engine in self.engines])
+
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
         self.engine_of(optimizer).residency.synchronize()
@@ -269,15 +306,49 @@ class BlockwiseTraining(_Base):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ConfigurationError(
+                f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
+                "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
+            )
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        check_weights(self.lightning_module, checkpoint["state_dict"], strict)
+        if isinstance(self.precision_plugin, DoublePrecision):  # otherwise they would be rounded to 32 bits on the way
+            self.precision_plugin.convert_module(self.lightning_module)
+        super().load_model_state_dict(checkpoint, strict)
+
+    @override
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        for engine, state in zip(self.engines, checkpoint["optimizer_states"], strict=True):
-            engine.load_optimizer_state_dict(state)
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.engines):
+            raise ConfigurationError(
+                f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
+                "resume with the optimizers that it was made with."
+            )
         saved = checkpoint.get("hift")
-        if saved is None:  # made without HiFT: the rotation begins here
+        positions = [None] * len(states) if saved is None else saved["engines"]
+        for engine, position, state in zip(self.engines, positions, states, strict=True):
+            engine.check_state_dict(position, state)
+        for engine, position, state in zip(self.engines, positions, states, strict=True):
+            engine.load_optimizer_state_dict(state, position and position.get("parked_dtype"))
+            if position is not None:  # otherwise made without HiFT: the rotation begins here
+                engine.load_state_dict(position)
+                if not engine.has_plan_of(position):
+                    rank_zero_info(
+                        f"HiFT: the checkpoint was made with another plan, after {position['updates']} updates; with "
+                        "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
+                        f"begins with block `{engine.block.name}`."
+                    )
+        if saved is None:
             return
-        for engine, state in zip(self.engines, saved["engines"], strict=True):
-            engine.load_state_dict(state)
-        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=True):
+        # like Lightning, which leaves a scheduler as it is that the checkpoint knows nothing of
+        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
             if delayed := _delayed(config):
                 delayed.resume(held_steps)
 
@@ -315,12 +386,6 @@ class BlockwiseTraining(_Base):
                 f"{_unvisited(engine, int(steps))} of the {len(plan.blocks)} blocks will not be trained; train for "
                 "longer, or use a larger `group_size` or a smaller `steps_per_block`."
             )
-
-
-def _chain(exception: BaseException | None) -> Iterator[BaseException]:
-    while exception is not None:
-        yield exception
-        exception = exception.__cause__ or exception.__context__
 
 
 def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:

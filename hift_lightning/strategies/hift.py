@@ -44,12 +44,16 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         master_weights: fp32 masters of 16-bit weights, paged with the block (the paper's Mixed^Hi); they are taken
             before ``precision="bf16-true"`` or ``"16-true"`` rounds the weights.
         parked_dtype: keep parked moments in this dtype, such as ``"bfloat16"``.
+        resume_plan: what happens when a checkpoint was made with another plan of blocks. ``"same"``: an error that
+            shows both; ``"rebuild"``: weights, masters and optimizer state carry over, and the rotation begins at the
+            start of a cycle of this plan. Scheduler steps that were held in the checkpoint's unfinished cycle are
+            passed on at the end of the new cycle, together with its own.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
         seed: seed of the ``"random"`` order.
         device: the device, by default the one that the Trainer chooses.
         accelerator: as for :class:`~lightning.pytorch.strategies.SingleDeviceStrategy`.
-        checkpoint_io: likewise.
+        checkpoint_io: likewise; by default a :class:`~hift_lightning.checkpoint_io.StreamingCheckpointIO`.
         precision_plugin: likewise.
 
     Raises:
@@ -76,6 +80,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         activation_checkpointing: bool = False,
         master_weights: bool = False,
         parked_dtype: str | None = None,
+        resume_plan: str = "same",
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
         seed: int = 0,
@@ -103,6 +108,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             activation_checkpointing=activation_checkpointing,
             master_weights=master_weights,
             parked_dtype=parked_dtype,
+            resume_plan=resume_plan,
             layers=layers,
             frozen=frozen,
             seed=seed,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.residency import Residency, load_optimizer_state
+from hift_lightning.engine.residency import Residency
 
 
 def stepped(make=torch.optim.AdamW, **arguments):
@@ -51,8 +51,9 @@ def test_state_that_is_parked_in_bf16_is_on_the_device_as_the_optimizer_made_it(
         residency.adopt_state()
     else:
         (first, second), loaded = stepped()
-        load_optimizer_state(loaded, optimizer.state_dict())
-        residency, optimizer = Residency(loaded, parked_dtype="bfloat16"), loaded
+        residency = Residency(loaded, parked_dtype="bfloat16")
+        residency.load_state_dict(optimizer.state_dict())
+        optimizer = loaded
     assert optimizer.state[second]["exp_avg"].dtype == torch.bfloat16
     residency.page_in([second])
     assert optimizer.state[second]["exp_avg"].dtype == torch.float32
@@ -85,7 +86,7 @@ def test_loading_keeps_dtype_and_group_settings():
     saved = optimizer.state_dict()
     others = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters]
     loaded = torch.optim.AdamW(others, lr=9.0)
-    load_optimizer_state(loaded, saved)
+    Residency(loaded).load_state_dict(saved)
     assert loaded.param_groups[0]["lr"] == 0.1
     assert loaded.state[others[0]]["exp_avg"].dtype == torch.float32
     assert torch.equal(loaded.state[others[1]]["exp_avg"], optimizer.state[parameters[1]]["exp_avg"])
@@ -95,4 +96,39 @@ def test_loading_into_other_groups_is_refused():
     _, optimizer = stepped()
     other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="doesn't match the size"):
-        load_optimizer_state(other, optimizer.state_dict())
+        Residency(other).load_state_dict(optimizer.state_dict())
+
+
+def tensors_of(optimizer):
+    return [leaf for state in optimizer.state.values() for leaf in state.values()]
+
+
+@pytest.mark.parametrize("offload", ["cpu", "none", "files"])
+def test_loaded_state_is_a_copy(offload, tmp_path):
+    saved = stepped()[1].state_dict()
+    _, optimizer = stepped()
+    Residency(optimizer, tmp_path if offload == "files" else offload).load_state_dict(saved)
+    given = {leaf.data_ptr() for state in saved["state"].values() for leaf in state.values()}
+    assert not given & {leaf.data_ptr() for leaf in tensors_of(optimizer)}
+    assert len(given) == len(tensors_of(optimizer)) == 6
+
+
+@pytest.mark.parametrize("offload", ["cpu", "files"])
+def test_loading_writes_to_the_buffers_that_are_there(offload, tmp_path):
+    saved = stepped()[1].state_dict()
+    _, optimizer = stepped()
+    residency = Residency(optimizer, tmp_path if offload == "files" else offload)
+    moments = [leaf.data_ptr() for leaf in tensors_of(optimizer) if leaf.dim() > 0]
+    saved["state"][1]["exp_avg"].fill_(7.0)
+    residency.load_state_dict(saved)
+    assert [leaf.data_ptr() for leaf in tensors_of(optimizer) if leaf.dim() > 0] == moments
+    assert torch.equal(tensors_of(optimizer)[4], torch.full((2, 2), 7.0))
+
+
+def test_state_that_belongs_to_no_parameter_is_loaded_too():
+    _, optimizer = stepped()
+    saved = optimizer.state_dict()
+    saved["state"]["shared"] = {"norm": torch.ones(2)}
+    Residency(optimizer).load_state_dict(saved)
+    assert torch.equal(optimizer.state["shared"]["norm"], torch.ones(2))
+    assert optimizer.state["shared"]["norm"] is not saved["state"]["shared"]["norm"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from hift_lightning import HiFT, HiFTManualMixin, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
@@ -20,8 +21,12 @@ def fit(precision="bf16-true", optimizer="AdamW", accelerator="cpu", epochs=1, c
     return module, trainer_
 
 
+def masters_of_strategy(strategy):
+    return strategy.hift.state_dict()["masters"]
+
+
 def masters_of(trainer_):
-    return trainer_.strategy.hift.state_dict()["masters"]
+    return masters_of_strategy(trainer_.strategy)
 
 
 def loop_by_hand(device, precision, optimizer, blocks):
@@ -143,3 +148,75 @@ def test_an_earlier_state_takes_back_masters_that_were_made_since():
         assert hift.state_dict()["masters"]
         hift.load_state_dict(before)
         assert hift.state_dict()["masters"] == {}
+
+
+@pytest.mark.parametrize("offload", ["cpu", "files"])
+def test_the_master_state_dict_has_masters_where_there_are_any_and_all_else_as_it_is(offload, tmp_path):
+    class WithBuffers(SmallTransformer):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.tensor(3))
+            self.tied = self.head
+            self.norm.requires_grad_(False)
+
+    module = WithBuffers()
+    strategy = HiFTStrategy(master_weights=True, offload=tmp_path if offload == "files" else offload)
+    with pytest.raises(MisconfigurationException, match="called before `Trainer.fit`"):
+        strategy.master_state_dict()
+    trainer(strategy, precision="bf16-true").fit(module, loader(make_batches(LAYERS)))
+    state, kept = strategy.master_state_dict(), masters_of_strategy(strategy)
+    assert list(state) == list(module.state_dict())
+    for name, value in module.state_dict().items():
+        first = name.replace("tied.", "head.")
+        if first in kept:
+            assert state[name].dtype == torch.float32
+            assert state[name].device.type == "cpu"
+            assert torch.equal(state[name], kept[first])
+            assert torch.equal(state[name].to(value.dtype), value)
+        else:
+            assert name in ("count", "norm.weight", "norm.bias")
+            assert torch.equal(state[name], value)
+            assert state[name].dtype == value.dtype
+    assert state["tied.weight"].data_ptr() == state["head.weight"].data_ptr()
+    assert {name for name in state if name in kept} == {
+        name for name, p in module.named_parameters() if p.requires_grad
+    }
+    again = strategy.hift.master_state_dict()
+    assert all(torch.equal(again[name], value) for name, value in state.items())
+
+
+def test_weights_not_updated_yet_are_their_own_masters():
+    model = SmallTransformer().bfloat16()
+    hift = HiFT(model, torch.optim.AdamW(model.parameters(), lr=1e-2), HiFTSettings(master_weights=True))
+    with hift:
+        model.loss(make_batches(1)[0]).backward()
+        hift.optimizer.step()
+    dtypes = {name: value.dtype for name, value in hift.master_state_dict().items()}
+    assert dtypes["head.weight"] == torch.float32
+    assert dtypes["embedding.weight"] == torch.bfloat16
+
+
+def test_the_strategy_has_the_masters_of_several_optimizers():
+    class TwoOptimizers(HiFTManualMixin, SmallTransformer):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            top = {*self.head.parameters(), *self.norm.parameters()}
+            below = [p for p in self.parameters() if p not in top]
+            return [torch.optim.AdamW(below, lr=1e-2), torch.optim.SGD(list(top), lr=1e-2)]
+
+        def training_step(self, batch, batch_idx):
+            for index in range(2):
+                self.hift_step(self.loss(batch), optimizer=index)
+
+    module = TwoOptimizers()
+    strategy = HiFTStrategy(master_weights=True)
+    trainer(strategy, precision="bf16-true").fit(module, loader(make_batches(LAYERS)))
+    assert len(strategy.engines) == 2
+    state = strategy.master_state_dict()
+    for engine in strategy.engines:
+        for name, master in engine.state_dict()["masters"].items():
+            assert torch.equal(state[name], master)
+    assert {value.dtype for value in state.values()} == {torch.float32}

