@@ -30,6 +30,7 @@ ROWS = (
     ("val/perplexity", "validation perplexity", "perplexity"),
     ("hift/blocks", "blocks", "count"),
     ("hift/cycles", "cycles", "count"),
+    ("hift/skipped_steps", "steps left out for NaN or inf", "count"),
     ("time/step_ms_mean", "time per step", "milliseconds"),
     ("memory/peak_weights_bytes", "peak bytes: weights", "bytes"),
     ("memory/peak_gradients_bytes", "peak bytes: gradients", "bytes"),

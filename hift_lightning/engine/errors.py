@@ -1,4 +1,7 @@
-"""The error for what a user can mend."""
+"""The errors that end a run with one sentence, and what else an error can tell."""
+
+import sys
+import warnings
 
 
 class ConfigurationError(ValueError):
@@ -6,3 +9,30 @@ class ConfigurationError(ValueError):
 
     The application ends with the message alone, without a traceback.
     """
+
+
+class NonfiniteError(FloatingPointError):
+    """The loss or a gradient has NaN or inf; the message names the update, the block, the tensor and the remedies.
+
+    The application ends with the message alone, without a traceback.
+    """
+
+
+class ParkedStateError(OSError):
+    """Parked optimizer state is lost, or there is no room for it; the message names the file.
+
+    The application ends with the message alone, without a traceback.
+    """
+
+
+def tell(error: BaseException, sentence: str) -> None:
+    """Let an error tell more below its traceback.
+
+    Args:
+        error: whatever has been raised; it stays what it is.
+        sentence: what it could not know.
+    """
+    if sys.version_info >= (3, 11):
+        error.add_note(sentence)
+    else:  # whose tracebacks have no place for it
+        warnings.warn(sentence, stacklevel=2)

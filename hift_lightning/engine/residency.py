@@ -351,6 +351,20 @@ class Residency:
                 module.synchronize(device)
         self._copying_from.clear()
 
+    def check_files(self) -> None:
+        """Find out whether all parked state and masters can be read, where they lie in files.
+
+        Raises:
+            ParkedStateError: if a file is gone or too short.
+        """
+        for known in (
+            *self._leaves.values(),
+            [_ParkedLeaf(master, torch.float32) for master in self._masters.values()],
+        ):
+            for leaf in known:
+                if leaf is not None:
+                    leaf.buffer.check()
+
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
         in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self._parked_dtype is None

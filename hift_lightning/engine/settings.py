@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
+from hift_lightning.engine.nonfinite import check_nonfinite
 from hift_lightning.engine.residency import check_offload, check_parked_dtype
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
 from hift_lightning.engine.update import check_update, parse_bytes
@@ -43,6 +44,9 @@ class HiFTSettings:
     """Whether fp32 masters of 16-bit weights are kept, and paged with their block (the paper's Mixed^Hi)."""
     parked_dtype: str | None = None
     """Keep parked moments in this dtype: ``bfloat16`` halves their bytes."""
+    nonfinite: str = "raise"
+    """What is done about NaN or inf in the loss or in a gradient. ``raise``: an error before anything is updated (with
+    ``fused``, after backward); ``skip``: the step is left out, and the block keeps its turn."""
     layers: Sequence[str] | None = None
     """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
     frozen: Sequence[str] | None = None
@@ -63,4 +67,5 @@ class HiFTSettings:
         check_offload(self.offload)
         check_parked_dtype(self.parked_dtype)
         check_update(self.update)
+        check_nonfinite(self.nonfinite, self.update)
         parse_bytes("window", self.window)

@@ -39,6 +39,10 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         master_weights: fp32 masters of 16-bit weights, paged with the block (the paper's Mixed^Hi); they are taken
             before ``precision="bf16-true"`` or ``"16-true"`` rounds the weights.
         parked_dtype: keep parked moments in this dtype, such as ``"bfloat16"``.
+        nonfinite: what is done about NaN or inf in the loss or in a gradient. ``"raise"`` ends the run with weights and
+            optimizer state as they were before the step (with ``update="fused"`` the block has been updated by then);
+            ``"skip"`` leaves the step out: the block keeps its turn, and neither the rotation nor a delayed learning
+            rate counts it. Overflows under a GradScaler stay the scaler's business.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
         seed: seed of the ``"random"`` order.
@@ -70,6 +74,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         activation_checkpointing: bool = False,
         master_weights: bool = False,
         parked_dtype: str | None = None,
+        nonfinite: str = "raise",
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
         seed: int = 0,
@@ -96,6 +101,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             activation_checkpointing=activation_checkpointing,
             master_weights=master_weights,
             parked_dtype=parked_dtype,
+            nonfinite=nonfinite,
             layers=layers,
             frozen=frozen,
             seed=seed,
