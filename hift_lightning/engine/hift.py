@@ -31,7 +31,7 @@ from typing_extensions import Self
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
-from hift_lightning.engine.nonfinite import NonfiniteSearch
+from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.report import BlockReport, Report
@@ -462,7 +462,7 @@ class HiFT:
     def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
         if not self.will_skip:
             if loss is not None:
-                self._search.look_at("", loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
+                self._search.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
             if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
                 for name in self.block.parameters:
                     if (gradient := self._parameters[name].grad) is not None:
@@ -475,7 +475,7 @@ class HiFT:
                 parameter.grad = None
 
     def _meet_nonfinite(self, name: str, kind: str) -> None:
-        what = f"the gradient of `{name}`" if name else "the loss"
+        what = "the loss" if name == LOSS else f"the gradient of `{name}`"
         told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
         if self.settings.nonfinite == "skip":
             self._nonfinite = told

@@ -10,6 +10,9 @@ from hift_lightning.engine.errors import ConfigurationError
 
 POLICIES = ("raise", "skip")
 
+LOSS = ""
+"""Name of the loss, which no parameter can have."""
+
 
 def check_nonfinite(nonfinite: str, update: str) -> None:
     """Raise if it is not a policy, or not one that goes with the way blocks are stepped.
@@ -58,7 +61,11 @@ class NonfiniteSearch:
             self._extremes[name] = torch.aminmax(values)
 
     def first(self) -> tuple[str, str] | None:
-        """Of what was looked at since the last call, the first that is not finite: its name, and ``NaN`` or ``inf``."""
+        """Tell what is not finite, of all that was looked at since the last call.
+
+        Returns:
+            The name of the first (the loss goes before all) and ``"NaN"`` or ``"inf"``; ``None`` if there is none.
+        """
         seen, self._extremes = self._extremes, {}
         if not seen:
             return None
@@ -67,8 +74,8 @@ class NonfiniteSearch:
         # tensors without numbers, as while planning, are taken to be finite
         if isinstance(finite, FakeTensor) or finite.item():
             return None
-        for name, pair in seen.items():
-            lowest, highest = (float(extreme) for extreme in pair)
+        for name in sorted(seen, key=lambda name: name != LOSS):  # what the loss has, every gradient has from it
+            lowest, highest = (float(extreme) for extreme in seen[name])
             if not (math.isfinite(lowest) and math.isfinite(highest)):
                 return name, "NaN" if math.isnan(lowest) or math.isnan(highest) else "inf"
         raise AssertionError("a number that was not finite is so now")

@@ -357,13 +357,9 @@ class Residency:
         Raises:
             ParkedStateError: if a file is gone or too short.
         """
-        for known in (
-            *self._leaves.values(),
-            [_ParkedLeaf(master, torch.float32) for master in self._masters.values()],
-        ):
-            for leaf in known:
-                if leaf is not None:
-                    leaf.buffer.check()
+        buffers = [leaf.buffer for known in self._leaves.values() for leaf in known if leaf is not None]
+        for buffer in (*buffers, *self._masters.values()):
+            buffer.check()
 
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""

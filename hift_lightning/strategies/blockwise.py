@@ -190,7 +190,8 @@ class BlockwiseTraining(_Base):
         engine = self.engine_of(optimizer)
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
-        if engine.will_skip:  # known before the step where the backward pass was called by hand
+        assert self.lightning_module is not None
+        if engine.will_skip and not self.lightning_module.automatic_optimization:
             engine.pass_turn()
             return None
 
