@@ -145,7 +145,7 @@ def test_steps_with_nan_that_are_left_out_are_counted_in_the_numbers_and_told_on
         ("fill disk", r"no room for [\d,]+ bytes of parked state: .*the weights of network\.\S+.* have changed", 2),
     ],
 )
-def test_lost_parked_state_ends_with_the_file_and_the_last_checkpoint_from_which_a_run_goes_on(
+def test_lost_parked_state_ends_with_the_file_and_the_last_checkpoint(
     fault: str, message: str, last_step: int, runs: Runs
 ) -> None:
     folder, run = runs[fault]
@@ -154,7 +154,12 @@ def test_lost_parked_state_ends_with_the_file_and_the_last_checkpoint_from_which
     checkpoint = checkpoint_in(told)
     assert checkpoint.name == f"step-{last_step}.ckpt"
     assert "No checkpoint is saved of where the run has ended" in run.stderr
+    assert torch.load(checkpoint, weights_only=True)["hift"]["engines"][0]["updates"] == last_step
 
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(runs: Runs) -> None:
+    folder, run = runs["shorten"]
+    checkpoint = checkpoint_in(sentence(run))
     again = run_in(
         folder, *TINY, "logger=none", "evaluate=false", "objective=train/loss", "strategy.offload=parked",
         f"ckpt_path={checkpoint}", "hydra.run.dir=again",
