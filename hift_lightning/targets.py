@@ -158,16 +158,17 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
     if given.config_dir is not None:
         path = f"file://{Path(given.config_dir).absolute()}"
         search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
-    try:
-        composed = Hydra.create_main_hydra2("train", search_path).compose_config(
-            given.config_name or config_name, given.overrides, RunMode.MULTIRUN, validate_sweep_overrides=False
-        )
-    except (HydraException, OmegaConfBaseException):
-        return  # Hydra composes it again before it runs anything, and tells what is wrong
-    finally:
-        GlobalHydra.instance().clear()
-    listed = composed.get(KEY) if any(map(_lists_targets, given.overrides)) else None
-    check_hydra_nodes(composed.hydra, list(listed or []))
+    for mode in RunMode:  # which of them it is, the configuration may decide
+        try:
+            composed = Hydra.create_main_hydra2("train", search_path).compose_config(
+                given.config_name or config_name, given.overrides, mode, validate_sweep_overrides=False
+            )
+        except (HydraException, OmegaConfBaseException):
+            continue  # Hydra composes it again before it runs anything, and tells what is wrong
+        finally:
+            GlobalHydra.instance().clear()
+        listed = composed.get(KEY) if any(map(_lists_targets, given.overrides)) else None
+        check_hydra_nodes(composed.hydra, list(listed or []))
 
 
 def check_hydra_nodes(hydra: DictConfig, trusted: Collection[str] = ()) -> None:

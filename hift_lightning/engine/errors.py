@@ -19,7 +19,7 @@ class NonfiniteError(FloatingPointError):
 
 
 class ParkedStateError(OSError):
-    """Parked optimizer state is lost, or there is no room for it; the message names the file.
+    """Parked optimizer state is lost or not that of the weights, or there is no room for it; the message names it.
 
     The application ends with the message alone, without a traceback.
     """

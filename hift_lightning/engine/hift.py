@@ -460,6 +460,7 @@ class HiFT:
         return (args[0],), {**kwargs, "closure": closure_then_update}
 
     def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
+        self.last_step_skipped = False
         if not self.will_skip:
             if loss is not None:
                 self._search.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
@@ -557,6 +558,7 @@ class HiFT:
 
     def _forget_step(self) -> None:
         self._backward_ran = self._updated = self._searched = False
+        self._search = NonfiniteSearch()
         self._nonfinite = None
         self._versions = {}
 

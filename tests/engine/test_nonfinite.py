@@ -1,5 +1,6 @@
 """NaN and inf in a plain loop: found before the optimizer uses them, whatever the gradients are like."""
 
+import copy
 import math
 import warnings
 
@@ -197,6 +198,27 @@ def test_fused_names_the_parameter_and_the_weights_that_have_been_touched():
     assert changed == [name for name, _ in loop.model.named_parameters() if name.startswith("layers.1.")]
     assert all(name in note for name in changed)
     assert "load the last checkpoint" in note
+
+
+def test_what_a_failed_step_had_seen_is_forgotten():
+    loop = Loop(update="fused")
+    batches = make_batches(LAYERS)
+    parameter = loop.model.norm.weight
+    before = copy.deepcopy(loop.model.state_dict())
+
+    def fail(_):
+        raise ZeroDivisionError
+
+    with loop.hift:
+        handle = parameter.register_post_accumulate_grad_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            (loop.loss(0, batches[0]) * math.nan).backward()
+        handle.remove()
+        loop.hift.settle()
+        loop.model.load_state_dict(before)
+        loop.loss(0, batches[0]).backward()
+        loop.optimizer.step()
+    assert loop.hift.updates == 1
 
 
 def test_masters_of_16_bit_weights_are_as_before_a_step_left_out():
