@@ -29,6 +29,8 @@ def check_configuration(cfg: DictConfig) -> None:
     if missing:
         raise ConfigurationError(f"`{missing[0]}` must be given; add `{missing[0]}=...` to the command.")
     _check_whole_number("seed", cfg.seed, at_least=0)
+    _check_whole_number("data.batch_size", cfg.data.batch_size, at_least=1)
+    _check_whole_number("data.max_length", cfg.data.max_length, at_least=1)
     _check_whole_number("trainer.max_steps", cfg.trainer.max_steps, at_least=-1)
     _check_whole_number("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, at_least=1)
     if not isinstance(cfg.evaluate, bool):

@@ -38,6 +38,7 @@ ROWS = (
     ("memory/peak_device_bytes", "peak bytes on the device", "bytes"),
     ("memory/parked_bytes", "parked optimizer state", "bytes"),
     ("memory/peak_rss_bytes", "peak memory of the process (RSS)", "bytes"),
+    ("flops/step_mean", "compute per step", "flops"),
 )
 
 
@@ -96,7 +97,8 @@ def written(value: float, kind: str) -> str:
 
     Args:
         value: the number.
-        kind: `share` (written in percent), `perplexity`, `bytes` (in MiB), `milliseconds` or `count`.
+        kind: `share` (written in percent), `perplexity`, `bytes` (in MiB), `milliseconds`, `flops` (in TFLOP) or
+            `count`.
     """
     if kind == "share":
         return f"{100 * value:.1f} %"
@@ -106,6 +108,8 @@ def written(value: float, kind: str) -> str:
         return f"{value / 2**20:.1f} MiB"
     if kind == "milliseconds":
         return f"{value:.0f} ms"
+    if kind == "flops":
+        return f"{value / 1e12:.2f} TFLOP"
     return f"{value:.0f}"
 
 

@@ -25,8 +25,16 @@ PRINTED = (
     "time/step_ms_mean",
     "memory/peak_device_bytes",
     "memory/parked_bytes",
+    "flops/step_mean",
 )
-UNITS = {"share": "%", "perplexity": "less is better", "bytes": "MiB", "milliseconds": "ms", "count": "number"}
+UNITS = {
+    "share": "%",
+    "perplexity": "less is better",
+    "bytes": "MiB",
+    "milliseconds": "ms",
+    "flops": "TFLOP",
+    "count": "number",
+}
 Row = dict[str, Any]
 
 
@@ -145,4 +153,4 @@ def _axis(name: str) -> str:
 
 def _scaled(name: str, value: float) -> float:
     kind = next((kind for known, _, kind in ROWS if known == name), None)
-    return {"bytes": value / 2**20, "share": 100 * value}.get(kind or "", value)
+    return {"bytes": value / 2**20, "share": 100 * value, "flops": value / 1e12}.get(kind or "", value)

@@ -61,10 +61,11 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         # random numbers for billions of weights take minutes, so it is built without memory once
         with torch.device("meta"):
             network = instantiate(cfg.model.network, tokenizer=tokenizer)
-        _build_module(cfg, trainer, network)
+        _choose_group_size(cfg, trainer, _build_module(cfg, trainer, network))
 
     with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer):
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
+        _choose_group_size(cfg, trainer, module)
         before, after = [], []
         if cfg.evaluate:
             before = trainer.test(module, data, verbose=False)
@@ -147,6 +148,12 @@ def _check_folders(trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if logger.save_dir is not None:
             check_writable("logger.save_dir", logger.save_dir)
+
+
+def _choose_group_size(cfg: DictConfig, trainer: L.Trainer, module: Any) -> None:
+    if isinstance(trainer.strategy, HiFTStrategy) and trainer.strategy.settings.group_size == "auto":
+        batch = module.blank_batch(cfg.data.batch_size, cfg.data.max_length)  # as large as any of the data
+        trainer.strategy.choose_group_size(trainer, module, batch)
 
 
 def _takes_masters(trainer: L.Trainer) -> bool:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from experiments.table import Table
+from hift_lightning.models.classification import ClassificationModule
+from hift_lightning.models.language_modeling import LanguageModelingModule
 from hift_lightning.planner import Plan, plan
 from hift_lightning.planner.planning import PRECISIONS as DTYPES
 from hift_lightning.strategies import HiFTStrategy
@@ -77,7 +78,7 @@ class Job:
     strategy: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
-    def module(self) -> L.LightningModule:
+    def module(self) -> ClassificationModule | LanguageModelingModule:
         """The application's module as `python train.py` builds it, without memory for its weights."""
         words = [f"model={MODELS[self.model]}", "model.pretrained=null", *OPTIMIZERS[self.optimizer], *self.overrides]
         with initialize_config_module("hift_lightning.conf", version_base="1.3"):
@@ -86,20 +87,17 @@ class Job:
             network = instantiate(cfg.model.network, tokenizer=None)
         if self.method == FULL_CHECKPOINTING:
             network.gradient_checkpointing_enable()
-        module: L.LightningModule = instantiate(cfg.model.module)(network, instantiate(cfg.optimizer), None)
+        module: ClassificationModule | LanguageModelingModule = instantiate(cfg.model.module)(
+            network, instantiate(cfg.optimizer), None
+        )
         return module
 
-    def plan(self, module: L.LightningModule, batch: int, length: int) -> Plan:
+    def plan(self, module: ClassificationModule | LanguageModelingModule, batch: int, length: int) -> Plan:
         """Plan the step with batches of that many rows of that many tokens."""
-        ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-        if self.model.startswith("RoBERTa"):
-            data = {"input_ids": ids, "attention_mask": ids, "labels": ids[:, 0]}
-        else:
-            data = {"input_ids": ids, "labels": ids}
         strategy: HiFTStrategy | Literal["full"] = "full"
         if self.method == "HiFT":
             strategy = HiFTStrategy(group_size=1, master_weights=self.precision == "Mixed^Hi", **self.strategy)
-        return plan(module, strategy, data, precision=PRECISIONS[self.precision])
+        return plan(module, strategy, module.blank_batch(batch, length), precision=PRECISIONS[self.precision])
 
 
 def planned(job: Job, batch: int = BATCH, length: int = LENGTH) -> dict[str, object]:

@@ -96,7 +96,7 @@ class HiFT:
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
         self.plan = partition(
             model,
-            settings.group_size,
+            settings.layers_per_block,
             layers=settings.layers,
             frozen=settings.frozen,
             trainable=_names_in(self._parameters, optimizer),

@@ -20,8 +20,10 @@ class HiFTSettings:
         ConfigurationError: if a value cannot work.
     """
 
-    group_size: int = 1
-    """Layers per block (the paper's m)."""
+    group_size: int | str = 1
+    """Layers per block (the paper's m); ``auto`` until the planner has chosen it for ``memory_budget``."""
+    memory_budget: str | int | None = None
+    """Bytes of the device's memory that ``group_size="auto"`` may take; ``None`` for all that the device has."""
     order: str = "top2down"
     """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
     lr_update: str = "cycle"
@@ -55,10 +57,10 @@ class HiFTSettings:
     """Seed of the ``random`` order."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
-            raise ConfigurationError(
-                f"`group_size={self.group_size!r}` must be an integer of at least 1: the layers in a block."
-            )
+        if self.group_size != "auto":
+            self._check_group_size()
+        if self.memory_budget is not None:
+            parse_bytes("memory_budget", self.memory_budget)
         if not isinstance(self.seed, int):
             raise ConfigurationError(f"`seed={self.seed!r}` must be an integer: it decides the `random` order.")
         check_order(self.order)
@@ -69,3 +71,28 @@ class HiFTSettings:
         check_update(self.update)
         check_nonfinite(self.nonfinite, self.update)
         parse_bytes("window", self.window)
+
+    @property
+    def layers_per_block(self) -> int:
+        """``group_size`` as a number.
+
+        Raises:
+            ConfigurationError: while it is ``auto``.
+        """
+        if not isinstance(self.group_size, int):
+            raise ConfigurationError(
+                "`group_size='auto'` is chosen by `HiFTStrategy` at the start of `fit`, since it depends on a batch; "
+                "give a number here, such as the one that `python plan.py strategy.group_size=auto` tells."
+            )
+        return self.group_size
+
+    def _check_group_size(self) -> None:
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 1:
+            raise ConfigurationError(
+                f"`group_size={self.group_size!r}` must be an integer of at least 1, the layers in a block, or `auto`."
+            )
+        if self.memory_budget is not None:
+            raise ConfigurationError(
+                f"`memory_budget={self.memory_budget!r}` is looked at with `group_size='auto'` alone, and "
+                f"`group_size={self.group_size}` is given; leave one of them out."
+            )

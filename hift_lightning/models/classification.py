@@ -1,5 +1,6 @@
 """The LightningModule of the application for classification, with nothing in it that knows of HiFT."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
@@ -35,6 +36,12 @@ class ClassificationModule(OptimizedModule):
         super().__init__(network, optimizer, scheduler)
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    @staticmethod
+    def blank_batch(rows: int, tokens: int) -> Batch:
+        """Return a batch of that shape without memory, for planning."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean cross entropy of the batch."""

@@ -46,6 +46,12 @@ class LanguageModelingModule(OptimizedModule):
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
+    @staticmethod
+    def blank_batch(rows: int, tokens: int) -> Batch:
+        """Return a batch of that shape without memory, for planning."""
+        ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
+        return {"input_ids": ids, "labels": ids.clone()}
+
     def setup(self, stage: str) -> None:
         """Compare the vocabularies of data and network, where both tell theirs."""
         data = getattr(self.trainer, "datamodule", None)

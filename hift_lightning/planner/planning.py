@@ -7,13 +7,14 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
@@ -21,7 +22,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.partition import Block, partition
+from hift_lightning.engine.partition import Block
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.planner.fake_device import (
     DEVICE,
@@ -58,8 +59,8 @@ def plan(
     """Find out what a training step needs, without a GPU and without weights in memory.
 
     The user's module and optimizer run under the real Trainer and strategy, on fake tensors of a fake second device:
-    first every block is updated once from made-up gradients, so that it has optimizer state, and then a cycle of real
-    steps is followed from one op to the next. Attention takes CUDA's fused kernels. What kernels need for themselves
+    a block is updated from made-up gradients first, so that it has optimizer state, and then its real step is followed
+    from one op to the next. Attention takes CUDA's fused kernels. What kernels need for themselves
     while they run is not seen, nor what the allocator rounds up.
 
     Args:
@@ -72,44 +73,64 @@ def plan(
         accumulate_grad_batches: batches in a step.
         gradient_clip_val: as for the Trainer.
         gradient_clip_algorithm: as for the Trainer.
-        progress: called with the steps done and all steps to do.
+        progress: called with the steps done and the steps to do in all.
 
     Raises:
-        ConfigurationError: if the precision cannot be planned, or the shape of a tensor depends on values while
-            the module trains.
+        ConfigurationError: if the precision cannot be planned, or not with `update="fused"`, or the shape of a tensor
+            depends on values while the module trains.
     """
-    if precision not in PRECISIONS:
-        raise ConfigurationError(f"`precision={precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}.")
-    arguments = {
-        "accumulate_grad_batches": accumulate_grad_batches,
-        "gradient_clip_val": gradient_clip_val,
-        "gradient_clip_algorithm": gradient_clip_algorithm,
-    }
-    job = _Job(module, batch, precision, arguments)
-    if strategy == "full":
-        return job.run(None, progress)
-    full_flops = job.run(None, None, with_state=False).full_flops
-    settings = HiFTSettings() if isinstance(strategy, str) else strategy.settings
-    return dataclasses.replace(job.run(settings, progress), full_flops=full_flops)
+    step = StepPlanner(
+        module, batch, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm, progress
+    )
+    if isinstance(strategy, str):
+        return step.plan(None if strategy == "full" else HiFTSettings())
+    return step.plan(strategy.settings)
 
 
 @dataclass(frozen=True)
-class _Job:
+class StepPlanner:
+    """Plans one step again and again with different settings; arguments as in `plan`.
+
+    Raises:
+        ConfigurationError: if the precision cannot be planned.
+    """
+
     module: L.LightningModule
     batch: Any
-    precision: str
-    trainer_arguments: dict[str, Any]
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str | None = None
+    progress: Callable[[int, int], None] | None = None
 
-    def run(
-        self, settings: HiFTSettings | None, progress: Callable[[int, int], None] | None, with_state: bool = True
-    ) -> Plan:
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigurationError(
+                f"`precision={self.precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}."
+            )
+
+    @property
+    def why_not_fused(self) -> str | None:
+        """What `update="fused"` does not go with here, in a few words; `None` where it can be used."""
+        if self.gradient_clip_val and self.gradient_clip_algorithm in (None, "norm"):
+            return f"`gradient_clip_val={self.gradient_clip_val}` clips by norm"
+        if self.accumulate_grad_batches > 1:
+            return f"`accumulate_grad_batches={self.accumulate_grad_batches}` sums gradients over batches"
+        if self.precision == "16-mixed":
+            return "`precision='16-mixed'` has a GradScaler that looks for overflows"
+        return None
+
+    def plan(self, settings: HiFTSettings | None) -> Plan:
         """Follow a cycle under HiFT, or a step of full fine-tuning where `settings` is `None`.
 
-        Args:
-            settings: of HiFT.
-            progress: as in `plan`.
-            with_state: whether optimizer state exists from before what is followed.
+        Raises:
+            ConfigurationError: as in `plan`.
         """
+        if settings is not None and settings.update == "fused" and self.why_not_fused:
+            raise ConfigurationError(
+                f"`update='fused'` frees each gradient inside backward, and {self.why_not_fused}, which needs all of "
+                "them after it; use `update='streamed'`."
+            )
         dtype = PRECISIONS[self.precision]
         mixed = self.precision.endswith("mixed")
         with contextlib.ExitStack() as stack:
@@ -121,9 +142,8 @@ class _Job:
             watch = _Watch(
                 trace,
                 autocast=FakeAutocast(dtype) if mixed else None,
-                micro_batches=self.trainer_arguments["accumulate_grad_batches"],
-                made_up_steps=0 if not with_state else 1 if settings is None else _blocks(module, settings),
-                progress=progress,
+                micro_batches=self.accumulate_grad_batches,
+                progress=self.progress,
             )
             trainer = L.Trainer(
                 accelerator=FakeAccelerator(),
@@ -132,14 +152,19 @@ class _Job:
                 plugins=[_MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)],
                 callbacks=[watch],
                 max_steps=_MOST_STEPS,
+                limit_val_batches=0,
                 logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
-                **self.trainer_arguments,
+                accumulate_grad_batches=self.accumulate_grad_batches,
+                gradient_clip_val=self.gradient_clip_val,
+                gradient_clip_algorithm=self.gradient_clip_algorithm,
             )
             try:
-                trainer.fit(module, _Forever(fake_batch(self.batch)))
+                # none are validated, but who says nothing about it is warned
+                val_batches: list[Any] | None = [] if is_overridden("validation_step", module) else None
+                trainer.fit(module, _Forever(fake_batch(self.batch)), val_batches)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
                     f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "
@@ -150,8 +175,6 @@ class _Job:
             numel=sum(p.numel() for p in self.module.parameters()),
             trained_numel=sum(block.numel for block in blocks),
             blocks=blocks,
-            parked_bytes=watch.parked_bytes,
-            full_flops=blocks[0].trace.flops,
         )
 
 
@@ -190,10 +213,6 @@ def _strategy(settings: HiFTSettings | None) -> Strategy:
     return HiFTStrategy(device=DEVICE, **vars(planned))
 
 
-def _blocks(module: L.LightningModule, settings: HiFTSettings) -> int:
-    return len(partition(module, settings.group_size, layers=settings.layers, frozen=settings.frozen).blocks)
-
-
 def _vocabulary(module: nn.Module) -> int | None:
     return max((part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)), default=None)
 
@@ -209,14 +228,19 @@ def _no_info() -> Iterator[None]:
         logging.disable(before)
 
 
+class _Step(NamedTuple):
+    block: int
+    made_up: bool
+    """Whether its gradients are made up, so that the state of the block exists; otherwise it is followed."""
+
+
 class _Watch(Callback):
-    """Makes up the gradients of the first cycle, then tells the trace where each step is, and gathers what it saw.
+    """Decides which step comes next, tells the trace where it is, and gathers what it saw.
 
     Args:
         trace: the trace.
         autocast: entered for forward and backward.
         micro_batches: batches in a step.
-        made_up_steps: steps whose gradients are made up, so that the state of each block exists.
         progress: as in `plan`.
     """
 
@@ -225,15 +249,14 @@ class _Watch(Callback):
         trace: DeviceTrace,
         autocast: FakeAutocast | None,
         micro_batches: int,
-        made_up_steps: int,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.parked_bytes = 0
         self._trace, self._autocast, self._progress = trace, autocast, progress
-        self._micro_batches, self._made_up_steps = micro_batches, made_up_steps
+        self._micro_batches = micro_batches
         self._autocasting = contextlib.ExitStack()
         self._stretches = [Stretch([0])]
-        self._due = [0]  # indices of blocks
+        self._due = [_Step(0, made_up=True), _Step(0, made_up=False)]
+        self._done = 0
         self._seen: dict[int, BlockPlan] = {}
 
     def blocks(self) -> tuple[BlockPlan, ...]:
@@ -266,24 +289,28 @@ class _Watch(Callback):
         self._turns, self._names = list(engine.rotation.turns), [block.name for block in engine.plan.blocks]
         kinds = [_kind(pl_module, block) for block in engine.plan.blocks]
         self._stretches = [Stretch(list(alike)) for _, alike in itertools.groupby(range(len(kinds)), kinds.__getitem__)]
-        self._due = [index for stretch in self._stretches for index in stretch.ends_and_middle()]
+        followed = [index for stretch in self._stretches for index in stretch.ends_and_middle()]
+        # state that is parked takes no room on the device, so then only blocks that are followed need theirs
+        with_state = followed if engine.settings.offload != "none" else self._turns
+        self._due = [*(_Step(i, made_up=True) for i in with_state), *(_Step(i, made_up=False) for i in followed)]
 
     @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        step, micro_batch = divmod(batch_idx, self._micro_batches)
+        step = self._due[0]
         self._trace.phase = "forward"
-        if step < self._made_up_steps:
+        if batch_idx % self._micro_batches == 0:
+            engine = _engine(trainer)
+            if engine is not None:
+                engine.load_state_dict({**engine.state_dict(), "updates": self._turns.index(step.block)})
+                self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
+            if not step.made_up:
+                self._trace.begin_step()
+        if step.made_up:
             pl_module.training_step = functools.partial(_made_up_loss, pl_module)  # type: ignore[method-assign]
             return
         pl_module.__dict__.pop("training_step", None)
-        if micro_batch == 0:
-            engine = _engine(trainer)
-            if engine is not None:
-                engine.load_state_dict({**engine.state_dict(), "updates": self._turns.index(self._due[0])})
-                self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
-            self._trace.begin_step()
         if self._autocast is not None:
             self._autocasting.enter_context(self._autocast)
 
@@ -304,33 +331,37 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, micro_batch = divmod(batch_idx, self._micro_batches)
-        if micro_batch + 1 < self._micro_batches:
+        if (batch_idx + 1) % self._micro_batches != 0:
             return
         for optimizer in trainer.optimizers:
             leaves = tree_leaves(list(optimizer.state.values()))
             self._trace.mark(filter(torch.is_tensor, leaves), "optimizer state")
-        if step >= self._made_up_steps:
-            self._note(_engine(trainer), pl_module)
-            trainer.should_stop = not self._due
+        step = self._due.pop(0)
+        if not step.made_up:
+            self._seen[step.block] = self._block_plan(_engine(trainer), pl_module, step.block)
+        if not self._due:
+            more = [index for stretch in self._stretches for index in stretch.not_on_a_line(self._seen)]
+            self._due = [_Step(index, made_up) for index in more for made_up in (True, False)]
+        trainer.should_stop = not self._due
+        self._done += 1
         if self._progress is not None:
-            self._progress(step + 1, step + 1 + len(self._due) + max(0, self._made_up_steps - step - 1))
+            self._progress(self._done, self._done + len(self._due))
 
-    def _note(self, engine: HiFT | None, module: L.LightningModule) -> None:
-        index = self._due.pop(0)
+    def _block_plan(self, engine: HiFT | None, module: L.LightningModule, index: int) -> BlockPlan:
         trace = self._trace.end_step()
         if engine is None:
             numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
-            self._seen[index] = BlockPlan(self._names[0], numel, trace, to_device_bytes=0, to_host_bytes=0)
-            return
+            return BlockPlan(self._names[0], numel, trace)
         block, residency = engine.plan.blocks[index], engine.residency
         paged_in, parked = self._moved_before
-        self._seen[index] = BlockPlan(
-            block.name, block.numel, trace, residency.bytes_paged_in - paged_in, residency.bytes_parked - parked
+        return BlockPlan(
+            block.name,
+            block.numel,
+            trace,
+            to_device_bytes=residency.bytes_paged_in - paged_in,
+            to_host_bytes=residency.bytes_parked - parked,
+            parked_bytes=engine.report().blocks[index].parked_bytes,
         )
-        self.parked_bytes = residency.parked_bytes
-        if not self._due:
-            self._due = [index for stretch in self._stretches for index in stretch.not_on_a_line(self._seen)]
 
     def _with_role(self, method: Callable[..., Any], role: str) -> Callable[..., Any]:
         @functools.wraps(method)

@@ -18,10 +18,12 @@ class BlockPlan:
     name: str
     numel: int
     trace: StepTrace
-    to_device_bytes: int
+    to_device_bytes: int = 0
     """State and masters paged in."""
-    to_host_bytes: int
+    to_host_bytes: int = 0
     """State and masters parked."""
+    parked_bytes: int = 0
+    """The block's state and masters in host memory or files, once it has been updated."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,6 @@ class Plan:
     trained_numel: int
     blocks: tuple[BlockPlan, ...]
     """In the order of their turns; a single one, the model, under full fine-tuning."""
-    parked_bytes: int
-    """Optimizer state and masters in host memory or files, once every block has been updated."""
-    full_flops: int
-    """FLOPs of a step of full fine-tuning with the same batches."""
 
     @property
     def peak(self) -> BlockPlan:
@@ -47,6 +45,11 @@ class Plan:
     def peak_bytes(self) -> int:
         """The most bytes in use on the device."""
         return self.peak.trace.peak_bytes
+
+    @property
+    def parked_bytes(self) -> int:
+        """Optimizer state and masters in host memory or files, once every block has been updated."""
+        return sum(block.parked_bytes for block in self.blocks)
 
     @property
     def flops(self) -> float:
@@ -117,7 +120,8 @@ class Stretch:
             phase_peaks=peaks,
             role_peaks=mix_all(low.trace.role_peaks, high.trace.role_peaks),
             timeline=[
-                (phase, mix(a, b)) for (phase, a), (_, b) in zip(low.trace.timeline, high.trace.timeline, strict=True)
+                (phase, mix_all(a, b))
+                for (phase, a), (_, b) in zip(low.trace.timeline, high.trace.timeline, strict=True)
             ]
             if same_shape
             else near.timeline,

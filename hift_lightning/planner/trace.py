@@ -1,6 +1,7 @@
 """What is on the fake device, from one op to the next: bytes by role and phase, and FLOPs."""
 
 import contextlib
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,8 +47,8 @@ class StepTrace:
     phase_peaks: dict[Phase, int] = field(default_factory=dict)
     role_peaks: dict[str, int] = field(default_factory=dict)
     """The most bytes of each role, which need not be at the moment of the peak."""
-    timeline: list[tuple[Phase, int]] = field(default_factory=list)
-    """The most bytes in use in each of some stretches of the step, in order."""
+    timeline: list[tuple[Phase, dict[str, int]]] = field(default_factory=list)
+    """Bytes of each role at the highest moment of each of some equal stretches of each phase, in order."""
     bytes_after: int = 0
     flops: int = 0
 
@@ -79,13 +80,9 @@ class DeviceTrace(TorchDispatchMode):
         self._at_begin = [allocation for _, allocation in self._alive.values()]
         self._flops = 0
 
-    def end_step(self, stretches: int = 24) -> StepTrace:
-        """What has been seen since `begin_step`.
-
-        Args:
-            stretches: in which the timeline divides the step.
-        """
-        return _replay(self._at_begin, self._events, self._flops, stretches)
+    def end_step(self) -> StepTrace:
+        """What has been seen since `begin_step`."""
+        return _replay(self._at_begin, self._events, self._flops)
 
     def mark(self, tensors: Iterable[Tensor], role: str) -> None:
         """Say what tensors on the device are for, whenever they were made."""
@@ -146,34 +143,46 @@ class DeviceTrace(TorchDispatchMode):
         return "activations" if self.phase == "forward" else "temporary"
 
 
-def _replay(
-    at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int, stretches: int
-) -> StepTrace:
+_STRETCHES = 12
+"""In which the timeline divides each phase."""
+
+
+def _replay(at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int) -> StepTrace:
     """Go through a step again, now that the role of each allocation is known."""
     trace = StepTrace(flops=flops)
     in_use = sum(allocation.nbytes for allocation in at_begin)
-    length = max(1, len(events) // stretches)
+    ends = _ends_of_stretches(events)
     roles: Counter[str] = Counter()
     for allocation in at_begin:
         roles[allocation.role] += allocation.nbytes
     role_peaks = roles.copy()
-    highest = 0
+    highest, roles_at_highest = 0, roles.copy()
     for i, (change, allocation, phase) in enumerate(events):
         in_use += change
         roles[allocation.role] += change
         role_peaks[allocation.role] = max(role_peaks[allocation.role], roles[allocation.role])
-        highest = max(highest, in_use)
+        if in_use > highest:
+            highest, roles_at_highest = in_use, roles.copy()
         trace.phase_peaks[phase] = max(trace.phase_peaks.get(phase, 0), in_use)
         if in_use > trace.peak_bytes:
             trace.peak_bytes, trace.peak_phase = in_use, phase
             trace.roles_at_peak = _in_order(roles)
-        ends_phase = i + 1 == len(events) or events[i + 1][2] != phase
-        if (i + 1) % length == 0 or ends_phase:
-            trace.timeline.append((phase, highest))
-            highest = in_use
+        if i + 1 in ends:
+            trace.timeline.append((phase, _in_order(roles_at_highest)))
+            highest, roles_at_highest = in_use, roles.copy()
     trace.bytes_after = in_use
     trace.role_peaks = _in_order(role_peaks)
     return trace
+
+
+def _ends_of_stretches(events: list[tuple[int, _Allocation, Phase]]) -> set[int]:
+    ends: set[int] = set()
+    start = 0
+    for _, run in itertools.groupby(phase for _, _, phase in events):
+        length = len(list(run))
+        ends.update(start + -(-length * part // _STRETCHES) for part in range(1, _STRETCHES + 1))
+        start += length
+    return ends
 
 
 def _in_order(roles: Mapping[str, int]) -> dict[str, int]:

@@ -21,13 +21,16 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hift_lightning.engine.errors import ParkedStateError
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.residency import parameters_stay_themselves, replaces_parameters
 from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.streams import device_module
+from hift_lightning.engine.update import parse_bytes
+from hift_lightning.strategies.first_batch import first_batch
 
 if TYPE_CHECKING:
     _Base = Strategy
@@ -75,13 +78,57 @@ class BlockwiseTraining(_Base):
         Raises:
             ConfigurationError: if one matches nothing.
         """
-        partition(model, self.settings.group_size, layers=self.settings.layers, frozen=self.settings.frozen)
+        partition(model, layers=self.settings.layers, frozen=self.settings.frozen)
+
+    def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Choose the largest group of layers that fits ``memory_budget``, and what else that takes, by planning.
+
+        Under ``group_size="auto"``, ``fit`` does so too, with the first training batch. Call it before where another
+        batch is larger.
+
+        Args:
+            trainer: whose precision, accumulation and clipping hold.
+            module: a complete module, on any device, "meta" among them.
+            batch: a training batch as large as any.
+
+        Raises:
+            ConfigurationError: if nothing fits, and what the planner raises.
+        """
+        from hift_lightning.planner import StepPlanner, choose  # stands above the strategies that it plans
+
+        step = StepPlanner(
+            module,
+            batch,
+            trainer.precision,
+            trainer.accumulate_grad_batches,
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm,
+        )
+        rank_zero_info("HiFT: looking for the largest `group_size` that fits.")
+        choice = choose(self.settings, self._memory_budget(), step)
+        self.settings = choice.settings
+        rank_zero_info(f"HiFT: {choice.reason}")
+
+    def _memory_budget(self) -> int:
+        if self.settings.memory_budget is not None:
+            return parse_bytes("memory_budget", self.settings.memory_budget)
+        memory_of = getattr(device_module(self.root_device), "mem_get_info", None)
+        if memory_of is None:
+            raise ConfigurationError(
+                f"`group_size='auto'` takes the device's memory as its budget, and `{self.root_device}` does not tell "
+                "how much it has; give `memory_budget`, such as `memory_budget='24GiB'`."
+            )
+        _, total = memory_of(self.root_device)
+        return int(total)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
+        if self.settings.group_size == "auto":
+            assert self.lightning_module is not None
+            self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
         _refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":
             _refuse_what_needs_gradients(trainer, self.precision_plugin)

@@ -22,7 +22,12 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
     optimization, where each is rotated over its own parameters.
 
     Args:
-        group_size: layers per block.
+        group_size: layers per block; ``"auto"`` takes at the start of ``fit`` the largest one that fits
+            ``memory_budget``, and where one layer a block does not, ``update="streamed"``, activation checkpointing
+            and ``update="fused"`` in addition. It is planned with the data module's ``largest_batch()``, or, where
+            there is no such method, with the first training batch.
+        memory_budget: bytes of the device's memory that ``"auto"`` may take, such as ``"24GiB"``; by default all that
+            the device has.
         order: order of the blocks' turns: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
         lr_update: when a scheduler with ``interval="step"`` changes the rate. ``"cycle"``: when every block has had
             its turn, by as many scheduler steps as there were optimizer steps; ``"cycle_once"``: then, by one step,
@@ -64,7 +69,8 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
     def __init__(
         self,
         *,
-        group_size: int = 1,
+        group_size: int | str = 1,
+        memory_budget: str | int | None = None,
         order: str = "top2down",
         lr_update: str = "cycle",
         steps_per_block: int = 1,
@@ -92,6 +98,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         self._parallel_devices = None if device is None else [self.root_device]
         self.settings = HiFTSettings(
             group_size=group_size,
+            memory_budget=memory_budget,
             order=order,
             lr_update=lr_update,
             steps_per_block=steps_per_block,

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import causal_lm, load_tokenizer, sentence_classifier
 from hift_lightning.targets import check_command, check_hydra_nodes, check_targets, trusted_by_the_user
 from hift_lightning.train import CONFIG_NAME, CONFIG_PATH, run
-from tests.application.running import ENVIRONMENT, TINY, command
+from tests.application.running import ENVIRONMENT, ROOT, TINY, command
 from tests.application.test_configuration import FURTHER, OPTIONS, composed
 
 SHELL = "torch.utils.collect_env.run"
@@ -213,6 +214,19 @@ def test_a_preset_of_a_stranger_runs_nothing_and_the_application_ends_with_a_sen
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1].startswith(NAMED[kind]), ended.stderr
+
+
+def test_planning_runs_nothing_of_a_stranger_either(tmp_path: Path) -> None:
+    for kind in ("nested", "hydra callback"):
+        write_preset(tmp_path, PRESETS[kind])
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "plan.py"), "--config-dir", "presets", "experiment=strangers"],
+            cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert ended.returncode == 1
+        assert "Traceback" not in ended.stderr
+        assert ended.stderr.strip().splitlines()[-1].startswith(NAMED[kind]), ended.stderr
+    assert not (tmp_path / "proof").exists()
 
 
 def check_preset(folder: Path, preset: str, *overrides: str) -> None:

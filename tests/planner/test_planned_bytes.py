@@ -84,6 +84,7 @@ class Case:
 CASES = [
     Case(),
     Case(strategy=None),
+    Case(strategy={"offload": "none"}),
     Case(strategy={"update": "streamed", "window": "64KiB"}),
     Case(strategy={"update": "fused", "window": "64KiB", "activation_checkpointing": True}),
     Case(strategy={"update": "streamed", "activation_checkpointing": True, "group_size": 2}),

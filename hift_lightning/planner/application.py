@@ -1,0 +1,207 @@
+"""The planning application: what a training step of a configuration needs, and what would make it need less."""
+
+import dataclasses
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+
+from hift_lightning.checks import check_configuration
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.update import parse_bytes
+from hift_lightning.output import check_writable
+from hift_lightning.planner.batches import BatchSizes
+from hift_lightning.planner.choice import choose
+from hift_lightning.planner.findings import Findings, write_json
+from hift_lightning.planner.gpus import GPUS
+from hift_lightning.planner.picture import draw
+from hift_lightning.planner.planning import StepPlanner
+from hift_lightning.planner.result import Plan
+from hift_lightning.planner.tables import print_tables
+from hift_lightning.report import one_sentence_errors, write_metrics
+from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
+
+CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "plan"
+
+
+def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings:
+    """Plan a step of the run that `cfg` describes, and write `plan.json`, `plan.png` and `metrics.json`.
+
+    Nothing is asked of a hub, a folder or a tokenizer: the model has the numbers of its file in `conf/model`, a batch
+    is `data.batch_size` rows of `data.max_length` tokens.
+
+    Args:
+        cfg: the composed configuration of `conf/plan.yaml`.
+        trusted_targets: import paths that a `_target_` may name besides what belongs in its place.
+
+    Raises:
+        ConfigurationError: a value of the configuration cannot work, or nothing fits the memory budget.
+    """
+    _leave_out_what_is_not_read(cfg)
+    check_configuration(cfg)
+    check_targets(cfg, trusted_targets)
+    check_writable("output_dir", cfg.output_dir)
+    bandwidth = parse_bytes("bandwidth", cfg.bandwidth)
+    strategy = instantiate(cfg.strategy) if OmegaConf.is_dict(cfg.strategy) else cfg.strategy
+    if not isinstance(strategy, HiFTStrategy) and strategy != "auto":
+        raise ConfigurationError(
+            f"`strategy={cfg.strategy}` cannot be planned; give `strategy=hift` or `strategy=full`."
+        )
+    settings = strategy.settings if isinstance(strategy, HiFTStrategy) else None
+
+    with _Progress() as progress:
+        run = _Run(cfg, _build_module(cfg), progress)
+        reason = None
+        if settings is not None and settings.group_size == "auto":
+            progress.says("looking for the largest group of layers that fits")
+            choice = choose(settings, _memory_budget(settings), run.step(cfg.data.batch_size))
+            settings, reason = choice.settings, choice.reason
+        progress.says("planning the step")
+        planned = run.plan(settings)
+        full = planned if settings is None else run.plan(None)
+        ways: dict[str, Plan] = {}
+        if cfg.compare and settings is not None:
+            for name, way in _ways(settings, may_fuse=run.why_not_fused is None).items():
+                progress.says(f"planning {name}")
+                ways[name] = planned if way == settings else run.plan(way)
+        batches = None
+        if cfg.batch_sizes:
+            progress.says("looking for the largest batches")
+            batches = BatchSizes(
+                lambda batch: run.plan(settings, batch), {cfg.data.batch_size: planned}, GPUS[-1].nbytes
+            )
+
+    findings = Findings(
+        title=_title(cfg, settings),
+        plan=planned,
+        settings=settings,
+        full=full,
+        ways=ways,
+        why_not_fused=run.why_not_fused,
+        largest_batches=None if batches is None else {gpu.name: batches.largest(gpu.nbytes) for gpu in GPUS},
+        batch=(cfg.data.batch_size, cfg.data.max_length),
+        bandwidth=bandwidth,
+        reason=reason,
+    )
+    folder = Path(cfg.output_dir)
+    files = [write_json(findings, folder)]
+    write_metrics(findings.numbers(), folder)
+    try:
+        files.append(draw(planned, findings.title, folder))
+    except ImportError:
+        print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
+    print_tables(findings, files)
+    return findings
+
+
+def main() -> None:
+    """Run the application on the command line's arguments."""
+    with one_sentence_errors():
+        check_command(sys.argv[1:], run, CONFIG_PATH, CONFIG_NAME)
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=CONFIG_NAME)
+def run(cfg: DictConfig) -> float:
+    """Run `plan_run` on the command line's configuration; return the peak in bytes."""
+    with one_sentence_errors():
+        return float(plan_run(cfg, trusted_by_the_user(cfg)).plan.peak_bytes)
+
+
+@dataclass(frozen=True)
+class _Run:
+    cfg: DictConfig
+    module: Any
+    progress: "_Progress"
+
+    def step(self, batch: int) -> StepPlanner:
+        trainer = self.cfg.trainer
+        return StepPlanner(
+            self.module,
+            self.module.blank_batch(batch, self.cfg.data.max_length),
+            str(trainer.precision),
+            trainer.accumulate_grad_batches,
+            trainer.gradient_clip_val,
+            trainer.get("gradient_clip_algorithm"),
+            self.progress.step_done,
+        )
+
+    def plan(self, settings: HiFTSettings | None, batch: int | None = None) -> Plan:
+        return self.step(self.cfg.data.batch_size if batch is None else batch).plan(settings)
+
+    @property
+    def why_not_fused(self) -> str | None:
+        return self.step(1).why_not_fused
+
+
+class _Progress(Progress):
+    """A bar for each plan; nothing where the output is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        super().__init__(console=console, transient=True, disable=not console.is_terminal)
+        self._task = self.add_task("", total=None)
+
+    def says(self, what: str) -> None:
+        """Tell what is being done."""
+        self.update(self._task, description=what)
+
+    def step_done(self, done: int, of: int) -> None:
+        """Move on by a step of a plan."""
+        self.update(self._task, completed=done, total=of)
+
+
+def _leave_out_what_is_not_read(cfg: DictConfig) -> None:
+    for node, key in ((cfg.model, "pretrained"), (cfg.data, "path")):
+        if node is not None and key in node:
+            node[key] = None
+
+
+def _build_module(cfg: DictConfig) -> L.LightningModule:
+    with torch.device("meta"):
+        network = instantiate(cfg.model.network, tokenizer=None)
+    module: L.LightningModule = instantiate(cfg.model.module)(network, instantiate(cfg.optimizer), None)
+    return module
+
+
+def _memory_budget(settings: HiFTSettings) -> int:
+    if settings.memory_budget is None:
+        raise ConfigurationError(
+            "`strategy.group_size=auto` is chosen for a memory that is not told; give `strategy.memory_budget`, such "
+            "as `strategy.memory_budget=24GiB`."
+        )
+    return parse_bytes("memory_budget", settings.memory_budget)
+
+
+def _ways(settings: HiFTSettings, may_fuse: bool) -> dict[str, HiFTSettings]:
+    return {
+        f"update={update}" + (", checkpointing" if checkpointing else ""): dataclasses.replace(
+            settings, update=update, activation_checkpointing=checkpointing
+        )
+        for update in (("block", "streamed", "fused") if may_fuse else ("block", "streamed"))
+        for checkpointing in (False, True)
+    }
+
+
+def _title(cfg: DictConfig, settings: HiFTSettings | None) -> str:
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    model = chosen.get("model", cfg.model.network.config.get("model_type"))
+    how = "full fine-tuning"
+    if settings is not None:
+        how = f"HiFT, group_size={settings.group_size}, update={settings.update}"
+        how += ", checkpointing" if settings.activation_checkpointing else ""
+        how += ", fp32 masters" if settings.master_weights else ""
+    optimizer = str(cfg.optimizer.get("optimizer", cfg.optimizer.get("_target_"))).rpartition(".")[2]
+    return f"{model}, {optimizer}, {cfg.trainer.precision}, {cfg.data.batch_size} x {cfg.data.max_length} tokens, {how}"

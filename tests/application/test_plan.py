@@ -1,0 +1,132 @@
+"""`python plan.py`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
+
+SMALL = [
+    "model=llama7b",
+    "model.network.config.num_hidden_layers=6",
+    "model.network.config.hidden_size=256",
+    "model.network.config.intermediate_size=512",
+    "model.network.config.num_attention_heads=4",
+    "model.network.config.num_key_value_heads=4",
+    "model.network.config.vocab_size=1000",
+    "data.batch_size=2",
+    "data.max_length=64",
+]
+QUICK = ["compare=false", "batch_sizes=false"]
+
+
+def plan(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "plan.py"), *overrides, "hydra.run.dir=out"]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def told(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
+def test_it_tells_what_a_step_needs_and_writes_it_down(tmp_path):
+    done = plan(tmp_path, *SMALL, "trainer.precision=bf16-true", "strategy.master_weights=true")
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr.lower()
+    for words in ("At the peak", "optimizer state", "parked in host memory", "RTX 4090, 24 GB", "largest batch"):
+        assert words in done.stdout
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["trained_parameters"] == written["parameters"]
+    assert sum(written["bytes_at_peak_by_role"].values()) == written["peak_bytes"]
+    assert written["peak_bytes"] == max(block["peak_bytes"] for block in written["blocks"])
+    assert len(written["blocks"]) == 8
+    # two fp32 moments and a master of each parameter, and a count of steps of each tensor
+    tensors = 6 * 9 + 3
+    assert written["parked_bytes"] == 12 * written["parameters"] + 4 * tensors
+    assert written["moved_bytes_mean"] == pytest.approx(2 * 12 * written["parameters"] / 8)
+    assert written["moving_ms_mean"] == pytest.approx(written["moved_bytes_mean"] / 20e9 * 1000)
+    assert written["flops_mean"] < 0.7 * written["full_fine_tuning"]["flops"]
+    ways = written["ways"]
+    assert ways["update=block"]["peak_bytes"] == written["peak_bytes"]
+    assert ways["update=streamed, checkpointing"]["peak_bytes"] < ways["update=block"]["peak_bytes"]
+    assert "update=fused is left out: `gradient_clip_val=1.0` clips by norm" in done.stdout
+    fits = {gpu["name"]: (gpu["fits"], gpu["largest_batch"]) for gpu in written["gpus"]}
+    assert fits["RTX 4060, 8 GB"][0]
+    assert 2 < fits["RTX 4060, 8 GB"][1] < fits["RTX A6000, 48 GB"][1] < fits["A100, 80 GB"][1]
+    assert (tmp_path / "out" / "plan.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["memory/parked_bytes"] == written["parked_bytes"]
+
+
+def test_full_fine_tuning_is_planned_too(tmp_path):
+    done = plan(tmp_path, *SMALL, *QUICK, "strategy=full")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert [block["name"] for block in written["blocks"]] == ["all"]
+    assert written["parked_bytes"] == 0
+    assert written["peak_bytes"] > 4 * 4 * written["parameters"]
+    assert written["settings"] is None
+
+
+def test_a_classifier_is_planned_without_weights_or_tokenizer(tmp_path):
+    done = plan(tmp_path, "model=roberta_base", *QUICK, "data.batch_size=4", "trainer.gradient_clip_val=null")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["parameters"] > 124e6
+
+
+def test_data_of_ones_own_are_not_looked_at(tmp_path):
+    done = plan(tmp_path, *SMALL, *QUICK, "data=jsonl", "model.pretrained=/nowhere")
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_says_what_it_chose_and_why(tmp_path):
+    done = plan(tmp_path, *SMALL, *QUICK, "strategy.group_size=auto", "strategy.memory_budget=1.05GiB")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["chosen_because"].startswith(f"group_size={written['settings']['group_size']} with update=")
+    assert " ".join(written["chosen_because"].split()) in " ".join(done.stdout.split())
+    assert written["needed_device_bytes"] <= 1.05 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy.group_size=auto"], "give `strategy.memory_budget`, such as `strategy.memory_budget=24GiB`."),
+        (["strategy.group_size=auto", "strategy.memory_budget=1MiB"], "Nothing fits `memory_budget` of 0.00 GiB"),
+        (["bandwidth=fast"], "`bandwidth='fast'` is not a number of bytes"),
+        (["trainer.precision=64-true"], "`precision='64-true'` cannot be planned"),
+        (["strategy.update=fused"], "`gradient_clip_val=1.0` clips by norm"),
+        (["data.batch_size=0"], "`data.batch_size=0` is not possible; give a whole number from 1 on."),
+        (["model.network.config.hidden_sise=8"], "did you mean `hidden_size`?"),
+    ],
+)
+def test_what_cannot_be_planned_ends_in_a_sentence(tmp_path, overrides, message):
+    assert message in told(plan(tmp_path, *SMALL, *QUICK, *(f"++{o}" if "sise" in o else o for o in overrides)))
+
+
+def test_a_sweep_of_plans_has_one_table(tmp_path):
+    command = [sys.executable, str(ROOT / "plan.py"), "-m", *SMALL, *QUICK, "strategy.group_size=1,8"]
+    done = subprocess.run(
+        [*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert "memory/peak_device_bytes" in rows[0]
+    assert (tmp_path / "sweep" / "sweep.png").exists()
+
+
+def test_training_with_auto_says_what_it_chose_before_anything_long(tmp_path):
+    auto = [*TINY, "strategy.group_size=auto"]
+    done = run_application(tmp_path, *auto, "strategy.memory_budget=2GiB", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    assert "HiFT: group_size=4 with update=block and activation_checkpointing=False needs" in done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["hift/blocks"] == 1
+    refused = run_application(tmp_path, *auto, "strategy.memory_budget=1GiB")
+    assert "Nothing fits `memory_budget` of 1.00 GiB" in told(refused)
+    assert "test/accuracy" not in refused.stdout
+    assert "`cpu` does not tell how much it has; give `memory_budget`" in told(run_application(tmp_path, *auto))
