@@ -70,7 +70,7 @@ class HiFTManualMixin(_Base):
             gradient_clip_algorithm: ``"norm"`` or ``"value"``.
 
         Returns:
-            Whether the optimizer was stepped.
+            Whether the optimizer was stepped, or its step skipped (by a GradScaler, or because of NaN or inf).
 
         Raises:
             MisconfigurationException: if it is called in a way that cannot train as meant; the message says how.
@@ -86,8 +86,9 @@ class HiFTManualMixin(_Base):
         several = len(self.trainer.optimizers) > 1
         trained = [p for g in chosen.param_groups for p in g["params"] if p.requires_grad]
         self.manual_backward(loss / window.size, **({"inputs": trained} if several else {}))
-        if several and engine is not None:
-            engine.after_backward()
+        strategy = self.trainer.strategy
+        if several and engine is not None and isinstance(strategy, BlockwiseTraining):
+            strategy.after_backward(engine, loss)
         window.seen += 1
         if window.seen < window.size and not self.trainer.is_last_batch:
             return False

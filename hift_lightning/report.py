@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hift_lightning.callbacks.monitor import HiFTMonitor
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, tell
 
 METRICS_FILE = "metrics.json"
 
@@ -30,6 +30,7 @@ ROWS = (
     ("val/perplexity", "validation perplexity", "perplexity"),
     ("hift/blocks", "blocks", "count"),
     ("hift/cycles", "cycles", "count"),
+    ("hift/skipped_steps", "steps left out for NaN or inf", "count"),
     ("time/step_ms_mean", "time per step", "milliseconds"),
     ("memory/peak_weights_bytes", "peak bytes: weights", "bytes"),
     ("memory/peak_gradients_bytes", "peak bytes: gradients", "bytes"),
@@ -129,7 +130,7 @@ def one_sentence_errors() -> Iterator[None]:
     """End the process with a sentence, and no traceback, for what the user can mend; all else keeps its own."""
     try:
         yield
-    except (ConfigurationError, MisconfigurationException) as error:
+    except (ConfigurationError, MisconfigurationException, NonfiniteError, ParkedStateError) as error:
         sys.exit(_one_line(error))
     except InstantiationException as error:
         cause = error.__cause__
@@ -145,22 +146,36 @@ def one_sentence_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruption_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
-    """Let Ctrl-C end the process with a sentence that tells where the last checkpoint is."""
+def failure_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
+    """Let whatever ends a run before its time tell where the last checkpoint is.
+
+    Ctrl-C ends the process with a sentence. An error stays what it is and tells it below its own message.
+    """
     try:
         yield
     except SystemExit:
         # how the Trainer ends on Ctrl-C, after its callbacks and the strategy have put things in order
         if not trainer.interrupted:
             raise
-        checkpoint = last_checkpoint(trainer)
-        if checkpoint is None:
-            sys.exit("Interrupted; no checkpoint had been saved yet.")
-        sys.exit(f"Interrupted; the last checkpoint is {checkpoint}; go on with `ckpt_path={checkpoint}`.")
+        sys.exit(f"Interrupted; {_way_on(trainer)}")
+    except Exception as error:
+        mendable = isinstance(error, (ConfigurationError, MisconfigurationException))
+        if trainer.interrupted and not (mendable and last_checkpoint(trainer) is None):
+            told = _way_on(trainer)
+            tell(error, f"{told[0].upper()}{told[1:]}")
+        raise
+
+
+def _way_on(trainer: L.Trainer) -> str:
+    checkpoint = last_checkpoint(trainer)
+    if checkpoint is None:
+        return "no checkpoint had been saved yet."
+    return f"the last checkpoint is {checkpoint}; go on with `ckpt_path={checkpoint}`."
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    """The error's message, and what it was told to tell, in one line."""
+    return " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
 
 
 def _short(path: Path) -> str:

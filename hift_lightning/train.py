@@ -1,31 +1,40 @@
 """The training application: test, fine-tune, test again, and tell what it took."""
 
+import sys
+from collections.abc import Collection
 from typing import Any
 
 import hydra
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.report import (
     collect_metrics,
-    interruption_names_checkpoint,
+    failure_names_checkpoint,
     one_sentence_errors,
     print_table,
     write_metrics,
 )
 from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
+
+CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "train"
 
 
-def train(cfg: DictConfig) -> dict[str, float]:
+def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, float]:
     """Run the job that `cfg` describes.
 
     Args:
         cfg: the composed configuration of `conf/train.yaml`.
+        trusted_targets: import paths that a `_target_` may name besides what belongs in its place; the application
+            takes them from the command line.
 
     Returns:
         Flat names and numbers, as they stand in `metrics.json`.
@@ -34,6 +43,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
         ConfigurationError: a value of the configuration cannot work.
     """
     check_configuration(cfg)
+    check_targets(cfg, trusted_targets)
+    check_writable("output_dir", cfg.output_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
     # what is quick to build comes first, so that a value which cannot work ends the run before weights are there
@@ -43,6 +54,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
         callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback is not None],
         logger=_built(cfg.logger),
     )
+    _check_folders(trainer)
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
     if cfg.model.pretrained is None:
@@ -51,7 +63,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
             network = instantiate(cfg.model.network, tokenizer=tokenizer)
         _choose_group_size(cfg, trainer, _build_module(cfg, trainer, network))
 
-    with PeakAnonymousMemory() as memory, interruption_names_checkpoint(trainer):
+    with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer):
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
@@ -76,11 +88,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
     return metrics
 
 
-@hydra.main(version_base="1.3", config_path="pkg://hift_lightning.conf", config_name="train")
-def main(cfg: DictConfig) -> float:
+def main() -> None:
+    """Run the application on the command line's arguments."""
+    with one_sentence_errors():
+        check_command(sys.argv[1:], run, CONFIG_PATH, CONFIG_NAME)
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=CONFIG_NAME)
+def run(cfg: DictConfig) -> float:
     """Run `train` on the command line's configuration; return what a sweep optimises."""
     with one_sentence_errors():
-        metrics = train(cfg)
+        metrics = train(cfg, trusted_by_the_user(cfg))
         if cfg.objective not in metrics:
             raise ConfigurationError(
                 f"`objective={cfg.objective}` was not measured; name one of {', '.join(sorted(metrics))}."
@@ -119,6 +138,16 @@ def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.Lightn
     if isinstance(trainer.strategy, HiFTStrategy):
         trainer.strategy.check_patterns(module)
     return module
+
+
+def _check_folders(trainer: L.Trainer) -> None:
+    """Find out before any long work whether checkpoints and logs can be written."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            check_writable("callbacks.checkpoint.dirpath", callback.dirpath)
+    for logger in trainer.loggers:
+        if logger.save_dir is not None:
+            check_writable("logger.save_dir", logger.save_dir)
 
 
 def _choose_group_size(cfg: DictConfig, trainer: L.Trainer, module: Any) -> None:

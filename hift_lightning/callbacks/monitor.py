@@ -16,7 +16,7 @@ class HiFTMonitor(L.Callback):
     """Log the rotation and count time and bytes, at every optimizer step.
 
     Under `HiFTStrategy` it logs `hift/block` and `hift/cycle` (also to the progress bar), `hift/active_params`,
-    `hift/page_in_ms` and `hift/parked_bytes`; under every strategy `memory/peak_device_bytes`.
+    `hift/page_in_ms`, `hift/parked_bytes` and `hift/skipped_steps`; under every strategy `memory/peak_device_bytes`.
 
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
     are there together, and under HiFT again between steps, when the most is parked. Not among them are activations
@@ -39,7 +39,7 @@ class HiFTMonitor(L.Callback):
 
         `time/step_ms_mean` (milliseconds), `memory/peak_device_bytes` (weights, gradients and state that were
         on the device at one time), `memory/peak_<role>_bytes`, `memory/parked_bytes`, and under HiFT
-        `hift/blocks` and `hift/cycles` (cycles completed).
+        `hift/blocks`, `hift/cycles` (cycles completed) and `hift/skipped_steps` (steps left out because of NaN or inf).
         """
         numbers: dict[str, float] = dict(self._rotation)
         if self._steps:
@@ -85,7 +85,13 @@ class HiFTMonitor(L.Callback):
         hift = _engine(trainer)
         if hift is not None:
             self._count_bytes(trainer, pl_module)  # between steps, when the most is parked
-            self._rotation = {"hift/blocks": len(hift.plan.blocks), "hift/cycles": hift.cycle}
+            skipped_steps = sum(engine.skipped_steps for engine in trainer.strategy.engines)  # type: ignore[attr-defined]
+            self._rotation = {
+                "hift/blocks": len(hift.plan.blocks),
+                "hift/cycles": hift.cycle,
+                "hift/skipped_steps": skipped_steps,
+            }
+            pl_module.log("hift/skipped_steps", float(skipped_steps), batch_size=1)
             pl_module.log("hift/page_in_ms", hift.page_in_ms, batch_size=1)
             pl_module.log("hift/parked_bytes", float(self._peak.get("parked", 0)), batch_size=1)
         if self._peak:

@@ -1,5 +1,7 @@
-"""The error for what a user can mend, and a way to what lies behind an error."""
+"""The errors that end a run with one sentence, what else an error can tell, and what lies behind it."""
 
+import sys
+import warnings
 from collections.abc import Iterator
 
 
@@ -8,6 +10,33 @@ class ConfigurationError(ValueError):
 
     The application ends with the message alone, without a traceback.
     """
+
+
+class NonfiniteError(FloatingPointError):
+    """The loss or a gradient has NaN or inf; the message names the update, the block, the tensor and the remedies.
+
+    The application ends with the message alone, without a traceback.
+    """
+
+
+class ParkedStateError(OSError):
+    """Parked optimizer state is lost or not that of the weights, or there is no room for it; the message names it.
+
+    The application ends with the message alone, without a traceback.
+    """
+
+
+def tell(error: BaseException, sentence: str) -> None:
+    """Let an error tell more below its traceback.
+
+    Args:
+        error: whatever has been raised; it stays what it is.
+        sentence: what it could not know.
+    """
+    if sys.version_info >= (3, 11):
+        error.add_note(sentence)
+    else:  # whose tracebacks have no place for it
+        warnings.warn(sentence, stacklevel=2)
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

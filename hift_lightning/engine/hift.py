@@ -8,11 +8,13 @@ One optimizer step flows like this, driven by the optimizer's own step hooks, so
                            the user's optimizer, untouched: it passes over parameters without a gradient
                            post-hook: free the gradients, park the state, give the next block its turn
 
-A step that a GradScaler skips never reaches the optimizer, so the block keeps its turn.
+A step that a GradScaler skips never reaches the optimizer, so the block keeps its turn. The pre-hook, or
+:meth:`HiFT.after_backward` before it, looks for NaN and inf.
 
 Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", https://arxiv.org/abs/2401.15207
 """
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -27,8 +29,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
+from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.report import BlockReport, Report
@@ -91,6 +94,7 @@ class HiFT:
             )
         self.optimizer = optimizer
         self._parameters = dict(model.named_parameters())
+        self._name_of = {parameter: name for name, parameter in self._parameters.items()}
         self.plan = partition(
             model,
             settings.layers_per_block,
@@ -114,6 +118,10 @@ class HiFT:
         """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
         self.updates = 0
         """Updates performed; the rotation is a function of this number."""
+        self.skipped_steps = 0
+        """Steps left out because of NaN or inf (``nonfinite="skip"``); those that a GradScaler skips do not count."""
+        self.last_step_skipped = False
+        """Whether the last ``optimizer.step()`` was one of them."""
         self.page_in_ms = 0.0
         """Milliseconds that the host spent in the last page-in."""
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
@@ -125,7 +133,12 @@ class HiFT:
         self._gradient_handles: list[RemovableHandle] = []
         self._backward_ran = False
         self._updated = False
+        self._search = NonfiniteSearch()
+        self._searched = False
+        self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
+        self._warned_of_skipping = False
         self._versions: dict[str, int] = {}
+        self._half_updated: list[str] = []
         self._reached_blocks: set[int] = set()
         self._warned_blocks: set[int] = set()
 
@@ -148,6 +161,11 @@ class HiFT:
     def has_gradient(self) -> bool:
         """Whether any parameter of the active block has a gradient."""
         return any(p.grad is not None for p in self._block_parameters())
+
+    @property
+    def will_skip(self) -> bool:
+        """Whether the step in progress is to be left out because of NaN or inf."""
+        return self._nonfinite is not None
 
     def start(self) -> None:
         """Freeze everything but the active block and attach to the optimizer."""
@@ -186,28 +204,50 @@ class HiFT:
         """Give up a step that has not been completed: free the gradients, and take the last parked state again.
 
         The block keeps its turn. Call it in a plain loop when a step has failed (out of memory) and training goes on.
+        :meth:`finish`, and leaving ``with HiFT(...)``, do so too. If weights have been touched, the error that is being
+        handled tells their names from then on.
         """
-        self._backward_ran = self._updated = False
-        self._versions = {}
-        self._prefetch.join()
-        for parameter in self._block_parameters():
-            parameter.grad = None
-        self.residency.discard(self._block_parameters())
+        if touched := self.touched():
+            self._half_updated = touched
+            if (error := sys.exc_info()[1]) is not None:
+                tell(error, self._told_of_half_an_update(error))
+        self._give_up()
 
     def touched(self) -> list[str]:
         """Names of the parameters whose weights have changed since the step in progress began to update."""
         return [name for name, version in self._versions.items() if self._parameters[name]._version != version]
 
-    def after_backward(self) -> None:
-        """Tell that a backward pass has run, also one that the block took no part in.
-
-        Optional in a plain loop. With it, a block that no gradient reaches is named in a warning, and it does
-        not keep its turn for ever.
+    def check_whole(self) -> None:
+        """Find out whether weights and parked state are those of a step that was completed, fit for a checkpoint.
 
         Raises:
+            ParkedStateError: if a step has failed after it had begun to change weights, or a file of parked state is
+                lost.
+        """
+        if self._half_updated:
+            raise ParkedStateError(self._told_of_half_an_update())
+        self.residency.check_files()
+
+    def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
+        """Tell that a backward pass has run, also one that the block took no part in.
+
+        Optional in a plain loop: call it after every backward pass, or never. With it, a block that no gradient reaches
+        is named in a warning, and it does not keep its turn for ever; and NaN and inf are found before clipping by norm
+        spreads them over all gradients.
+
+        Args:
+            loss: of which backward was called, as it was before a GradScaler scaled it.
+            scaled: whether a GradScaler did; then inf and NaN in gradients are its business, and only a loss of NaN
+                counts.
+
+        Raises:
+            NonfiniteError: if there are NaN or inf, and ``nonfinite`` is ``raise``.
             RuntimeError: if no block has been reached in a whole cycle.
         """
         self._backward_ran = True
+        self._look_for_nonfinite(loss, scaled)
+        if self.will_skip:
+            return
         block = self.block
         if self.has_gradient or self._updated:
             self._reached_blocks.add(block.index)
@@ -226,8 +266,10 @@ class HiFT:
             )
 
     def pass_turn(self) -> None:
-        """End the turn of a block that no gradient reached, where the optimizer was not called for it."""
-        if self._backward_ran and not self.has_gradient:
+        """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
+        if self.will_skip:
+            self._skip()
+        elif self._backward_ran and not self.has_gradient:
             self._complete()
 
     def delay(self, scheduler: Any) -> Any:
@@ -241,7 +283,9 @@ class HiFT:
         """
         if self.settings.lr_update == "step":
             return scheduler
-        return DelayedLRScheduler(scheduler, self.settings.lr_update, lambda: self.cycle)
+        return DelayedLRScheduler(
+            scheduler, self.settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the rotation, the plan and the masters: primitives and tensors only.
@@ -252,6 +296,7 @@ class HiFT:
         masters = {name: self.residency.master(p) for name, p in self._trained.items()}
         return {
             "updates": self.updates,
+            "skipped_steps": self.skipped_steps,
             **record_of_plan(self.plan, self.rotation),
             "parameters": self._names_in_groups(),
             "parked_dtype": self.settings.parked_dtype,
@@ -272,6 +317,8 @@ class HiFT:
         """
         self.check_state_dict(state_dict)
         self.updates = state_dict["updates"] if self.has_plan_of(state_dict) else 0
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._half_updated = []
         if self.settings.master_weights:
             for name, parameter in self._trained.items():
                 if name in state_dict["masters"]:
@@ -419,6 +466,7 @@ class HiFT:
         assert parameter.grad is not None
         if not self._updated:
             self._note_versions()
+        self._search.look_at(self._name_of[parameter], parameter.grad)
         if self.clip_value is not None:
             parameter.grad.clamp_(-self.clip_value, self.clip_value)
         self._updated = True
@@ -444,7 +492,56 @@ class HiFT:
 
         return (args[0],), {**kwargs, "closure": closure_then_update}
 
+    def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
+        self.last_step_skipped = False
+        if not self.will_skip:
+            if loss is not None:
+                self._search.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
+            if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
+                for name in self.block.parameters:
+                    if (gradient := self._parameters[name].grad) is not None:
+                        self._search.look_at(name, gradient)
+            self._searched = True
+            if (found := self._search.first()) is not None:
+                self._meet_nonfinite(*found)
+        if self.will_skip:
+            for parameter in self._block_parameters():
+                parameter.grad = None
+
+    def _meet_nonfinite(self, name: str, kind: str) -> None:
+        what = "the loss" if name == LOSS else f"the gradient of `{name}`"
+        told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
+        if self.settings.nonfinite == "skip":
+            self._nonfinite = told
+            return
+        state = "" if self.touched() else "; weights and optimizer state are as they were before it"
+        instead = " and `update='streamed'`" if self.settings.update == "fused" else ""
+        try:
+            raise NonfiniteError(
+                f"{told[0].upper()}{told[1:]}{state}; look at its batch, use a smaller learning rate, gradient "
+                f"clipping or a wider precision, or leave such steps out with `nonfinite='skip'`{instead}."
+            )
+        finally:
+            self.settle()
+
+    def _skip(self) -> None:
+        """End a step that is left out; the block keeps its turn."""
+        assert self._nonfinite is not None
+        told = self._nonfinite
+        self.skipped_steps += 1
+        self.last_step_skipped = True
+        self._give_up()
+        if not self._warned_of_skipping:
+            self._warned_of_skipping = True
+            warnings.warn(
+                f"A step is left out, because {told}; further ones are counted in `skipped_steps`, without a warning.",
+                stacklevel=3,
+            )
+
     def _begin_update(self) -> None:
+        # fused optimizers are called with what a GradScaler has found, and skip the step themselves
+        if not self._searched and getattr(self.optimizer, "found_inf", None) is None:
+            self._look_for_nonfinite(None, scaled=False)
         if not self.has_gradient:
             return
         self._note_versions()
@@ -465,21 +562,46 @@ class HiFT:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
-        if not skipped and (self._backward_ran or self._updated or self.has_gradient):
+        if self.will_skip:
+            self._skip()
+        elif not skipped and (self._backward_ran or self._updated or self.has_gradient):
             self._complete()
         else:
-            self.settle()
+            self._give_up()
 
     def _complete(self) -> None:
         """Free the gradients, park the state, and give the next block its turn."""
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.park(self._block_parameters())
-        self._backward_ran = self._updated = False
-        self._versions = {}
+        self._forget_step()
+        self.last_step_skipped = False
+        self._half_updated = []
         self._deactivate()
         self.updates += 1
         self._activate_block()
+
+    def _give_up(self) -> None:
+        """Free the gradients and take the last parked state again; the block keeps its turn."""
+        self._forget_step()
+        self._prefetch.join()
+        for parameter in self._block_parameters():
+            parameter.grad = None
+        self.residency.discard(self._block_parameters())
+
+    def _forget_step(self) -> None:
+        self._backward_ran = self._updated = self._searched = False
+        self._search = NonfiniteSearch()
+        self._nonfinite = None
+        self._versions = {}
+
+    def _told_of_half_an_update(self, error: BaseException | None = None) -> str:
+        memory = isinstance(error, torch.OutOfMemoryError)
+        remedy = ", and use a smaller batch, `update='streamed'` or a smaller `window`" if memory else ""
+        return (
+            f"Block `{self.block.name}` was being updated: the weights of {', '.join(self._half_updated)} have changed "
+            f"and their optimizer state is not that of these weights; load the last checkpoint{remedy}."
+        )
 
 
 def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:

@@ -35,12 +35,20 @@ class DelayedLRScheduler:
         lr_update: ``"cycle"`` passes on all steps counted in the cycle, so the scheduler's horizon in optimizer
             steps holds; ``"cycle_once"`` passes on one, as the published code does.
         cycles: gives the number of whole cycles performed so far.
+        skipped: tells whether the last optimizer step was left out; such a step does not count.
     """
 
-    def __init__(self, scheduler: Any, lr_update: str, cycles: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        lr_update: str,
+        cycles: Callable[[], int],
+        skipped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._scheduler = scheduler
         self._lr_update = lr_update
         self._cycles = cycles
+        self._skipped = skipped
         self._cycle = cycles()
         self.held_steps = 0
         """Steps counted in this cycle and not yet passed on."""
@@ -65,6 +73,8 @@ class DelayedLRScheduler:
                 f"`{type(self._scheduler).__name__}.step` was called with arguments {args or kwargs}, and a delayed "
                 "learning rate counts plain steps; call it without, or use `lr_update='step'`."
             )
+        if self._skipped():
+            return
         self.held_steps += 1
         if self._cycles() == self._cycle:
             return

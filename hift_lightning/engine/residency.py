@@ -403,6 +403,16 @@ class Residency:
                 module.synchronize(device)
         self._copying_from.clear()
 
+    def check_files(self) -> None:
+        """Find out whether all parked state and masters can be read, where they lie in files.
+
+        Raises:
+            ParkedStateError: if a file is gone or too short.
+        """
+        buffers = [leaf.buffer for known in self._leaves.values() for leaf in known if leaf is not None]
+        for buffer in (*buffers, *self._masters.values()):
+            buffer.check()
+
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
         in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self._parked_dtype is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
+from hift_lightning.engine.nonfinite import check_nonfinite
 from hift_lightning.engine.residency import check_offload, check_parked_dtype
 from hift_lightning.engine.resume import check_resume_plan
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
@@ -46,6 +47,9 @@ class HiFTSettings:
     """Whether fp32 masters of 16-bit weights are kept, and paged with their block (the paper's Mixed^Hi)."""
     parked_dtype: str | None = None
     """Keep parked moments in this dtype: ``bfloat16`` halves their bytes."""
+    nonfinite: str = "raise"
+    """What is done about NaN or inf in the loss or in a gradient. ``raise``: an error before anything is updated (with
+    ``fused``, after backward); ``skip``: the step is left out, and the block keeps its turn."""
     resume_plan: str = "same"
     """What happens when a checkpoint was made with another plan of blocks. ``same``: an error; ``rebuild``: weights,
     masters and optimizer state carry over, and the rotation begins at the start of a cycle of this plan."""
@@ -70,6 +74,7 @@ class HiFTSettings:
         check_parked_dtype(self.parked_dtype)
         check_resume_plan(self.resume_plan)
         check_update(self.update)
+        check_nonfinite(self.nonfinite, self.update)
         parse_bytes("window", self.window)
 
     @property

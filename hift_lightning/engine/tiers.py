@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 
 ALL_ROWS = slice(None)
 
@@ -33,6 +33,10 @@ class Buffer(ABC):
     @abstractmethod
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
         """Park values, from any device, as these rows."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise :class:`ParkedStateError` if the tensor is lost."""
 
 
 class Tier(ABC):
@@ -86,6 +90,9 @@ class _HostBuffer(Buffer):
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
         self.read(rows).copy_(values, non_blocking=True)
 
+    def check(self) -> None:
+        """Does nothing, since memory is not lost."""
+
 
 class Files(Tier):
     """Files in a folder, one a tensor, read and written directly.
@@ -116,7 +123,7 @@ class Files(Tier):
         """See :meth:`Tier.allocate`.
 
         Raises:
-            OSError: if the disk is full.
+            ParkedStateError: if the disk is full.
         """
         self._made += 1
         return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", tuple(like.shape), dtype)
@@ -132,7 +139,7 @@ class _FileBuffer(Buffer):
             # takes the room now: a disk that is full must be told of here, and not by a signal at a mapped page
             os.posix_fallocate(descriptor, 0, max(self._nbytes, 1))
         except OSError as error:
-            raise OSError(
+            raise ParkedStateError(
                 error.errno, f"no room for {self._nbytes:,} bytes of parked state: {error.strerror}", str(path)
             ) from error
         finally:
@@ -147,6 +154,20 @@ class _FileBuffer(Buffer):
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
         self._transfer(values.to("cpu", self.dtype).contiguous(), rows, os.O_WRONLY, os.pwritev)
 
+    def check(self) -> None:
+        try:
+            length = self.path.stat().st_size
+        except OSError as error:
+            raise self._gone(error) from error
+        if length < self._nbytes:
+            raise self._too_short(self._nbytes)
+
+    def _gone(self, error: OSError) -> ParkedStateError:
+        return ParkedStateError(error.errno, f"a file of parked state is gone: {error.strerror}", str(self.path))
+
+    def _too_short(self, expected: int) -> ParkedStateError:
+        return ParkedStateError(f"a file of parked state is too short: {self.path} ends before byte {expected:,}")
+
     def _transfer(
         self, values: Tensor, rows: slice, flags: int, transfer: Callable[[int, list[memoryview], int], int]
     ) -> None:
@@ -158,15 +179,13 @@ class _FileBuffer(Buffer):
         try:
             descriptor = os.open(self.path, flags)
         except OSError as error:
-            raise OSError(error.errno, f"a file of parked state is gone: {error.strerror}", str(self.path)) from error
+            raise self._gone(error) from error
         try:
             done = 0
             while done < len(view):
                 count = transfer(descriptor, [view[done:]], offset + done)
                 if count == 0:
-                    raise OSError(
-                        f"a file of parked state is too short: {self.path} ends before byte {offset + len(view):,}"
-                    )
+                    raise self._too_short(offset + len(view))
                 done += count
         finally:
             os.close(descriptor)

@@ -1,6 +1,8 @@
 """The planning application: what a training step of a configuration needs, and what would make it need less."""
 
 import dataclasses
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import parse_bytes
+from hift_lightning.output import check_writable
 from hift_lightning.planner.batches import BatchSizes
 from hift_lightning.planner.choice import choose
 from hift_lightning.planner.findings import Findings, write_json
@@ -28,9 +31,12 @@ from hift_lightning.planner.result import Plan
 from hift_lightning.planner.tables import print_tables
 from hift_lightning.report import one_sentence_errors, write_metrics
 from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
+
+CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "plan"
 
 
-def plan_run(cfg: DictConfig) -> Findings:
+def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings:
     """Plan a step of the run that `cfg` describes, and write `plan.json`, `plan.png` and `metrics.json`.
 
     Nothing is asked of a hub, a folder or a tokenizer: the model has the numbers of its file in `conf/model`, a batch
@@ -38,12 +44,15 @@ def plan_run(cfg: DictConfig) -> Findings:
 
     Args:
         cfg: the composed configuration of `conf/plan.yaml`.
+        trusted_targets: import paths that a `_target_` may name besides what belongs in its place.
 
     Raises:
         ConfigurationError: a value of the configuration cannot work, or nothing fits the memory budget.
     """
     _leave_out_what_is_not_read(cfg)
     check_configuration(cfg)
+    check_targets(cfg, trusted_targets)
+    check_writable("output_dir", cfg.output_dir)
     bandwidth = parse_bytes("bandwidth", cfg.bandwidth)
     strategy = instantiate(cfg.strategy) if OmegaConf.is_dict(cfg.strategy) else cfg.strategy
     if not isinstance(strategy, HiFTStrategy) and strategy != "auto":
@@ -97,11 +106,18 @@ def plan_run(cfg: DictConfig) -> Findings:
     return findings
 
 
-@hydra.main(version_base="1.3", config_path="pkg://hift_lightning.conf", config_name="plan")
-def main(cfg: DictConfig) -> float:
+def main() -> None:
+    """Run the application on the command line's arguments."""
+    with one_sentence_errors():
+        check_command(sys.argv[1:], run, CONFIG_PATH, CONFIG_NAME)
+    run()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=CONFIG_NAME)
+def run(cfg: DictConfig) -> float:
     """Run `plan_run` on the command line's configuration; return the peak in bytes."""
     with one_sentence_errors():
-        return float(plan_run(cfg).plan.peak_bytes)
+        return float(plan_run(cfg, trusted_by_the_user(cfg)).plan.peak_bytes)
 
 
 @dataclass(frozen=True)

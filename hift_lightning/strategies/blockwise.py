@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision, Precision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
-from hift_lightning.engine.errors import ConfigurationError, chain
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import partition
@@ -219,8 +219,20 @@ class BlockwiseTraining(_Base):
         else:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         if len(training) == 1:  # with several optimizers, which one a loss is for is known at its step only
-            training[0].after_backward()
+            self.after_backward(training[0], closure_loss)
         return loss
+
+    def after_backward(self, engine: HiFT, loss: Tensor) -> None:
+        """Tell an engine of a backward pass.
+
+        Args:
+            engine: whose optimizer will use the gradients.
+            loss: of which backward was called, as it was before a GradScaler scaled it.
+
+        Raises:
+            NonfiniteError: see :meth:`HiFT.after_backward`.
+        """
+        engine.after_backward(loss, scaled=getattr(self.precision_plugin, "scaler", None) is not None)
 
     @override
     def optimizer_step(
@@ -233,6 +245,10 @@ class BlockwiseTraining(_Base):
         engine = self.engine_of(optimizer)
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self.lightning_module is not None
+        if engine.will_skip and not self.lightning_module.automatic_optimization:
+            engine.pass_turn()
+            return None
 
         clip_val = self._trainer.gradient_clip_val
 
@@ -248,14 +264,6 @@ class BlockwiseTraining(_Base):
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
-        except torch.OutOfMemoryError as error:
-            if not (touched := engine.touched()):
-                raise
-            raise torch.OutOfMemoryError(
-                f"{error}. While block `{engine.block.name}` was updated: the weights of {', '.join(touched)} have "
-                "changed and their optimizer state is that of before the step; load the last checkpoint, and use a "
-                "smaller batch, `update='streamed'` or a smaller `window`."
-            ) from error
         finally:
             self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
@@ -296,6 +304,15 @@ class BlockwiseTraining(_Base):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        try:
+            for engine in self.engines:
+                engine.check_whole()
+        except ParkedStateError as error:
+            if self._trainer.state.status != TrainerStatus.INTERRUPTED:
+                raise
+            # a callback's, on the error that ended the run, which must not be hidden by this one
+            rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
+            return
         if self.engines:
             checkpoint["hift"] = {
                 "engines": [engine.state_dict() for engine in self.engines],

@@ -44,6 +44,10 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         master_weights: fp32 masters of 16-bit weights, paged with the block (the paper's Mixed^Hi); they are taken
             before ``precision="bf16-true"`` or ``"16-true"`` rounds the weights.
         parked_dtype: keep parked moments in this dtype, such as ``"bfloat16"``.
+        nonfinite: what is done about NaN or inf in the loss or in a gradient. ``"raise"`` ends the run with weights and
+            optimizer state as they were before the step (with ``update="fused"`` the block has been updated by then);
+            ``"skip"`` leaves the step out: the block keeps its turn, and neither the rotation nor a delayed learning
+            rate counts it. Overflows under a GradScaler stay the scaler's business.
         resume_plan: what happens when a checkpoint was made with another plan of blocks. ``"same"``: an error that
             shows both; ``"rebuild"``: weights, masters and optimizer state carry over, and the rotation begins at the
             start of a cycle of this plan. Scheduler steps that were held in the checkpoint's unfinished cycle are
@@ -80,6 +84,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
         activation_checkpointing: bool = False,
         master_weights: bool = False,
         parked_dtype: str | None = None,
+        nonfinite: str = "raise",
         resume_plan: str = "same",
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
@@ -108,6 +113,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             activation_checkpointing=activation_checkpointing,
             master_weights=master_weights,
             parked_dtype=parked_dtype,
+            nonfinite=nonfinite,
             resume_plan=resume_plan,
             layers=layers,
             frozen=frozen,

@@ -123,3 +123,18 @@ def test_moments_parked_in_bf16_take_half_the_bytes_and_are_computed_on_in_fp32(
     assert exact.strategy.hift.residency.parked_bytes == 2 * weights + steps
     assert module.losses != expected.losses
     assert module.losses == pytest.approx(expected.losses, rel=0.05)
+
+
+def test_parked_files_are_for_their_owner_only(tmp_path):
+    before = os.umask(0)
+    try:
+        trainer_ = trainer(HiFTStrategy(offload=tmp_path))
+        trainer_.fit(SmallTransformer(), loader(make_batches(LAYERS)))
+    finally:
+        os.umask(before)
+    (folder,) = tmp_path.iterdir()
+    files = list(folder.iterdir())
+    assert files
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    del trainer_

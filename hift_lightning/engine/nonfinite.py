@@ -1,0 +1,81 @@
+"""NaN and inf in the loss or in gradients: found before the optimizer uses them."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from hift_lightning.engine.errors import ConfigurationError
+
+POLICIES = ("raise", "skip")
+
+LOSS = ""
+"""Name of the loss, which no parameter can have."""
+
+
+def check_nonfinite(nonfinite: str, update: str) -> None:
+    """Raise if it is not a policy, or not one that goes with the way blocks are stepped.
+
+    Args:
+        nonfinite: ``"raise"`` or ``"skip"``.
+        update: see :func:`~hift_lightning.engine.update.check_update`.
+
+    Raises:
+        ConfigurationError: for any other value; for ``"skip"`` with ``update="fused"``.
+    """
+    if nonfinite not in POLICIES:
+        raise ConfigurationError(
+            f"`nonfinite={nonfinite!r}` is not a policy for NaN and inf; choose one of {', '.join(POLICIES)}."
+        )
+    if nonfinite == "skip" and update == "fused":
+        raise ConfigurationError(
+            "`nonfinite='skip'` leaves out a step whose gradients have NaN or inf, and `update='fused'` uses each "
+            "gradient inside backward, before the others are there; use `update='streamed'`, or `nonfinite='raise'`."
+        )
+
+
+class NonfiniteSearch:
+    """Looks at tensors, and tells the first with NaN or inf for one device-to-host synchronization.
+
+    Of each tensor its smallest and largest number stay on the device: NaN and inf come through, nothing can overflow,
+    and nothing of the tensor's size is allocated.
+    """
+
+    def __init__(self) -> None:
+        self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def look_at(self, name: str, tensor: Tensor) -> None:
+        """Take in a tensor, without waiting for the device.
+
+        Args:
+            name: by which it is told.
+            tensor: of any device, floating dtype and shape; dense, complex or sparse COO.
+        """
+        values = tensor.detach()
+        if values.layout == torch.sparse_coo:
+            values = values._values()
+        if values.is_complex():
+            values = torch.view_as_real(values)
+        if values.numel() > 0:
+            self._extremes[name] = torch.aminmax(values)
+
+    def first(self) -> tuple[str, str] | None:
+        """Tell what is not finite, of all that was looked at since the last call.
+
+        Returns:
+            The name of the first (the loss goes before all) and ``"NaN"`` or ``"inf"``; ``None`` if there is none.
+        """
+        seen, self._extremes = self._extremes, {}
+        if not seen:
+            return None
+        extremes = [extreme for pair in seen.values() for extreme in pair]
+        finite = torch.stack([extreme.to(extremes[0].device) for extreme in extremes]).isfinite().all()
+        # tensors without numbers, as while planning, are taken to be finite
+        if isinstance(finite, FakeTensor) or finite.item():
+            return None
+        for name in sorted(seen, key=lambda name: name != LOSS):  # what the loss has, every gradient has from it
+            lowest, highest = (float(extreme) for extreme in seen[name])
+            if not (math.isfinite(lowest) and math.isfinite(highest)):
+                return name, "NaN" if math.isnan(lowest) or math.isnan(highest) else "inf"
+        raise AssertionError("a number that was not finite is so now")
