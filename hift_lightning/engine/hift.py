@@ -148,6 +148,11 @@ class HiFT:
         """Whether any parameter of the active block has a gradient."""
         return any(p.grad is not None for p in self._block_parameters())
 
+    @property
+    def updating(self) -> bool:
+        """Whether a step has begun to update and has not been completed."""
+        return bool(self._versions)
+
     def start(self) -> None:
         """Freeze everything but the active block and attach to the optimizer."""
         if self.active:
@@ -412,8 +417,8 @@ class HiFT:
     def _begin_update(self) -> None:
         if not self.has_gradient:
             return
-        self._note_versions()
         if self._pieces is not None:
+            self._note_versions()
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
             self._pieces.step(self._block_parameters())
             self._updated = True
@@ -422,6 +427,7 @@ class HiFT:
         self.residency.page_in(self._block_parameters())
         self._prefetch.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
+        self._note_versions()
 
     def _note_versions(self) -> None:
         self._versions = {name: self._parameters[name]._version for name in self.block.parameters}

@@ -27,6 +27,8 @@ from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.residency import parameters_stay_themselves, replaces_parameters
 from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.strategies.interrupts import PatientInterrupt
+from hift_lightning.strategies.resume import ExactResume
 
 if TYPE_CHECKING:
     _Base = Strategy
@@ -44,6 +46,8 @@ class BlockwiseTraining(_Base):
     settings: HiFTSettings
     engines: list[HiFT]
     """One engine an optimizer; empty before ``fit``."""
+    _interrupt: PatientInterrupt
+    _resume: ExactResume
 
     @property
     def hift(self) -> HiFT | None:
@@ -114,6 +118,7 @@ class BlockwiseTraining(_Base):
             )
             for optimizer in self.optimizers
         ]
+        self._resume = ExactResume(trainer, self.engines, self.root_device)
         for config in self.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
@@ -132,10 +137,26 @@ class BlockwiseTraining(_Base):
                 engine.clip_value = self._trainer.gradient_clip_val
             engine.start()
             self._announce(engine)
+        self._interrupt.start()
+        self._resume.train_starts()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._resume.batch_starts()
+        self._interrupt.release()
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.engines:  # not in `Trainer.validate` before any `fit`
+            self._resume.validation_starts()
+        self._interrupt.release()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        self._interrupt.release()
         self._finish()
 
     @override
@@ -178,6 +199,7 @@ class BlockwiseTraining(_Base):
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+        self._interrupt.hold()
         clip_val = self._trainer.gradient_clip_val
 
         def closure_for_reached_block() -> Any:
@@ -192,8 +214,9 @@ class BlockwiseTraining(_Base):
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
-        except torch.OutOfMemoryError as error:
-            if not (touched := engine.touched()):
+        except BaseException as error:
+            self._resume.torn |= engine.updating
+            if not isinstance(error, torch.OutOfMemoryError) or not (touched := engine.touched()):
                 raise
             raise torch.OutOfMemoryError(
                 f"{error}. While block `{engine.block.name}` was updated: the weights of {', '.join(touched)} have "
@@ -218,6 +241,12 @@ class BlockwiseTraining(_Base):
                     delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
                 ],
             }
+            if not self._resume.complete(checkpoint):
+                rank_zero_warn(
+                    f"HiFT: no checkpoint was written to `{filepath}`, since the run stopped while a block was "
+                    "updated, and weights and optimizer state do not belong together; go on from the last one before it."
+                )
+                return
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     @override
@@ -232,6 +261,8 @@ class BlockwiseTraining(_Base):
         for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=True):
             if delayed := _delayed(config):
                 delayed.resume(held_steps)
+        if "resume" in saved:  # checkpoints of earlier versions have none
+            self._resume.load(saved["resume"])
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.
@@ -249,6 +280,7 @@ class BlockwiseTraining(_Base):
         return self.lightning_module.trainer
 
     def _finish(self) -> None:
+        self._interrupt.stop()
         for engine in reversed(self.engines):
             engine.finish()
 
