@@ -120,7 +120,13 @@ def samples(case: Case) -> TrainingLoader:
 
 
 def run(
-    case: Case, folder: Path, *, ckpt_path: Any = None, callbacks: Any = (), max_steps: int | None = None, data: Any = None
+    case: Case,
+    folder: Path,
+    *,
+    ckpt_path: Any = None,
+    callbacks: Any = (),
+    max_steps: int | None = None,
+    data: Any = None,
 ) -> tuple[Traced, Any]:
     """Train; what stops the run early is caught."""
     torch.manual_seed(11)
@@ -147,9 +153,13 @@ def run(
         default_root_dir=folder,
     )
     with warnings.catch_warnings(), contextlib.suppress(Stop, SystemExit):
-        warnings.filterwarnings("ignore", message=".*num_workers|.*does not have many workers|.*dirpath has changed")
+        warnings.filterwarnings("ignore", message=".*does not have many workers|.*callbacks used to create the checkp")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty|.*blocks will not be trained")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step", category=UserWarning)
-        trainer_.fit(module, samples(case) if data is None else data, loader(make_batches(2, seed=5)), ckpt_path=ckpt_path)
+        trainer_.fit(
+            module, samples(case) if data is None else data, loader(make_batches(2, seed=5)), ckpt_path=ckpt_path
+        )
     return module, trainer_
 
 
@@ -157,14 +167,14 @@ def newest(folder: Path) -> Path:
     return max(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def assert_goes_on(straight: tuple[Traced, Any], resumed: tuple[Traced, Any], stopped: Traced) -> None:
-    """The resumed run is the rest of the straight one, and skips nothing that the stopped one had not done."""
+def assert_goes_on(straight: tuple[Traced, Any], resumed: tuple[Traced, Any], *stopped: Traced) -> None:
+    """The resumed run is the rest of the straight one, and skips nothing that the stopped ones had not done."""
     (module, trainer_), (whole, whole_trainer) = resumed, straight
     assert module.trace == whole.trace[len(whole.trace) - len(module.trace) :]
-    assert len(module.trace) + len(stopped.trace) >= len(whole.trace)
+    assert len(module.trace) + sum(len(one.trace) for one in stopped) >= len(whole.trace)
     assert module.rates == whole.rates[len(whole.rates) - len(module.rates) :]
     assert module.validated == whole.validated[len(whole.validated) - len(module.validated) :]
-    assert len(module.validated) + len(stopped.validated) >= len(whole.validated)
+    assert len(module.validated) + sum(len(one.validated) for one in stopped) >= len(whole.validated)
     assert trainer_.global_step == whole_trainer.global_step
     assert trainer_.current_epoch == whole_trainer.current_epoch
     assert_same(module.state_dict(), whole.state_dict())

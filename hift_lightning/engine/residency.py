@@ -134,7 +134,7 @@ class Residency:
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
-                leaves[i] = leaf.to(dtype)
+                leaves[i] = leaf.to(parameter.device if leaf.dim() > 0 or scalars_on_device else "cpu", dtype)
             elif leaf.dim() > 0 or scalars_on_device:
                 buffer = self._tier.adopt(leaf, self._kept_dtype(leaf, dtype), parameter.device)
                 known[i] = _ParkedLeaf(buffer, dtype)

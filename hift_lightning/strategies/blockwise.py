@@ -154,6 +154,12 @@ class BlockwiseTraining(_Base):
         self._interrupt.release()
 
     @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self.engines:
+            self._resume.validation_ends()
+
+    @override
     def on_train_end(self) -> None:
         super().on_train_end()
         self._interrupt.release()
@@ -244,7 +250,7 @@ class BlockwiseTraining(_Base):
             if not self._resume.complete(checkpoint):
                 rank_zero_warn(
                     f"HiFT: no checkpoint was written to `{filepath}`, since the run stopped while a block was "
-                    "updated, and weights and optimizer state do not belong together; go on from the last one before it."
+                    "updated: weights and optimizer state do not belong together. Go on from the last one before it."
                 )
                 return
         super().save_checkpoint(checkpoint, filepath, storage_options)

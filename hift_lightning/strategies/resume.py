@@ -13,18 +13,23 @@ goes straight on (2.6):
 - an epoch that `max_steps` ends counts as a whole one. Here it goes on where it was.
 """
 
+import contextlib
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.types import _Stateful
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.streams import device_module
@@ -63,7 +68,7 @@ class ExactResume:
         self._boundary: _Boundary | None = None
         self._loaders: list[dict[str, Any]] = []
         self._record: dict[str, Any] | None = None
-        self._before_validation: dict[str, Any] = {}
+        self._before_validation: dict[str, Any] | None = None
         self._state_at_batch_start: dict[str, Any] | None = None
         self._state_at_validation_start: dict[str, Any] | None = None
 
@@ -77,14 +82,7 @@ class ExactResume:
         loaders, self._loaders = self._loaders, self._loader_states()
         if any(engine.has_gradient for engine in self._engines):
             return
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
-        self._boundary = _Boundary(
-            _processed(progress.current).processed,
-            _processed(progress.total).processed,
-            [engine.updates for engine in self._engines],
-            loaders,
-            random_state(self._device),
-        )
+        self._boundary = self._here(loaders)
 
     def validation_starts(self) -> None:
         """Note the random numbers' states for a checkpoint from within the validation, which is done anew then."""
@@ -92,6 +90,20 @@ class ExactResume:
             set_random_state(self._state_at_validation_start, self._device)
             self._state_at_validation_start = None
         self._before_validation = random_state(self._device)
+
+    def validation_ends(self) -> None:
+        """Forget what was noted at its start."""
+        self._before_validation = None
+
+    def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        return _Boundary(
+            _processed(progress.current).processed,
+            _processed(progress.total).processed,
+            [engine.updates for engine in self._engines],
+            loaders,
+            random_state(self._device),
+        )
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -107,11 +119,14 @@ class ExactResume:
         fit = self._trainer.fit_loop
         batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
         in_batch = batches.ready != batches.processed
+        in_window = any(engine.has_gradient for engine in self._engines)
+        if batches.started != batches.ready and not in_window and not self._noted_this_batch():
+            self._boundary = self._here(self._loaders)  # a callback has it before the strategy
         boundary = self._boundary
         updated = boundary is None or boundary.updates != [engine.updates for engine in self._engines]
         if self.torn or any(engine.updating for engine in self._engines) or (in_batch and updated):
             return False
-        set_back = in_batch or (any(engine.has_gradient for engine in self._engines) and not updated)
+        set_back = in_batch or (in_window and not updated)
         batches_over = not set_back and fit.epoch_loop._num_ready_batches_reached()
         within_epoch = epochs.started == epochs.ready > 0 and not (batches_over and epochs.processed == epochs.ready)
         to_do = "nothing" if set_back else self._still_to_do(within_epoch)
@@ -120,7 +135,7 @@ class ExactResume:
             _set_back(checkpoint, boundary)
             state = boundary.random_state
         else:
-            state = self._before_validation if to_do == "validation" else random_state(self._device)
+            state = self._before_validation or random_state(self._device)
         metrics = self._trainer.callback_metrics
         monitors = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
         checkpoint["hift"]["resume"] = {
@@ -132,6 +147,10 @@ class ExactResume:
             "random_state": _plain(state),
         }
         return True
+
+    def _noted_this_batch(self) -> bool:
+        total = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.total)
+        return self._boundary is not None and self._boundary.total_batches == total.processed
 
     def _still_to_do(self, within_epoch: bool) -> str:
         """What a run that goes straight on does next and the resumed one would not."""
@@ -179,6 +198,7 @@ class ExactResume:
         fit, batch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop
         fetcher = fit._data_fetcher
         assert fetcher is not None
+        untouched = random_state(self._device)
         set_random_state(record["random_state"], self._device)
         self._trainer.callback_metrics.update(record["monitored"])
         # Lightning takes it for a restart until the epoch is over, and passes over ReduceLROnPlateau at its end
@@ -205,12 +225,37 @@ class ExactResume:
             # so restarted, the loop adds a step to the logged ones and fetches the next batch
             batch_loop._restart_stage = BatchRestart.NONE
             batch_loop._batches_that_stepped -= 1
+            # not before the batch is fetched: a loader that begins anew may draw random numbers then
             self._state_at_batch_start = random_state(self._device)
+            set_random_state(untouched, self._device)
+            self._warn_of_loaders_without_state()
         else:
             _set_restarting(batch_loop, False)
-            iter(fetcher)  # again, since a pass over the data may begin by drawing random numbers
+            now = random_state(self._device)
+            if fit.epoch_progress.current.ready > within_epoch and self._loader_states():
+                # they were saved at the end of a pass, which has to be over before the next one
+                with contextlib.suppress(StopIteration):
+                    next(fetcher)
+            set_random_state(now, self._device)
+            iter(fetcher)  # again, since a pass may begin by drawing random numbers
             if record["at_batch_start"]:
                 self._state_at_batch_start = record["random_state"]
+
+    def _warn_of_loaders_without_state(self) -> None:
+        loader = self._trainer.fit_loop._combined_loader
+        assert loader is not None
+        without = [type(one).__name__ for one in loader.flattened if not isinstance(one, _Stateful)]
+        if not without:
+            return
+        # Lightning's own words for it do not say what happens to the data
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before", PossibleUserWarning)
+        batches = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rank_zero_warn(
+            f"The run goes on after {batches} batches of epoch {self._trainer.current_epoch}, but the data loader "
+            f"`{without[0]}` has no `state_dict` and `load_state_dict`, so it begins the epoch's data anew, as under "
+            "any strategy; resume from the end of an epoch, or use a loader that has both, such as "
+            "`hift_lightning.data.loading.TrainingLoader`."
+        )
 
     def _loader_states(self) -> list[dict[str, Any]]:
         loader = self._trainer.fit_loop._combined_loader
