@@ -29,7 +29,9 @@ class Probe:
     """Bytes of state for each element of a parameter, if elementwise."""
 
 
-def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe:
+def probe(
+    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None = None
+) -> Probe:
     """Try the optimizer, with its settings, on a small matrix: whole, in two parts together, and in each alone.
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
@@ -40,19 +42,23 @@ def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe
         optimizer: is left as it is.
         like: a parameter that it holds, for its param group and device.
         dtype: in which the optimizer will see weights and gradients.
+        parked_dtype: of state that is wider when it is paged in.
     """
     with _numbers_where(like) as device:
-        return _probe(optimizer, like, dtype, device)
+        return _probe(optimizer, like, dtype, parked_dtype, device)
 
 
-def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device: torch.device) -> Probe:
+def _probe(
+    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None, device: torch.device
+) -> Probe:
     # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
     count = torch.arange(1.0, ROWS * COLUMNS + 1, device=device).view(ROWS, COLUMNS)
     weights = (count * 0.7).sin()
     gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
 
     def run(*parts: slice) -> list[list[Any]] | None:
-        return _run(optimizer, like, dtype, [weights[p] for p in parts], [[g[p] for p in parts] for g in gradients])
+        split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
+        return _run(optimizer, like, dtype, parked_dtype, [weights[p] for p in parts], split_gradients)
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -90,7 +96,12 @@ def _numbers_where(like: Tensor) -> Iterator[torch.device]:
 
 
 def _run(
-    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, weights: list[Tensor], gradients: list[list[Tensor]]
+    optimizer: Optimizer,
+    like: nn.Parameter,
+    dtype: torch.dtype,
+    parked_dtype: torch.dtype | None,
+    weights: list[Tensor],
+    gradients: list[list[Tensor]],
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
@@ -98,9 +109,9 @@ def _run(
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    if state := optimizer.state.get(like):  # built in the constructor (Adagrad), and expected by `step`
+    if state := optimizer.state.get(like):  # built in the constructor (Adagrad) and expected by `step`, or loaded
         for parameter in parameters:
-            trial.state[parameter] = _state_like(state, like, parameter)
+            trial.state[parameter] = _state_like(state, like, parameter, parked_dtype)
     trial.param_groups = [{**settings, "params": parameters}]
     for parts in gradients:
         for parameter, part in zip(parameters, parts, strict=True):
@@ -112,7 +123,7 @@ def _run(
     return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
 
 
-def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
+def _state_like(state: Any, like: Tensor, parameter: Tensor, parked_dtype: torch.dtype | None) -> Any:
     """State of the parameter's shape and device, filled with the first value of each tensor of ``state``."""
 
     def fit(leaf: Any) -> Any:
@@ -122,7 +133,9 @@ def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
             return torch.zeros((), dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf.clone()
         shape = parameter.shape if leaf.shape == like.shape else leaf.shape
         value = 0.0 if isinstance(leaf, FakeTensor) else leaf.flatten()[0].item()
-        return torch.full(shape, value, dtype=leaf.dtype, device=parameter.device)
+        parked = leaf.dtype == parked_dtype
+        dtype = torch.promote_types(leaf.dtype, parameter.dtype) if parked else leaf.dtype
+        return torch.full(shape, value, dtype=dtype, device=parameter.device)
 
     return tree_map(fit, state)
 

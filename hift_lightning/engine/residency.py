@@ -92,7 +92,8 @@ class Residency:
         self.bytes_parked = 0
         """Bytes copied from device to host so far."""
         self._tier: Tier = HostMemory() if offload in ("none", "cpu") else Files(offload)
-        self._parked_dtype = PARKED_DTYPES[parked_dtype]
+        self.parked_dtype = PARKED_DTYPES[parked_dtype]
+        """Of moments in :attr:`~torch.optim.Optimizer.state` while they are parked; ``None``: their own."""
         self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
         self._parked: set[Tensor] = set()
         self._last_parked: dict[Tensor, Any] = {}
@@ -129,7 +130,7 @@ class Residency:
             if not isinstance(leaf, Tensor):
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
-            if id(leaf) not in on_device and leaf.dtype == self._parked_dtype and leaf.dim() > 0:
+            if id(leaf) not in on_device and leaf.dtype == self.parked_dtype and leaf.dim() > 0:
                 dtype = torch.promote_types(dtype, parameter.dtype)  # saved as it was parked
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
@@ -353,7 +354,7 @@ class Residency:
 
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
-        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self._parked_dtype is None
+        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
         return self.offload != "none" and not in_place
 
     def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
@@ -362,8 +363,8 @@ class Residency:
 
     def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""
-        narrow = self._parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
-        return self._parked_dtype if narrow and self._parked_dtype is not None else dtype
+        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
+        return self.parked_dtype if narrow and self.parked_dtype is not None else dtype
 
 
 def _own_memory_on(device: torch.device) -> Place:
