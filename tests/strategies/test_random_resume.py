@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -99,7 +100,9 @@ def check(seed: int, folder: Path) -> None:
             stop.pop("max_steps", None)
         stopped.append(run(case, folder, ckpt_path=ckpt_path, **stop)[0])
         paths = sorted(saved.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
-        if not paths:  # it ended before it had saved
+        # where it ended before the stop, its last checkpoint has nothing left to do
+        paths = [path for path in paths if torch.load(path, weights_only=True)["global_step"] < case.steps]
+        if not paths:
             break
         ckpt_path = paths[-1]
     if ckpt_path is None:
