@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,15 @@ def _probe(
 
     def run(*parts: slice) -> list[list[Any]] | None:
         split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
-        return _run(optimizer, like, dtype, parked_dtype, [weights[p] for p in parts], split_gradients)
+        split_weights = [weights[p] for p in parts]
+        try:
+            return _run(optimizer, like, dtype, split_weights, split_gradients, None)
+        except Exception:
+            if not (state := optimizer.state.get(like)):
+                raise
+        # its `step` expects what its constructor built (Adagrad)
+        make_state = functools.partial(_state_like, state, like, parked_dtype)
+        return _run(optimizer, like, dtype, split_weights, split_gradients, make_state)
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -99,9 +108,9 @@ def _run(
     optimizer: Optimizer,
     like: nn.Parameter,
     dtype: torch.dtype,
-    parked_dtype: torch.dtype | None,
     weights: list[Tensor],
     gradients: list[list[Tensor]],
+    make_state: Callable[[Tensor], Any] | None,
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
@@ -109,9 +118,9 @@ def _run(
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    if state := optimizer.state.get(like):  # built in the constructor (Adagrad) and expected by `step`, or loaded
+    if make_state is not None:
         for parameter in parameters:
-            trial.state[parameter] = _state_like(state, like, parameter, parked_dtype)
+            trial.state[parameter] = make_state(parameter)
     trial.param_groups = [{**settings, "params": parameters}]
     for parts in gradients:
         for parameter, part in zip(parameters, parts, strict=True):
@@ -123,7 +132,7 @@ def _run(
     return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
 
 
-def _state_like(state: Any, like: Tensor, parameter: Tensor, parked_dtype: torch.dtype | None) -> Any:
+def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:
     """State of the parameter's shape and device, filled with the first value of each tensor of ``state``."""
 
     def fit(leaf: Any) -> Any:

@@ -17,7 +17,7 @@ BATCHES = 40
 RUN = [
     *TINY, f"trainer.limit_train_batches={BATCHES}", "trainer.val_check_interval=1000", "logger=none",
     "trainer.max_epochs=2", "strategy.update=streamed",  # the encoder has dropout
-    "callbacks.checkpoint.save_last=true",
+    "+callbacks.checkpoint.save_last=true",
 ]  # fmt: skip
 EVERY_STEP = "callbacks.checkpoint.every_n_train_steps=1"
 
