@@ -142,8 +142,7 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
             return torch.zeros((), dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf.clone()
         shape = parameter.shape if leaf.shape == like.shape else leaf.shape
         value = 0.0 if isinstance(leaf, FakeTensor) else leaf.flatten()[0].item()
-        parked = leaf.dtype == parked_dtype
-        dtype = torch.promote_types(leaf.dtype, parameter.dtype) if parked else leaf.dtype
+        dtype = parameter.dtype if leaf.dtype == parked_dtype else leaf.dtype
         return torch.full(shape, value, dtype=dtype, device=parameter.device)
 
     return tree_map(fit, state)

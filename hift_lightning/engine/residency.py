@@ -117,9 +117,10 @@ class Residency:
             for parameter, master in self._masters.items():
                 self._masters[parameter] = self._tier.adopt(master.tensor, torch.float32, parameter.device)
         for group in self.optimizer.param_groups:
-            scalars_on_device = bool(group.get("capturable") or group.get("fused"))
+            wants_scalars = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
+                    scalars_on_device = wants_scalars and parameter.device.type != "cpu"
                     self._adopt(parameter, scalars_on_device, known_before.get(parameter, []))
 
     def _adopt(self, parameter: Tensor, scalars_on_device: bool, known_before: list[_ParkedLeaf | None]) -> None:
@@ -131,7 +132,7 @@ class Residency:
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
             if id(leaf) not in on_device and leaf.dtype == self.parked_dtype and leaf.dim() > 0:
-                dtype = torch.promote_types(dtype, parameter.dtype)  # saved as it was parked
+                dtype = parameter.dtype  # saved as it was parked
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":

@@ -74,7 +74,7 @@ def test_memory_handles_files_and_step_time_are_flat_over_3000_steps(tmp_path: P
     first, last = measures.milliseconds[warm : warm + STRETCH], measures.milliseconds[-STRETCH:]
     after_warm_up = measures.memory[2 * STRETCH // SAVE_EVERY :]
     print(
-        f"\nRssAnon {after_warm_up[0] / MIB:.1f} MiB after {2 * STRETCH} steps, at most {max(after_warm_up) / MIB:.1f}; "
+        f"\nRssAnon {after_warm_up[0] / MIB:.1f} MiB after {2 * STRETCH} steps, most {max(after_warm_up) / MIB:.1f}; "
         f"handles {measures.handles[1]} to {measures.handles[-1]}; files {measures.files[1]} to {measures.files[-1]}; "
         f"median step {statistics.median(first):.2f} ms, then {statistics.median(last):.2f} ms"
     )
