@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from hift_lightning.cache import cache_root, digest_of_file, made_once
 from hift_lightning.data.documents import Split, check_files, read_documents
 from hift_lightning.data.encoding import encoder_of
+from hift_lightning.data.loading import TrainingLoader
 from hift_lightning.data.packing import PARTS, PackedRows, write_tokens
 from hift_lightning.data.sentences import Part
 from hift_lightning.engine.errors import ConfigurationError
@@ -92,12 +93,18 @@ class TextDataModule(L.LightningDataModule):
                 )
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
-        """Training batches: rows shuffled by a generator of its own."""
-        return DataLoader(
-            self.rows["train"],
-            batch_size=self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
+        """Training batches: rows shuffled anew in each epoch.
+
+        The loader has a state, so that a run goes on in the middle of an epoch.
+        """
+        generator = torch.Generator()
+        rows = self.rows["train"]
+        return TrainingLoader(
+            rows,
+            BatchSampler(RandomSampler(rows, generator=generator), self.batch_size, drop_last=False),
+            generator,
+            self.seed,
+            generator=generator,
             num_workers=self.num_workers,
         )
 

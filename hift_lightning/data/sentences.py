@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
+from hift_lightning.data.loading import TrainingLoader
 from hift_lightning.engine.errors import ConfigurationError
 
 FILM_REVIEWS = Path(__file__).parent / "film_reviews" / "film_reviews.tsv"
@@ -216,14 +217,17 @@ class SentenceDataModule(L.LightningDataModule):
             self._tokenised = {part: self._tokenise(sentences) for part, sentences in self.sentences.items()}
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
-        """Training batches: shuffled by a generator of its own, sentences of about one length together."""
-        return DataLoader(
+        """Training batches: shuffled anew in each epoch, sentences of about one length together.
+
+        The loader has a state, so that a run goes on in the middle of an epoch.
+        """
+        generator = torch.Generator()
+        lengths = [len(ids) for ids, _ in self._tokenised["train"]]
+        return TrainingLoader(
             self._tokenised["train"],  # type: ignore[arg-type]  # a list is a map-style data set
-            batch_sampler=LengthGroupedBatches(
-                [len(ids) for ids, _ in self._tokenised["train"]],
-                self.batch_size,
-                torch.Generator().manual_seed(self.seed),
-            ),
+            LengthGroupedBatches(lengths, self.batch_size, generator),
+            generator,
+            self.seed,
             collate_fn=self.collate,
             num_workers=self.num_workers,
         )

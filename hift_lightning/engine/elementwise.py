@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,9 @@ class Probe:
     """Bytes of state for each element of a parameter, if elementwise."""
 
 
-def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe:
+def probe(
+    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None = None
+) -> Probe:
     """Try the optimizer, with its settings, on a small matrix: whole, in two parts together, and in each alone.
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
@@ -40,17 +43,15 @@ def probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype) -> Probe
         optimizer: is left as it is.
         like: a parameter that it holds, for its param group and device.
         dtype: in which the optimizer will see weights and gradients.
+        parked_dtype: of state that is wider when it is paged in.
     """
     with _numbers_where(like) as device:
-        try:
-            return _probe(optimizer, like, dtype, device, None)
-        except Exception:  # whatever an optimizer raises that expects the state built in its constructor (Adagrad)
-            if not (state := optimizer.state.get(like)):
-                raise
-            return _probe(optimizer, like, dtype, device, state)
+        return _probe(optimizer, like, dtype, parked_dtype, device)
 
 
-def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device: torch.device, state: Any) -> Probe:
+def _probe(
+    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None, device: torch.device
+) -> Probe:
     # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
     count = torch.arange(1.0, ROWS * COLUMNS + 1, device=device).view(ROWS, COLUMNS)
     weights = (count * 0.7).sin()
@@ -58,7 +59,15 @@ def _probe(optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, device:
 
     def run(*parts: slice) -> list[list[Any]] | None:
         split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
-        return _run(optimizer, like, dtype, state, [weights[p] for p in parts], split_gradients)
+        split_weights = [weights[p] for p in parts]
+        try:
+            return _run(optimizer, like, dtype, split_weights, split_gradients, None)
+        except Exception:
+            if not (state := optimizer.state.get(like)):
+                raise
+        # its `step` expects what its constructor built (Adagrad)
+        make_state = functools.partial(_state_like, state, like, parked_dtype)
+        return _run(optimizer, like, dtype, split_weights, split_gradients, make_state)
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -99,9 +108,9 @@ def _run(
     optimizer: Optimizer,
     like: nn.Parameter,
     dtype: torch.dtype,
-    state: Any,
     weights: list[Tensor],
     gradients: list[list[Tensor]],
+    make_state: Callable[[Tensor], Any] | None,
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
@@ -109,9 +118,9 @@ def _run(
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    if state is not None:
+    if make_state is not None:
         for parameter in parameters:
-            trial.state[parameter] = _state_like(state, like, parameter)
+            trial.state[parameter] = make_state(parameter)
     trial.param_groups = [{**settings, "params": parameters}]
     for parts in gradients:
         for parameter, part in zip(parameters, parts, strict=True):
@@ -123,7 +132,7 @@ def _run(
     return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
 
 
-def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
+def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:
     """State of the parameter's shape and device, filled with the first value of each tensor of ``state``."""
 
     def fit(leaf: Any) -> Any:
@@ -133,7 +142,8 @@ def _state_like(state: Any, like: Tensor, parameter: Tensor) -> Any:
             return torch.zeros((), dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf.clone()
         shape = parameter.shape if leaf.shape == like.shape else leaf.shape
         value = 0.0 if isinstance(leaf, FakeTensor) else leaf.flatten()[0].item()
-        return torch.full(shape, value, dtype=leaf.dtype, device=parameter.device)
+        dtype = parameter.dtype if leaf.dtype == parked_dtype else leaf.dtype
+        return torch.full(shape, value, dtype=dtype, device=parameter.device)
 
     return tree_map(fit, state)
 

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
-from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, tell
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
 from hift_lightning.engine.partition import Block, partition
@@ -211,22 +211,20 @@ class HiFT:
             self._half_updated = touched
             if (error := sys.exc_info()[1]) is not None:
                 tell(error, self._told_of_half_an_update(error))
+        elif self._versions and not all(map(self.residency.copies, self._block_parameters())):
+            self._half_updated = list(
+                self.block.parameters
+            )  # their state may have changed, where the optimizer keeps it
         self._give_up()
 
     def touched(self) -> list[str]:
         """Names of the parameters whose weights have changed since the step in progress began to update."""
         return [name for name, version in self._versions.items() if self._parameters[name]._version != version]
 
-    def check_whole(self) -> None:
-        """Find out whether weights and parked state are those of a step that was completed, fit for a checkpoint.
-
-        Raises:
-            ParkedStateError: if a step has failed after it had begun to change weights, or a file of parked state is
-                lost.
-        """
-        if self._half_updated:
-            raise ParkedStateError(self._told_of_half_an_update())
-        self.residency.check_files()
+    @property
+    def half_updated(self) -> str | None:
+        """A sentence on weights that a failed step has changed and that their state does not fit; else ``None``."""
+        return self._told_of_half_an_update() if self._half_updated else None
 
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -544,8 +542,8 @@ class HiFT:
             self._look_for_nonfinite(None, scaled=False)
         if not self.has_gradient:
             return
-        self._note_versions()
         if self._pieces is not None:
+            self._note_versions()
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
             self._pieces.step(self._block_parameters())
             self._updated = True
@@ -554,6 +552,7 @@ class HiFT:
         self.residency.page_in(self._block_parameters())
         self._prefetch.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
+        self._note_versions()
 
     def _note_versions(self) -> None:
         self._versions = {name: self._parameters[name]._version for name in self.block.parameters}

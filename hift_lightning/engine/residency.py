@@ -93,7 +93,8 @@ class Residency:
         self.bytes_parked = 0
         """Bytes copied from device to host so far."""
         self._tier: Tier = HostMemory() if offload in ("none", "cpu") else Files(offload)
-        self._parked_dtype = PARKED_DTYPES[parked_dtype]
+        self.parked_dtype = PARKED_DTYPES[parked_dtype]
+        """Of moments in :attr:`~torch.optim.Optimizer.state` while they are parked; ``None``: their own."""
         self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
         self._parked: set[Tensor] = set()
         self._last_parked: dict[Tensor, Any] = {}
@@ -117,10 +118,10 @@ class Residency:
             for parameter, master in self._masters.items():
                 self._masters[parameter] = self._tier.adopt(master.tensor, torch.float32, parameter.device)
         for group in self.optimizer.param_groups:
-            scalars_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
-                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []), {self._parked_dtype})
+                    scalars_on_device = _keeps_scalars_on_device(group, parameter)
+                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []), {self.parked_dtype})
 
     def load_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
         """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
@@ -145,12 +146,12 @@ class Residency:
         self.optimizer.state.clear()
         state = state_dict["state"]
         for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
-            scalars_on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True):
                 known = known_before.pop(parameter, [])
                 if saved_id in state:
                     self.optimizer.state[parameter] = state[saved_id]
-                    narrow = {self._parked_dtype, PARKED_DTYPES[parked_dtype]}
+                    narrow = {self.parked_dtype, PARKED_DTYPES[parked_dtype]}
+                    scalars_on_device = _keeps_scalars_on_device(group, parameter)
                     self._adopt(parameter, scalars_on_device, known, narrow, loaded=True)
         # an optimizer may keep things under keys that are no parameters
         ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
@@ -173,7 +174,7 @@ class Residency:
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
             if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0:
-                dtype = torch.promote_types(dtype, parameter.dtype)  # saved as it was parked
+                dtype = parameter.dtype  # saved as it was parked
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
@@ -415,7 +416,7 @@ class Residency:
 
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
-        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self._parked_dtype is None
+        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
         return self.offload != "none" and not in_place
 
     def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
@@ -424,8 +425,12 @@ class Residency:
 
     def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""
-        narrow = self._parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
-        return self._parked_dtype if narrow and self._parked_dtype is not None else dtype
+        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
+        return self.parked_dtype if narrow and self.parked_dtype is not None else dtype
+
+
+def _keeps_scalars_on_device(group: dict[str, Any], parameter: Tensor) -> bool:
+    return bool(group.get("capturable") or group.get("fused")) and parameter.device.type != "cpu"
 
 
 def _own_memory_on(device: torch.device) -> Place:

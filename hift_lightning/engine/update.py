@@ -148,7 +148,7 @@ class PieceUpdate:
         dtype = torch.float32 if self.residency.has_master(parameter) else parameter.dtype
         key = (self._group_of[parameter], parameter.device, dtype)
         if key not in self._probes:
-            self._probes[key] = probe(self.optimizer, parameter, dtype)
+            self._probes[key] = probe(self.optimizer, parameter, dtype, self.residency.parked_dtype)
         return self._probes[key]
 
     def _bytes(self, piece: Piece) -> int:

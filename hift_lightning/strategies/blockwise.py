@@ -39,6 +39,8 @@ from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
 from hift_lightning.strategies.first_batch import first_batch
+from hift_lightning.strategies.interrupts import PatientInterrupt
+from hift_lightning.strategies.resume import ExactResume
 
 if TYPE_CHECKING:
     _Base = Strategy
@@ -56,6 +58,8 @@ class BlockwiseTraining(_Base):
     settings: HiFTSettings
     engines: list[HiFT]
     """One engine an optimizer; empty before ``fit``."""
+    _interrupt: PatientInterrupt
+    _resume: ExactResume
 
     @property
     def hift(self) -> HiFT | None:
@@ -170,6 +174,7 @@ class BlockwiseTraining(_Base):
             )
             for optimizer in self.optimizers
         ]
+        self._resume = ExactResume(trainer, self.engines, self.root_device)
         for config in self.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
@@ -188,10 +193,32 @@ class BlockwiseTraining(_Base):
                 engine.clip_value = self._trainer.gradient_clip_val
             engine.start()
             self._announce(engine)
+        self._interrupt.start()
+        self._resume.train_starts()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self._resume.batch_starts()
+        self._interrupt.release()
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if self.engines:  # not in `Trainer.validate` before any `fit`
+            self._resume.validation_starts()
+        self._interrupt.release()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self.engines:
+            self._resume.validation_ends()
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
+        self._interrupt.release()
         self._finish()
 
     @override
@@ -250,6 +277,7 @@ class BlockwiseTraining(_Base):
             engine.pass_turn()
             return None
 
+        self._interrupt.hold()
         clip_val = self._trainer.gradient_clip_val
 
         def closure_for_reached_block() -> Any:
@@ -304,23 +332,41 @@ class BlockwiseTraining(_Base):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        try:
-            for engine in self.engines:
-                engine.check_whole()
-        except ParkedStateError as error:
-            if self._trainer.state.status != TrainerStatus.INTERRUPTED:
-                raise
-            # a callback's, on the error that ended the run, which must not be hidden by this one
-            rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
-            return
         if self.engines:
-            checkpoint["hift"] = {
-                "engines": [engine.state_dict() for engine in self.engines],
-                "held_lr_steps": [
-                    delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
-                ],
-            }
+            try:
+                self._complete(checkpoint)
+            except ParkedStateError as error:
+                if not self._ending:
+                    raise
+                # it must not hide the error that ends the run
+                rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
+                return
         super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        for engine in self.engines:
+            engine.residency.check_files()
+            if (told := engine.half_updated) is None:
+                continue
+            if self._ending or engine.active:
+                raise ParkedStateError(told)
+            rank_zero_warn(f"A checkpoint is saved of weights that are updated in part: {told}")
+        checkpoint["hift"] = {
+            "engines": [engine.state_dict() for engine in self.engines],
+            "held_lr_steps": [
+                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
+            ],
+        }
+        if not self._resume.complete(checkpoint):
+            raise ParkedStateError(
+                "The run stopped between an update and the end of its batch, so weights and the Trainer's counters do "
+                "not belong together; go on from the last checkpoint before it."
+            )
+
+    @property
+    def _ending(self) -> bool:
+        """Whether callbacks are being told of the error that ends the run."""
+        return self._trainer.state.status == TrainerStatus.INTERRUPTED and any(engine.active for engine in self.engines)
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -368,6 +414,8 @@ class BlockwiseTraining(_Base):
         for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
             if delayed := _delayed(config):
                 delayed.resume(held_steps)
+        if "resume" in saved:  # checkpoints of earlier versions have none
+            self._resume.load(saved["resume"])
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.
@@ -385,6 +433,7 @@ class BlockwiseTraining(_Base):
         return self.lightning_module.trainer
 
     def _finish(self) -> None:
+        self._interrupt.stop()
         for engine in reversed(self.engines):
             engine.finish()
 

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.strategies.blockwise import BlockwiseTraining
+from hift_lightning.strategies.interrupts import PatientInterrupt
 
 
 class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
@@ -120,6 +121,7 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
             seed=seed,
         )
         self.engines = []
+        self._interrupt = PatientInterrupt()
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:

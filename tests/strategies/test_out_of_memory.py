@@ -227,6 +227,38 @@ def test_half_updated_weights_are_not_saved_as_a_checkpoint(tmp_path):
     assert torch.load(saved, weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.parametrize("update", [*UPDATES, "fused"])
+def test_after_it_inside_the_optimizer_one_can_save_all_the_same_and_go_on(device, update, tmp_path):
+    def make(parameters):
+        module.optimizer_to_fail = FailsInStep(parameters, device)
+        return module.optimizer_to_fail
+
+    class Fails(SmallTransformer):
+        def on_before_backward(self, loss):
+            if self.trainer.global_step == LAYERS:
+                self.optimizer_to_fail.fail_at = self.optimizer_to_fail.calls + (1 if update == "block" else 2)
+
+    module = Fails(make)
+    trainer_ = trainer(HiFTStrategy(update=update, window="6KiB"), accelerator=device.type, devices=1)
+    batches = make_batches(2 * LAYERS)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer_.fit(module, loader(batches))
+    device.no_cap()
+    with pytest.warns(UserWarning, match=r"saved of weights that are updated in part: Block `head` was being updated"):
+        trainer_.save_checkpoint(tmp_path / "after.ckpt")
+
+    again = trainer(
+        HiFTStrategy(update=update, window="6KiB"),
+        accelerator=device.type,
+        devices=1,
+        max_steps=2 * LAYERS,
+        max_epochs=-1,
+    )
+    smaller = [[tensor[:2] for tensor in batch] for batch in batches]
+    again.fit(SmallTransformer(), loader(smaller), ckpt_path=tmp_path / "after.ckpt")
+    assert again.strategy.hift.updates == 2 * LAYERS
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_are_named(device, update):
     def make(parameters):

@@ -1,0 +1,313 @@
+"""Where a run stopped, written down so that it goes on as if it never had.
+
+Lightning restores weights, optimizers, schedulers and its counters. It leaves out, or does otherwise than a run that
+goes straight on (2.6):
+
+- the states of the random number generators are not saved;
+- a checkpoint from the middle of a batch or of an accumulation window has the data loader too far ahead, and no
+  gradients: the batches of the open window are lost. Here it becomes one of the last completed optimizer step, after
+  which nothing but random numbers and positions has changed;
+- a checkpoint from before a batch's validation is resumed without that validation, one from an epoch's end without the
+  ReduceLROnPlateau that steps there, and after a resume within an epoch this one is passed over too. Here the Trainer's
+  own methods do what was still to be done;
+- an epoch that `max_steps` ends counts as a whole one. Here it goes on where it was.
+"""
+
+import contextlib
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.types import _Stateful
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.loops.progress import _ProcessedTracker
+from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.streams import device_module
+
+
+@dataclass
+class _Boundary:
+    """The beginning of the first batch after a completed optimizer step."""
+
+    batches: int
+    """Batches of the epoch before it."""
+    total_batches: int
+    """Batches of the run before it."""
+    updates: list[int]
+    """Updates that each engine had performed."""
+    loaders: list[dict[str, Any]]
+    """States of the data loaders that have one, before this batch was fetched."""
+    random_state: dict[str, Any]
+
+
+class ExactResume:
+    """Completes checkpoints so that a resumed run equals one that never stopped, and resumes from them.
+
+    Args:
+        trainer: while it fits.
+        engines: those of the strategy.
+        device: where the model is, for its random numbers.
+    """
+
+    def __init__(self, trainer: Trainer, engines: Sequence[HiFT], device: torch.device) -> None:
+        self._trainer = trainer
+        self._engines = engines
+        self._device = device
+        self._boundary: _Boundary | None = None
+        self._loaders: list[dict[str, Any]] = []
+        self._record: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+        self._state_at_batch_start: dict[str, Any] | None = None
+        self._state_at_validation_start: dict[str, Any] | None = None
+
+    # --- while training ---------------------------------------------------------------------------------------------
+
+    def batch_starts(self) -> None:
+        """Note where the run could go on from, unless gradients of earlier batches wait for their step."""
+        if self._state_at_batch_start is not None:
+            set_random_state(self._state_at_batch_start, self._device)
+            self._state_at_batch_start = None
+        loaders, self._loaders = self._loaders, self._loader_states()
+        if any(engine.has_gradient for engine in self._engines):
+            return
+        self._boundary = self._here(loaders)
+
+    def validation_starts(self) -> None:
+        """Note the random numbers' states for a checkpoint from within the validation, which is done anew then."""
+        if self._state_at_validation_start is not None:
+            set_random_state(self._state_at_validation_start, self._device)
+            self._state_at_validation_start = None
+        self._before_validation = random_state(self._device)
+
+    def validation_ends(self) -> None:
+        """Forget what was noted at its start."""
+        self._before_validation = None
+
+    def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        return _Boundary(
+            _processed(progress.current).processed,
+            _processed(progress.total).processed,
+            [engine.updates for engine in self._engines],
+            loaders,
+            random_state(self._device),
+        )
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def complete(self, checkpoint: dict[str, Any]) -> bool:
+        """Write into a checkpoint what Lightning leaves out of it.
+
+        Args:
+            checkpoint: as Lightning made it; its progress is set back if a batch or an accumulation window is open.
+
+        Returns:
+            Whether a run can go on from it; it cannot if an update has been completed and its batch has not.
+        """
+        fit = self._trainer.fit_loop
+        batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
+        in_batch = batches.ready != batches.processed
+        in_window = any(engine.has_gradient for engine in self._engines)
+        if batches.started != batches.ready and not in_window and not self._noted_this_batch():
+            self._boundary = self._here(self._loaders)  # a callback has it before the strategy
+        boundary = self._boundary
+        updated = boundary is None or boundary.updates != [engine.updates for engine in self._engines]
+        if in_batch and updated:
+            return False
+        set_back = in_batch or (in_window and not updated)
+        batches_over = not set_back and fit.epoch_loop._num_ready_batches_reached()
+        within_epoch = epochs.started == epochs.ready > 0 and not (batches_over and epochs.processed == epochs.ready)
+        to_do = "nothing" if set_back else self._still_to_do(within_epoch)
+        if set_back:
+            assert boundary is not None
+            _set_back(checkpoint, boundary)
+            state = boundary.random_state
+        else:
+            state = self._before_validation or random_state(self._device)
+        metrics = self._trainer.callback_metrics
+        monitors = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        checkpoint["hift"]["resume"] = {
+            "within_epoch": within_epoch,
+            "epoch": epochs.ready - 1 if within_epoch else epochs.processed,
+            "at_batch_start": set_back,
+            "to_do": to_do,
+            "monitored": {name: metrics[name].cpu() for name in monitors if name in metrics},
+            "random_state": _plain(state),
+        }
+        return True
+
+    def _noted_this_batch(self) -> bool:
+        total = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.total)
+        return self._boundary is not None and self._boundary.total_batches == total.processed
+
+    def _still_to_do(self, within_epoch: bool) -> str:
+        """What a run that goes straight on does next and the resumed one would not."""
+        fit = self._trainer.fit_loop
+        batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
+        if not within_epoch:
+            return "end_of_epoch" if epochs.completed < epochs.processed else "nothing"
+        if batches.completed < batches.processed:
+            return "end_of_batch"
+        if not self._trainer.validating:
+            return "nothing"
+        validated = fit.epoch_loop.val_loop.batch_progress
+        over = validated.is_last_batch and validated.current.ready == validated.current.completed
+        return "end_of_batch_after_validation" if over else "validation"
+
+    # --- resuming ---------------------------------------------------------------------------------------------------
+
+    def load(self, record: dict[str, Any]) -> None:
+        """Set Lightning's restored progress to where the run stopped.
+
+        Args:
+            record: what :meth:`complete` wrote.
+        """
+        self._record = record
+        fit = self._trainer.fit_loop
+        # also after a whole epoch: otherwise Lightning does not load the states of data loaders
+        _set_restarting(fit, True)
+        behind = _processed(fit.epoch_progress.current).processed - record["epoch"]
+        for epochs in map(_processed, (fit.epoch_progress.current, fit.epoch_progress.total)):
+            epochs.processed -= behind
+            epochs.completed = epochs.processed
+            epochs.ready = epochs.started = epochs.processed + record["within_epoch"]
+        batches = fit.epoch_loop.batch_progress
+        for count in map(_processed, (batches.current, batches.total)):
+            count.ready = count.started = count.completed = count.processed
+
+    def train_starts(self) -> None:
+        """Do what was still to be done when the run stopped, and restore the random numbers."""
+        if self._record is not None:
+            record, self._record = self._record, None
+            self._go_on(record)
+        self._loaders = self._loader_states()
+
+    def _go_on(self, record: dict[str, Any]) -> None:
+        fit, batch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop
+        fetcher = fit._data_fetcher
+        assert fetcher is not None
+        untouched = random_state(self._device)
+        set_random_state(record["random_state"], self._device)
+        self._trainer.callback_metrics.update(record["monitored"])
+        # Lightning takes it for a restart until the epoch is over, and passes over ReduceLROnPlateau at its end
+        fit._restarting = False
+        _set_restarting(batch_loop.val_loop, False)
+        batch_loop.val_loop.reset_restart_stage()
+        within_epoch = record["within_epoch"]
+        if record["to_do"] == "end_of_epoch":
+            epochs = fit.epoch_progress.current
+            epochs.completed -= 1
+            batch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            epochs.completed += 1
+        elif record["to_do"] != "nothing":
+            batch_loop._skip_next_val = record["to_do"] == "end_of_batch_after_validation"
+            if record["to_do"] == "validation":
+                self._state_at_validation_start = record["random_state"]
+            batch_loop.on_advance_end(fetcher)
+        if within_epoch and batch_loop._num_ready_batches_reached():
+            fit.on_advance_end()
+            within_epoch = False
+        if not within_epoch:
+            fit._restart_stage = EpochRestart.NONE
+        if within_epoch and batch_loop.batch_progress.current.ready:
+            # so restarted, the loop adds a step to the logged ones and fetches the next batch
+            batch_loop._restart_stage = BatchRestart.NONE
+            batch_loop._batches_that_stepped -= 1
+            # not before the batch is fetched: a loader that begins anew may draw random numbers then
+            self._state_at_batch_start = random_state(self._device)
+            set_random_state(untouched, self._device)
+            self._warn_of_loaders_without_state()
+        else:
+            _set_restarting(batch_loop, False)
+            now = random_state(self._device)
+            if fit.epoch_progress.current.ready > within_epoch and self._loader_states():
+                # they were saved at the end of a pass, which has to be over before the next one
+                with contextlib.suppress(StopIteration):
+                    next(fetcher)
+            set_random_state(now, self._device)
+            iter(fetcher)  # again, since a pass may begin by drawing random numbers
+            if record["at_batch_start"]:
+                self._state_at_batch_start = record["random_state"]
+
+    def _warn_of_loaders_without_state(self) -> None:
+        loader = self._trainer.fit_loop._combined_loader
+        assert loader is not None
+        without = [type(one).__name__ for one in loader.flattened if not isinstance(one, _Stateful)]
+        if not without:
+            return
+        # Lightning's own words for it do not say what happens to the data
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before", PossibleUserWarning)
+        batches = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        rank_zero_warn(
+            f"The run goes on after {batches} batches of epoch {self._trainer.current_epoch}, but the data loader "
+            f"`{without[0]}` has no `state_dict` and `load_state_dict`, so it begins the epoch's data anew, as under "
+            "any strategy; resume from the end of an epoch, or use a loader that has both, such as "
+            "`hift_lightning.data.loading.TrainingLoader`."
+        )
+
+    def _loader_states(self) -> list[dict[str, Any]]:
+        loader = self._trainer.fit_loop._combined_loader
+        return [] if loader is None else loader._state_dicts()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the generators that a training step may draw from: torch's, Python's, numpy's and the device's."""
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+    if hasattr(module := device_module(device), "get_rng_state"):
+        state["device"] = module.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators' states; arguments as :func:`random_state` returned and took them."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), *rest))
+    if "device" in state and hasattr(module := device_module(device), "set_rng_state"):
+        module.set_rng_state(state["device"], device)
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """In primitives and tensors only, which is what ``torch.load(weights_only=True)`` reads."""
+    name, keys, position, has_gauss, cached = state["numpy"]
+    return {**state, "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(cached))}
+
+
+def _set_back(checkpoint: dict[str, Any], boundary: _Boundary) -> None:
+    """Let the checkpoint be from the beginning of the batch that the boundary is before."""
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for key, done in (("current", boundary.batches), ("total", boundary.total_batches)):
+        progress[key] = {"ready": done + 1, "started": done, "processed": done, "completed": done}
+    if boundary.loaders:
+        loops["state_dict"]["combined_loader"] = boundary.loaders
+
+
+def _processed(tracker: object) -> _ProcessedTracker:
+    assert isinstance(tracker, _ProcessedTracker)  # Lightning declares their base class
+    return tracker
+
+
+def _set_restarting(loop: _Loop, restarting: bool) -> None:
+    # not by `loop.restarting = ...`: what the fit loop makes of that depends on `max_steps`
+    loop._restarting = restarting
+    for child in vars(loop).values():
+        if isinstance(child, _Loop):
+            _set_restarting(child, restarting)

@@ -1,0 +1,142 @@
+"""The data modules' training loaders go on where a run stopped, batch for batch."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, RandomSampler
+
+from hift_lightning.data import TextDataModule
+from hift_lightning.data.loading import TrainingLoader
+from tests.application.test_sentences import data_module as sentences
+from tests.resuming import Stop, StopsAt, raise_stop
+from tests.small_transformer import trainer
+
+EPOCHS = 3
+
+
+class Sees(L.LightningModule):
+    """Notes the batches that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.seen: list[tuple[int, Any]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, batch["input_ids"].tolist()))
+        return self.layer(torch.ones(1)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def texts(folder: Path, workers: int) -> TextDataModule:
+    book = folder / "book.txt"
+    book.write_text("\n\n".join(f"Paragraph {number} says {'word ' * (number % 7)}." for number in range(150)))
+    return TextDataModule(
+        None, path=str(book), batch_size=4, max_length=40, cache_dir=str(folder / "cache"), num_workers=workers
+    )
+
+
+def data_of(kind: str, folder: Path, workers: int) -> Any:
+    if kind == "texts":
+        return texts(folder, workers)
+    data = sentences(batch_size=4, num_workers=workers)
+    data.setup("fit")
+    data._tokenised["train"] = data._tokenised["train"][:70]
+    return data
+
+
+def fit(strategy: str, data: Any, stop_at: int | None = None, ckpt_path: Any = None, **arguments: Any) -> Any:
+    module = Sees()
+    callbacks = [] if stop_at is None else [StopsAt("on_train_batch_end", stop_at, raise_stop)]
+    trainer_ = trainer(strategy, callbacks=callbacks, limit_val_batches=0, **{"max_epochs": EPOCHS, **arguments})
+    with contextlib.suppress(Stop):
+        trainer_.fit(module, data, ckpt_path=ckpt_path)
+    return module.seen, trainer_
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hift"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["sentences", "texts"])
+def test_resumed_again_and_again_a_run_sees_the_batches_of_one_that_never_stopped(
+    kind: str, workers: int, strategy: str, tmp_path: Path
+) -> None:
+    whole, _ = fit(strategy, data_of(kind, tmp_path, workers), accumulate_grad_batches=2)
+    assert len(whole) % EPOCHS == 0
+    seen: list[Any] = []
+    path = None
+    epoch = len(whole) // EPOCHS
+    for stop_at in (4, 2, epoch, 6):  # in the first epoch, in it again, in the next, in that again
+        part, stopped = fit(strategy, data_of(kind, tmp_path, workers), stop_at, path, accumulate_grad_batches=2)
+        path = tmp_path / f"{len(seen)}.ckpt"
+        stopped.save_checkpoint(path)
+        seen += part
+    seen += fit(strategy, data_of(kind, tmp_path, workers), None, path, accumulate_grad_batches=2)[0]
+    assert seen == whole
+    orders = [[batch for number, batch in whole if number == e] for e in range(EPOCHS)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "hift"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_the_end_of_an_epoch_it_goes_on_with_the_next_order(workers: int, strategy: str, tmp_path: Path) -> None:
+    whole, _ = fit(strategy, data_of("texts", tmp_path, workers))
+    part, stopped = fit(strategy, data_of("texts", tmp_path, workers), max_epochs=2)
+    stopped.save_checkpoint(tmp_path / "end.ckpt")
+    rest, _ = fit(strategy, data_of("texts", tmp_path, workers), ckpt_path=tmp_path / "end.ckpt")
+    assert part + rest == whole
+
+
+def rows(workers: int = 0) -> TrainingLoader:
+    data = list(range(40))
+    generator = torch.Generator()
+    batches = BatchSampler(RandomSampler(data, generator=generator), 4, drop_last=False)
+    return TrainingLoader(data, batches, generator, 5, num_workers=workers)  # type: ignore[arg-type]
+
+
+def test_batches_that_workers_have_prepared_are_not_counted() -> None:
+    loader = rows(workers=2)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    assert loader.state_dict() == {"epoch": 0, "batches": 3}
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0)])
+def test_the_state_goes_on_with_another_number_of_workers(workers: tuple[int, int]) -> None:
+    whole = [batch.tolist() for batch in rows()]
+    first, second = map(rows, workers)
+    batches = iter(first)
+    seen = [next(batches).tolist() for _ in range(4)]
+    second.load_state_dict(first.state_dict())
+    seen += [batch.tolist() for batch in second]
+    assert seen == whole
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    straight = rows()
+    passes = [[batch.tolist() for batch in straight] for _ in range(3)]
+    assert passes[0] != passes[1] != passes[2]
+    sought = rows()
+    sought.batch_sampler.set_epoch(2)
+    assert [batch.tolist() for batch in sought] == passes[2]
+
+
+def test_a_pass_that_was_left_begins_anew() -> None:
+    loader = rows()
+    first = next(iter(loader)).tolist()
+    assert next(iter(loader)).tolist() == first
+
+
+def test_a_resumed_pass_draws_no_random_number_of_the_process() -> None:
+    loader = rows()
+    loader.load_state_dict({"epoch": 0, "batches": 2})
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,111 @@
+"""The application stopped by signals and resumed ends with the figure and the weights of a run that never stopped."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.application.running import ENVIRONMENT, TINY, command, run_application
+
+BATCHES = 40
+RUN = [
+    *TINY, f"trainer.limit_train_batches={BATCHES}", "trainer.val_check_interval=1000", "logger=none",
+    "trainer.max_epochs=2", "strategy.update=streamed",  # the encoder has dropout
+    "+callbacks.checkpoint.save_last=true",
+]  # fmt: skip
+EVERY_STEP = "callbacks.checkpoint.every_n_train_steps=1"
+
+
+def outcome(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    """Figures that do not depend on time or place, and the last checkpoint."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    figures = {name: value for name, value in metrics.items() if name.startswith(("test/", "val/"))}
+    return figures, torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("straight")
+    run = run_application(folder, *RUN, "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    return outcome(folder / "here")
+
+
+def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str]:
+    """Start the application, send it a signal in the middle of an epoch, and return its exit code and last words."""
+    process = subprocess.Popen(
+        command(*RUN, *overrides, "hydra.run.dir=stopped"),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell lets its background jobs ignore SIGINT, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not list((folder / "stopped" / "checkpoints").glob("step-*.ckpt")):
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+def newest_complete(folder: Path) -> Path:
+    def complete(path: Path) -> bool:
+        try:
+            return bool(torch.load(path, weights_only=True))
+        except Exception:  # whatever a file says that was being written
+            return False
+
+    paths = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next(path for path in paths if complete(path))
+
+
+def assert_goes_on(folder: Path, checkpoint: Path | str, straight: tuple[dict[str, float], dict[str, Any]]) -> None:
+    done = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < done < 2 * BATCHES
+    run = run_application(folder, *RUN, f"ckpt_path={checkpoint}", "hydra.run.dir=resumed")
+    assert run.returncode == 0, run.stderr
+    figures, saved = outcome(folder / "resumed")
+    expected_figures, expected = straight
+    assert {name: value for name, value in figures.items() if "before" not in name} == {
+        name: value for name, value in expected_figures.items() if "before" not in name
+    }
+    assert saved["global_step"] == expected["global_step"] == 2 * BATCHES
+    for name, weights in expected["state_dict"].items():
+        assert torch.equal(saved["state_dict"][name], weights), name
+    states, expected_states = saved["optimizer_states"][0]["state"], expected["optimizer_states"][0]["state"]
+    for key, state in expected_states.items():
+        for name, tensor in state.items():
+            assert torch.equal(states[key][name], tensor), (key, name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_stopped_by_a_signal_it_names_the_checkpoint_and_goes_on_from_it_exactly(
+    number: int, tmp_path: Path, straight: tuple[dict[str, float], dict[str, Any]]
+) -> None:
+    # a checkpoint a step tells that training has begun; the last one is of the step at which the signal came
+    code, errors = stopped_by(number, tmp_path, EVERY_STEP)
+    assert code == 1
+    assert "Traceback" not in errors
+    told = re.search(r"the last checkpoint is (\S+);", errors.strip().splitlines()[-1])
+    assert told, errors
+    assert_goes_on(tmp_path, told.group(1), straight)
+
+
+def test_killed_it_goes_on_exactly_from_the_newest_complete_checkpoint(
+    tmp_path: Path, straight: tuple[dict[str, float], dict[str, Any]]
+) -> None:
+    code, _ = stopped_by(signal.SIGKILL, tmp_path, EVERY_STEP)
+    assert code == -signal.SIGKILL
+    assert_goes_on(tmp_path, newest_complete(tmp_path / "stopped" / "checkpoints"), straight)
