@@ -26,8 +26,8 @@ FAULTS = {
     "SIGKILL at a random moment": Row("dead", functools.partial(runs.killed, signal.SIGKILL, 100)),
     "SIGINT at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGINT, 20)),
     "SIGTERM at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGTERM, 20)),
-    "disk full while saving a checkpoint": Row(
-        "a sentence", functools.partial(runs.met, runs.disk_full, "could not be saved", 20)
+    "disk full while saving": Row(
+        "a sentence", functools.partial(runs.met, runs.disk_full, "could not be saved|no room for", 20)
     ),
     "disk full while parking": Row(
         "a sentence", functools.partial(runs.met, runs.no_room_to_park, "no room for", 20, fresh=True)

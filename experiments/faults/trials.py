@@ -1,6 +1,7 @@
 """One run that meets a fault, and what is left of it."""
 
 import dataclasses
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
 from tests.resuming import Case, newest, run
 
 CASE = Case(
@@ -71,7 +73,8 @@ class Trial:
 
     def losses(self) -> set[str]:
         """Place and value of each loss that any run has had."""
-        return set((self.folder / "losses.txt").read_text().splitlines())
+        path = self.folder / "losses.txt"
+        return set(path.read_text().splitlines()) if path.exists() else set()
 
     def result(self) -> Any:
         """Weights, optimizer state, masters and position at the end of the run."""
@@ -96,6 +99,7 @@ class _Noted(Callback):
 
 def _train(folder: Path, fault: Fault, max_steps: int | None, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     case = dataclasses.replace(CASE, **{"strategy": {**CASE.strategy, "offload": str(folder)}, **changes})
     saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1)
     (folder / "error.txt").unlink(missing_ok=True)
