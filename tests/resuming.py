@@ -84,6 +84,9 @@ class Traced(SmallTransformer):
         optimizer = self.make_optimizer(self.parameters())
         if (chosen := SCHEDULERS[self.case.scheduler]) is None:
             return optimizer
+        if self.case.scheduler == "step":
+            # what schedules with a horizon ask; Lightning makes the training loader for it, before it restores anything
+            assert self.trainer.estimated_stepping_batches > 0
         make, settings = chosen
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), **settings}}
 

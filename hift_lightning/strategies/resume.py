@@ -184,6 +184,11 @@ class ExactResume:
         batches = fit.epoch_loop.batch_progress
         for count in map(_processed, (batches.current, batches.total)):
             count.ready = count.started = count.completed = count.processed
+        if fit._combined_loader is not None:
+            # made early, as by `trainer.estimated_stepping_batches`; then Lightning leaves its state unloaded
+            assert fit._data_fetcher is not None
+            fit._load_combined_loader_states()
+            iter(fit._data_fetcher)
 
     def train_starts(self) -> None:
         """Do what was still to be done when the run stopped, and restore the random numbers."""

@@ -19,7 +19,7 @@ RUN = [
     "trainer.max_epochs=2", "strategy.update=streamed",  # the encoder has dropout
     "+callbacks.checkpoint.save_last=true",
 ]  # fmt: skip
-EVERY_STEP = "callbacks.checkpoint.every_n_train_steps=1"
+EVERY_STEP = "+callbacks.checkpoint.every_n_train_steps=1"
 
 
 def outcome(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
@@ -50,8 +50,9 @@ def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
+        checkpoints = folder / "stopped" / "checkpoints"
         deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not list((folder / "stopped" / "checkpoints").glob("step-*.ckpt")):
+        while time.monotonic() < deadline and process.poll() is None and not list(checkpoints.glob("step-*.ckpt")):
             time.sleep(0.005)
         process.send_signal(number)
         _, errors = process.communicate(timeout=100)
