@@ -19,7 +19,7 @@ RUN = [
     "trainer.max_epochs=2", "strategy.update=streamed",  # the encoder has dropout
     "+callbacks.checkpoint.save_last=true",
 ]  # fmt: skip
-EVERY_STEP = "+callbacks.checkpoint.every_n_train_steps=1"
+EVERY_STEP = "callbacks.checkpoint.every_n_train_steps=1"
 
 
 def outcome(folder: Path) -> tuple[dict[str, float], dict[str, Any]]:
