@@ -46,7 +46,7 @@ class FailingData(SentenceDataModule):
             yield batch
 '''
 
-OFTEN = ["+callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.save_on_train_epoch_end=false"]
+OFTEN = ["callbacks.checkpoint.every_n_train_steps=2", "callbacks.checkpoint.save_on_train_epoch_end=false"]
 
 
 def breaks(what: str, after: int) -> list[str]:
