@@ -44,7 +44,7 @@ def drawn_case(draw: random.Random, folder: Path) -> Case:
         "seed": draw.randrange(9),
         "group_size": draw.randint(1, 4),
         "steps_per_block": draw.randint(1, 3),
-        "lr_update": draw.choice(["cycle", "cycle_once", "step"]),
+        "lr_update": draw.choice(["cycle", "cycle", "cycle_once", "step"]),
         "update": draw.choice(["block", "streamed", "fused"]),
         "window": draw.choice(["16KiB", "256MiB"]),
         "offload": draw.choice(["cpu", "none", str(folder)]),
@@ -55,7 +55,7 @@ def drawn_case(draw: random.Random, folder: Path) -> Case:
     fused = strategy["update"] == "fused"
     return Case(
         optimizer=draw.choice(optimizers),
-        scheduler=draw.choice(list(SCHEDULERS)),
+        scheduler=draw.choice([*SCHEDULERS, "step", "step", "step"]),
         strategy=strategy,
         precision=precision,
         accumulate=1 if fused else draw.choice([1, 1, 2, 3]),
@@ -70,7 +70,7 @@ def drawn_case(draw: random.Random, folder: Path) -> Case:
 
 def drawn_stop(draw: random.Random, case: Case, folder: Path) -> dict[str, Any]:
     """Arguments of `run` that make it stop, after it has saved at least once."""
-    way = draw.choice(["max_steps", "kill", *ACTS])
+    way = draw.choice(["max_steps", "kill", "exception", *ACTS])
     steps = draw.randint(1, case.steps - 2)
     if way == "max_steps":
         return {"max_steps": steps, "callbacks": [ModelCheckpoint(folder)]}
