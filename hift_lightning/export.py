@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.resume import check_weights
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
 

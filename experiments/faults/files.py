@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hift_lightning.checkpoint_io import StreamingCheckpointIO
-from tests.resuming import newest
 
 from experiments.faults.runs import Outcome
 from experiments.faults.trials import begun, same
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
+from tests.resuming import newest
 
 Files = Callable[[bytes, random.Random], Iterator[bytes]]
 

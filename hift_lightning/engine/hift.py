@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
+from hift_lightning.engine.compatibility import check_optimizer, is_same_plan, record_of_plan, refuse_other_plan
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
@@ -36,7 +37,6 @@ from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
-from hift_lightning.engine.resume import check_optimizer, is_same_plan, record_of_plan, refuse_other_plan
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import PieceUpdate, parse_bytes

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hift_lightning.engine.compatibility import check_resume_plan
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.nonfinite import check_nonfinite
 from hift_lightning.engine.residency import check_offload, check_parked_dtype
-from hift_lightning.engine.resume import check_resume_plan
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
 from hift_lightning.engine.update import check_update, parse_bytes
 

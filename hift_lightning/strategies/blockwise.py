@@ -1,54 +1,42 @@
 """What every HiFT strategy does, whatever the number of devices: the hooks between Lightning and the engine."""
 
 import traceback
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
-from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-from lightning.pytorch.plugins.precision import DoublePrecision, Precision
-from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from hift_lightning.checkpoint_io import StreamingCheckpointIO
-from hift_lightning.engine.errors import ConfigurationError, ParkedStateError, chain
+from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.residency import (
     parameters_stay_themselves,
     replaces_parameters,
-    state_dict_with_masters,
 )
-from hift_lightning.engine.resume import check_weights
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
+from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
+from hift_lightning.strategies.exact_resume import ExactResume
 from hift_lightning.strategies.first_batch import first_batch
 from hift_lightning.strategies.interrupts import PatientInterrupt
-from hift_lightning.strategies.resume import ExactResume
+from hift_lightning.strategies.refusals import (
+    refuse_callbacks_that_freeze,
+    refuse_optimizers,
+    refuse_what_needs_gradients,
+)
 
-if TYPE_CHECKING:
-    _Base = Strategy
-else:
-    _Base = object
 
-
-class BlockwiseTraining(_Base):
+class BlockwiseTraining(BlockwiseCheckpoints):
     """Mixed into a Lightning strategy, it trains one block of layers at a time.
 
     The engine drives itself by the optimizer's step hooks; here it is only built, started and ended at the right
@@ -56,10 +44,7 @@ class BlockwiseTraining(_Base):
     """
 
     settings: HiFTSettings
-    engines: list[HiFT]
-    """One engine an optimizer; empty before ``fit``."""
     _interrupt: PatientInterrupt
-    _resume: ExactResume
 
     @property
     def hift(self) -> HiFT | None:
@@ -141,9 +126,9 @@ class BlockwiseTraining(_Base):
         if self.settings.group_size == "auto":
             assert self.lightning_module is not None
             self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
-        _refuse_callbacks_that_freeze(trainer)
+        refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":
-            _refuse_what_needs_gradients(trainer, self.precision_plugin)
+            refuse_what_needs_gradients(trainer, self.precision_plugin)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -164,7 +149,7 @@ class BlockwiseTraining(_Base):
         super().setup_optimizers(trainer)
         module = self.lightning_module
         assert module is not None
-        _refuse_optimizers(self.optimizers, module)
+        refuse_optimizers(self.optimizers, module)
         self.engines = [
             HiFT(
                 module,
@@ -296,142 +281,6 @@ class BlockwiseTraining(_Base):
             self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """The user's, and otherwise one that needs no memory of its own and checks what it loads."""
-        if self._checkpoint_io is None:
-            self._checkpoint_io = StreamingCheckpointIO()
-        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):  # keeps what it was made with
-            self._checkpoint_io.checkpoint_io = StreamingCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        self._checkpoint_io = io
-
-    def master_state_dict(self) -> dict[str, Any]:
-        """The module's state dict, with the fp32 master in place of every weight that has one.
-
-        See :meth:`HiFT.master_state_dict <hift_lightning.engine.hift.HiFT.master_state_dict>`.
-
-        Raises:
-            MisconfigurationException: before ``fit`` has set the training up.
-        """
-        if self.lightning_module is None or not self.engines:
-            raise MisconfigurationException(
-                "`master_state_dict()` was called before `Trainer.fit`, and masters are made at the start of it; call "
-                "it later, or `state_dict()` of the module."
-            )
-        return state_dict_with_masters(self.lightning_module, [engine.residency for engine in self.engines])
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        self.engine_of(optimizer).residency.synchronize()
-        return super().optimizer_state(optimizer)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self.engines:
-            try:
-                self._complete(checkpoint)
-            except ParkedStateError as error:
-                if not self._ending:
-                    raise
-                # it must not hide the error that ends the run
-                rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
-                return
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _complete(self, checkpoint: dict[str, Any]) -> None:
-        for engine in self.engines:
-            engine.residency.check_files()
-            if (told := engine.half_updated) is None:
-                continue
-            if self._ending or engine.active:
-                raise ParkedStateError(told)
-            rank_zero_warn(f"A checkpoint is saved of weights that are updated in part: {told}")
-        checkpoint["hift"] = {
-            "engines": [engine.state_dict() for engine in self.engines],
-            "held_lr_steps": [
-                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
-            ],
-        }
-        if not self._resume.complete(checkpoint):
-            raise ParkedStateError(
-                "The run stopped between an update and the end of its batch, so weights and the Trainer's counters do "
-                "not belong together; go on from the last checkpoint before it."
-            )
-
-    @property
-    def _ending(self) -> bool:
-        """Whether callbacks are being told of the error that ends the run."""
-        return self._trainer.state.status == TrainerStatus.INTERRUPTED and any(engine.active for engine in self.engines)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-            raise ConfigurationError(
-                f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
-                "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
-            )
-        return checkpoint
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        check_weights(self.lightning_module, checkpoint["state_dict"], strict)
-        if isinstance(self.precision_plugin, DoublePrecision):  # otherwise they would be rounded to 32 bits on the way
-            self.precision_plugin.convert_module(self.lightning_module)
-        super().load_model_state_dict(checkpoint, strict)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        states = checkpoint["optimizer_states"]
-        if len(states) != len(self.engines):
-            raise ConfigurationError(
-                f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
-                "resume with the optimizers that it was made with."
-            )
-        saved = checkpoint.get("hift")
-        positions = [None] * len(states) if saved is None else saved["engines"]
-        for engine, position, state in zip(self.engines, positions, states, strict=True):
-            engine.check_state_dict(position, state)
-        for engine, position, state in zip(self.engines, positions, states, strict=True):
-            engine.load_optimizer_state_dict(state, position and position.get("parked_dtype"))
-            if position is not None:  # otherwise made without HiFT: the rotation begins here
-                engine.load_state_dict(position)
-                if not engine.has_plan_of(position):
-                    rank_zero_info(
-                        f"HiFT: the checkpoint was made with another plan, after {position['updates']} updates; with "
-                        "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
-                        f"begins with block `{engine.block.name}`."
-                    )
-        if saved is None:
-            return
-        # like Lightning, which leaves a scheduler as it is that the checkpoint knows nothing of
-        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
-            if delayed := _delayed(config):
-                delayed.resume(held_steps)
-        if "resume" in saved:  # checkpoints of earlier versions have none
-            self._resume.load(saved["resume"])
-
-    def engine_of(self, optimizer: Optimizer) -> HiFT:
-        """The engine that rotates this optimizer.
-
-        Args:
-            optimizer: one that ``configure_optimizers`` returned, or Lightning's wrapper of it.
-        """
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer._optimizer
-        return next(engine for engine in self.engines if engine.optimizer is optimizer)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.lightning_module is not None
-        return self.lightning_module.trainer
-
     def _finish(self) -> None:
         self._interrupt.stop()
         for engine in reversed(self.engines):
@@ -454,55 +303,5 @@ class BlockwiseTraining(_Base):
             )
 
 
-def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:
-    scheduler: object = config.scheduler
-    return scheduler if isinstance(scheduler, DelayedLRScheduler) else None
-
-
 def _unvisited(engine: HiFT, steps: int) -> int:
     return sum(engine.rotation.visits(block.index, steps) == 0 for block in engine.plan.blocks)
-
-
-def _refuse_callbacks_that_freeze(trainer: Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, BaseFinetuning):
-            raise MisconfigurationException(
-                f"The callback `{type(callback).__name__}` freezes and unfreezes layers and adds param groups while "
-                "training, and HiFT decides at the start which block requires a gradient when; remove the callback, "
-                "or name what is never to be trained in `HiFTStrategy(frozen=[...])`."
-            )
-
-
-def _refuse_what_needs_gradients(trainer: Trainer, precision: Precision) -> None:
-    norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
-    windows = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    if norm:
-        what = f"`gradient_clip_val={trainer.gradient_clip_val}` clips by norm"
-    elif trainer.accumulate_grad_batches > 1 or windows:
-        what = "gradients are accumulated over batches"
-    elif getattr(precision, "scaler", None) is not None:
-        what = f"`precision={precision.precision!r}` has a GradScaler that looks for overflows"
-    else:
-        return
-    raise MisconfigurationException(
-        f"`update='fused'` frees each gradient inside backward, and {what}, which needs all of them after it; use "
-        "`update='streamed'`, or clip by value without accumulation in fp32 or bf16."
-    )
-
-
-def _refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> None:
-    if not optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in optimizers):
-        raise MisconfigurationException(
-            f"`{type(module).__name__}.configure_optimizers` returned no optimizer, so HiFT has nothing to rotate; "
-            "return one, or train without `strategy='hift'`."
-        )
-    seen: set[Tensor] = set()
-    for optimizer in optimizers:
-        parameters = {p for group in optimizer.param_groups for p in group["params"]}
-        if seen & parameters:
-            raise MisconfigurationException(
-                f"{len(seen & parameters)} parameters are in more than one optimizer of "
-                f"`{type(module).__name__}.configure_optimizers`, so their block would have two turns at once; give "
-                "each parameter to one optimizer."
-            )
-        seen |= parameters

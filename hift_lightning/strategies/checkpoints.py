@@ -1,0 +1,180 @@
+"""What a HiFT strategy writes into a checkpoint, and how a run goes on from one."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.engine.compatibility import check_weights
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.lr import DelayedLRScheduler
+from hift_lightning.engine.residency import state_dict_with_masters
+from hift_lightning.strategies.exact_resume import ExactResume
+
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
+
+
+class BlockwiseCheckpoints(_Base):
+    """Mixed into a Lightning strategy, it saves and loads the state of its engines without putting it on the device."""
+
+    engines: list[HiFT]
+    """One engine an optimizer; empty before ``fit``."""
+    _resume: ExactResume
+
+    @property
+    @override
+    def checkpoint_io(self) -> CheckpointIO:
+        """The user's, and otherwise one that needs no memory of its own and checks what it loads."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = StreamingCheckpointIO()
+        elif isinstance(self._checkpoint_io, _WrappingCheckpointIO):  # keeps what it was made with
+            self._checkpoint_io.checkpoint_io = StreamingCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    def master_state_dict(self) -> dict[str, Any]:
+        """The module's state dict, with the fp32 master in place of every weight that has one.
+
+        See :meth:`HiFT.master_state_dict <hift_lightning.engine.hift.HiFT.master_state_dict>`.
+
+        Raises:
+            MisconfigurationException: before ``fit`` has set the training up.
+        """
+        if self.lightning_module is None or not self.engines:
+            raise MisconfigurationException(
+                "`master_state_dict()` was called before `Trainer.fit`, and masters are made at the start of it; call "
+                "it later, or `state_dict()` of the module."
+            )
+        return state_dict_with_masters(self.lightning_module, [engine.residency for engine in self.engines])
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        self.engine_of(optimizer).residency.synchronize()
+        return super().optimizer_state(optimizer)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        if self.engines:
+            try:
+                self._complete(checkpoint)
+            except ParkedStateError as error:
+                if not self._ending:
+                    raise
+                # it must not hide the error that ends the run
+                rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
+                return
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        for engine in self.engines:
+            engine.residency.check_files()
+            if (told := engine.half_updated) is None:
+                continue
+            if self._ending or engine.active:
+                raise ParkedStateError(told)
+            rank_zero_warn(f"A checkpoint is saved of weights that are updated in part: {told}")
+        checkpoint["hift"] = {
+            "engines": [engine.state_dict() for engine in self.engines],
+            "held_lr_steps": [
+                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
+            ],
+        }
+        if not self._resume.complete(checkpoint):
+            raise ParkedStateError(
+                "The run stopped between an update and the end of its batch, so weights and the Trainer's counters do "
+                "not belong together; go on from the last checkpoint before it."
+            )
+
+    @property
+    def _ending(self) -> bool:
+        """Whether callbacks are being told of the error that ends the run."""
+        return self._trainer.state.status == TrainerStatus.INTERRUPTED and any(engine.active for engine in self.engines)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ConfigurationError(
+                f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
+                "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
+            )
+        return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        check_weights(self.lightning_module, checkpoint["state_dict"], strict)
+        if isinstance(self.precision_plugin, DoublePrecision):  # otherwise they would be rounded to 32 bits on the way
+            self.precision_plugin.convert_module(self.lightning_module)
+        super().load_model_state_dict(checkpoint, strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        states = checkpoint["optimizer_states"]
+        if len(states) != len(self.engines):
+            raise ConfigurationError(
+                f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
+                "resume with the optimizers that it was made with."
+            )
+        saved = checkpoint.get("hift")
+        positions = [None] * len(states) if saved is None else saved["engines"]
+        for engine, position, state in zip(self.engines, positions, states, strict=True):
+            engine.check_state_dict(position, state)
+        for engine, position, state in zip(self.engines, positions, states, strict=True):
+            engine.load_optimizer_state_dict(state, position and position["parked_dtype"])
+            if position is not None:  # otherwise made without HiFT: the rotation begins here
+                engine.load_state_dict(position)
+                if not engine.has_plan_of(position):
+                    rank_zero_info(
+                        f"HiFT: the checkpoint was made with another plan, after {position['updates']} updates; with "
+                        "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
+                        f"begins with block `{engine.block.name}`."
+                    )
+        if saved is None:
+            return
+        # like Lightning, which leaves a scheduler as it is that the checkpoint knows nothing of
+        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
+            if delayed := _delayed(config):
+                delayed.resume(held_steps)
+        self._resume.load(saved["resume"])
+
+    def engine_of(self, optimizer: Optimizer) -> HiFT:
+        """The engine that rotates this optimizer.
+
+        Args:
+            optimizer: one that ``configure_optimizers`` returned, or Lightning's wrapper of it.
+        """
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return next(engine for engine in self.engines if engine.optimizer is optimizer)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+
+def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:
+    scheduler: object = config.scheduler
+    return scheduler if isinstance(scheduler, DelayedLRScheduler) else None
