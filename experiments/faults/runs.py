@@ -129,7 +129,7 @@ def file_cut(draw: random.Random) -> Fault:
 
 def _damage(step: int, which: float, how: Callable[[Path], None], folder: Path) -> list[Callback]:
     def act(trainer: Any) -> None:
-        files = sorted(folder.glob("hift-parked-*/*"), key=lambda path: path.stat().st_size)
+        files = sorted(folder.glob("hift-parked-*/*.bin"), key=lambda path: path.stat().st_size)
         large = files[len(files) // 2 :]
         for path in large[int(which * len(large)) :]:
             how(path)

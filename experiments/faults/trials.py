@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -99,6 +100,7 @@ class _Noted(Callback):
 
 def _train(folder: Path, fault: Fault, max_steps: int | None, changes: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     case = dataclasses.replace(CASE, **{"strategy": {**CASE.strategy, "offload": str(folder)}, **changes})
     saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1)

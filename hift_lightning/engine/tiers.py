@@ -4,8 +4,10 @@ A tier hands out buffers. A buffer is read and written a range of rows at a time
 in memory whole.
 """
 
+import contextlib
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
@@ -16,6 +18,9 @@ import torch
 from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+
+if sys.platform != "win32":
+    import fcntl
 
 ALL_ROWS = slice(None)
 
@@ -97,27 +102,33 @@ class _HostBuffer(Buffer):
 class Files(Tier):
     """Files in a folder, one a tensor, read and written directly.
 
-    They lie in a folder of their own that only the owner may enter, and go when nothing refers to them any more.
+    They lie in a folder of their own that only the owner may enter, and go when nothing refers to them any more. Those
+    of a process that was killed go when the next one parks in the same folder.
 
     Args:
         folder: an existing folder on a disk with room for the parked state.
 
     Raises:
-        ConfigurationError: if the folder does not exist or cannot be written to.
+        ConfigurationError: if the folder does not exist or cannot be written to, and on Windows.
     """
 
     in_host_memory = False
 
     def __init__(self, folder: str | Path) -> None:
+        if sys.platform == "win32":
+            raise ConfigurationError(
+                f"`offload={str(folder)!r}` parks state in files by calls that Windows has not; use `offload='cpu'`."
+            )
         try:
-            self.folder = Path(tempfile.mkdtemp(prefix="hift-parked-", dir=folder))
+            _remove_leftovers(Path(folder))
+            self.folder, lock = _new_locked_folder(Path(folder))
         except OSError as error:
             raise ConfigurationError(
                 f"`offload={str(folder)!r}` cannot hold parked state ({error.strerror}); name a folder that exists and "
                 "can be written to, or `offload='cpu'`."
             ) from error
         self._made = 0
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        weakref.finalize(self, _remove, self.folder, lock)
 
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`.
@@ -127,6 +138,37 @@ class Files(Tier):
         """
         self._made += 1
         return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", tuple(like.shape), dtype)
+
+
+_PREFIX, _LOCK = "hift-parked-", "in-use"
+
+
+def _new_locked_folder(parent: Path) -> tuple[Path, int]:
+    """Make a folder with a file in it that is locked for as long as this process has it open."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody will take it for a leftover
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink > 0:
+            return folder, lock
+        os.close(lock)  # another process has taken it for a leftover before it was locked
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # it is in use, is already gone, or is not ours to remove
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent)
+            finally:
+                os.close(lock)
+
+
+def _remove(folder: Path, lock: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
 
 
 class _FileBuffer(Buffer):

@@ -117,3 +117,26 @@ def test_parked_files_are_not_anonymous_memory(tmp_path):
         buffer.write(values)
     assert all(buffer.tensor[-1] == 1 for buffer in buffers)
     assert anonymous() - before < size // 8
+
+
+PARKS_AND_WAITS = """
+import sys, time, torch
+from hift_lightning.engine.tiers import Files
+tier = Files(sys.argv[1])
+buffer = tier.allocate(torch.zeros(8), torch.float32, torch.device("cpu"))
+print("parked", flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_files_of_a_killed_process_go_when_the_next_one_parks_there_and_not_before(tmp_path):
+    command = [sys.executable, "-c", PARKS_AND_WAITS, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "parked\n"
+        (foreign,) = tmp_path.glob("*/*.bin")
+        first = Files(tmp_path)
+        assert foreign.exists()
+        process.kill()
+    second = Files(tmp_path)
+    assert not foreign.parent.exists()
+    assert {first.folder, second.folder} == set(tmp_path.iterdir())
