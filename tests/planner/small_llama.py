@@ -1,4 +1,4 @@
-"""A LLaMA of six layers without memory for its weights."""
+"""A small LLaMA without memory for its weights."""
 
 import lightning as L
 import torch
@@ -6,10 +6,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class SmallLlama(L.LightningModule):
-    def __init__(self):
+    def __init__(self, layers=6):
         super().__init__()
         config = LlamaConfig(
-            vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4
+            vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4
         )
         with torch.device("meta"):
             self.network = LlamaForCausalLM(config)

@@ -277,15 +277,3 @@ def test_the_number_is_logged_and_kept_in_the_checkpoint(tmp_path):
     again.fit(Spiking([0]), loader(make_batches(LAYERS)), ckpt_path=tmp_path / "skipped.ckpt")
     assert again.strategy.hift.skipped_steps == 3
     assert again.strategy.hift.updates == 2 + LAYERS - 1
-
-
-def test_a_checkpoint_from_before_there_was_the_number_loads(tmp_path):
-    trainer_ = trainer()
-    trainer_.fit(SmallTransformer(), loader(make_batches(LAYERS)))
-    trainer_.save_checkpoint(tmp_path / "new.ckpt")
-    saved = torch.load(tmp_path / "new.ckpt", weights_only=True)
-    del saved["hift"]["engines"][0]["skipped_steps"]
-    torch.save(saved, tmp_path / "old.ckpt")
-    again = trainer(max_epochs=2)
-    again.fit(SmallTransformer(), loader(make_batches(LAYERS)), ckpt_path=tmp_path / "old.ckpt")
-    assert again.strategy.hift.skipped_steps == 0
