@@ -289,7 +289,7 @@ class _Watch(Callback):
         self._turns, self._names = list(engine.rotation.turns), [block.name for block in engine.plan.blocks]
         kinds = [_kind(pl_module, block) for block in engine.plan.blocks]
         self._stretches = [Stretch(list(alike)) for _, alike in itertools.groupby(range(len(kinds)), kinds.__getitem__)]
-        followed = [index for stretch in self._stretches for index in stretch.ends_and_middle()]
+        followed = [index for stretch in self._stretches for index in stretch.to_run({})]
         # state that is parked takes no room on the device, so then only blocks that are followed need theirs
         with_state = followed if engine.settings.offload != "none" else self._turns
         self._due = [*(_Step(i, made_up=True) for i in with_state), *(_Step(i, made_up=False) for i in followed)]
@@ -340,7 +340,7 @@ class _Watch(Callback):
         if not step.made_up:
             self._seen[step.block] = self._block_plan(_engine(trainer), pl_module, step.block)
         if not self._due:
-            more = [index for stretch in self._stretches for index in stretch.not_on_a_line(self._seen)]
+            more = [index for stretch in self._stretches for index in stretch.to_run(self._seen)]
             self._due = [_Step(index, made_up) for index in more for made_up in (True, False)]
         trainer.should_stop = not self._due
         self._done += 1

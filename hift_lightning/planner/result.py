@@ -66,30 +66,32 @@ class Plan:
 class Stretch:
     """Blocks of the same tensors, one above the other, such as all middle layers of a transformer.
 
-    What a step needs grows by the same amount from each of them to the one below, so of a long stretch the ends and the
-    middle are run, and the others are taken to be on the lines through them. Where the middle is more than 0.1 % off
-    the line between the ends, every block is run.
+    What a step needs grows by the same amount from each of them to the one below, with a bend where another moment of a
+    phase becomes its highest. So of a long stretch the ends and the middle are run, and where the middle is more than
+    0.1 % off the line between the ends, the middle of each half, and so on; the others are taken to be on the lines.
     """
 
     indices: list[int]
 
-    def ends_and_middle(self) -> list[int]:
-        """Blocks to run first."""
+    def to_run(self, seen: Mapping[int, BlockPlan]) -> list[int]:
+        """Blocks to run yet, given those that have been run."""
+        first, last = self.indices[0], self.indices[-1]
         if len(self.indices) < 5:
-            return self.indices
-        return [self.indices[0], self.indices[len(self.indices) // 2], self.indices[-1]]
+            return [index for index in self.indices if index not in seen]
+        if first not in seen or last not in seen:
+            return [first, (first + last) // 2, last]
+        return self._between_ends(seen, first, last)
 
-    def not_on_a_line(self, seen: Mapping[int, BlockPlan]) -> list[int]:
-        """Blocks to run yet."""
-        missing = [index for index in self.indices if index not in seen]
-        if not missing:
+    def _between_ends(self, seen: Mapping[int, BlockPlan], first: int, last: int) -> list[int]:
+        middle = (first + last) // 2
+        if middle == first:
             return []
-        first, middle, last = self.ends_and_middle()
+        if middle not in seen:
+            return [middle]
         guess, found = self._between(seen, first, last, middle).trace, seen[middle].trace
-        on_line = all(
-            abs(a - b) <= 1e-3 * b for a, b in ((guess.peak_bytes, found.peak_bytes), (guess.flops, found.flops))
-        )
-        return [] if on_line else missing
+        if all(abs(a - b) <= 1e-3 * b for a, b in ((guess.peak_bytes, found.peak_bytes), (guess.flops, found.flops))):
+            return []
+        return self._between_ends(seen, first, middle) + self._between_ends(seen, middle, last)
 
     def fill(self, seen: Mapping[int, BlockPlan]) -> dict[int, BlockPlan]:
         """All blocks of the stretch."""

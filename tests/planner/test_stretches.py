@@ -40,7 +40,7 @@ class Module(L.LightningModule):
 def test_blocks_between_the_ends_are_as_if_they_had_been_run_to_half_a_percent(arguments, monkeypatch):
     batch = torch.zeros(2, 16, dtype=torch.long, device="meta")
     some = plan(Module(), HiFTStrategy(**arguments), batch)
-    monkeypatch.setattr(Stretch, "ends_and_middle", lambda self: self.indices)
+    monkeypatch.setattr(Stretch, "to_run", lambda self, seen: [index for index in self.indices if index not in seen])
     every = plan(Module(), HiFTStrategy(**arguments), batch)
     assert len(some.blocks) == len(every.blocks) == 9
     assert (some.peak_bytes, some.peak.name) == (every.peak_bytes, every.peak.name)
@@ -58,9 +58,34 @@ def block(peak):
     return BlockPlan("", 1, StepTrace(peak_bytes=peak, phase_peaks={"forward": peak}, flops=1), 0, 0)
 
 
-def test_every_block_is_run_where_the_middle_is_off_the_line():
-    stretch = Stretch([0, 1, 2, 3, 4])
-    straight = {0: block(500), 2: block(400), 4: block(300)}
-    assert stretch.not_on_a_line(straight) == []
-    assert [plan.trace.peak_bytes for _, plan in sorted(stretch.fill(straight).items())] == [500, 450, 400, 350, 300]
-    assert stretch.not_on_a_line({**straight, 2: block(450)}) == [1, 3]
+def run(stretch, peak_of):
+    seen = {}
+    while due := stretch.to_run(seen):
+        assert not seen.keys() & set(due)
+        seen.update({index: block(peak_of(index)) for index in due})
+    return seen
+
+
+def test_of_blocks_on_a_line_the_ends_and_the_middle_are_run():
+    stretch = Stretch(list(range(10, 91)))
+    seen = run(stretch, lambda index: 10_000 - 10 * index)
+    assert sorted(seen) == [10, 50, 90]
+    filled = stretch.fill(seen)
+    assert [filled[index].trace.peak_bytes for index in stretch.indices] == [10_000 - 10 * i for i in stretch.indices]
+
+
+@pytest.mark.parametrize("bend", [11, 30, 37, 50, 89])
+def test_at_a_bend_the_blocks_around_it_are_run_and_no_more(bend):
+    def peak_of(index):
+        return max(10_000, 10_000 + 100 * (bend - index))
+
+    stretch = Stretch(list(range(10, 91)))
+    seen = run(stretch, peak_of)
+    assert len(seen) <= 17
+    filled = stretch.fill(seen)
+    for index in stretch.indices:
+        assert filled[index].trace.peak_bytes == pytest.approx(peak_of(index), rel=1e-3)
+
+
+def test_all_blocks_of_a_short_stretch_are_run():
+    assert sorted(run(Stretch([3, 4, 5, 6]), lambda index: 100)) == [3, 4, 5, 6]
