@@ -22,9 +22,7 @@ from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError, chain
-
-if sys.platform != "win32":
-    import fcntl
+from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
 
 # Hidden, without the name or the suffix of a checkpoint: ModelCheckpoint, the Trainer's search for the checkpoint of a
 # requeued job (`hpc_ckpt_` anywhere in a name) and ours (`*.ckpt`) pass over it.
@@ -74,7 +72,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             return
         try:
             local.parent.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(local.parent)
+            remove_leftovers(local.parent.glob(f"{_TEMPORARY}*"), Path.unlink)
             _save(checkpoint, local)
         except (OSError, RuntimeError) as error:
             # torch raises an error of its own on top of what stopped the writing, also on top of Ctrl-C
@@ -201,22 +199,9 @@ def _new_temporary(folder: Path) -> tuple[int, Path]:
     """Make a file and lock it for as long as it is open, which tells it from a leftover."""
     while True:
         descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=folder)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody will take it for a leftover
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink > 0:
+        if mark_in_use(descriptor):
             return descriptor, Path(name)
-        os.close(descriptor)  # another process removed it before it was locked
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):  # it is being written, is already gone, or is not ours to remove
-            descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-            finally:
-                os.close(descriptor)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
+from hift_lightning.targets import CONVERTED, NETWORKS, TOKENIZERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HEAD_FILE = "head.safetensors"
@@ -34,12 +35,7 @@ SHARD_SIZE = "5GB"
 _NETWORK = "network."
 
 # A run's configuration may come from a stranger; these build what it says without running anything that it brings.
-_BUILDERS = {
-    "hift_lightning.models.causal_lm",
-    "hift_lightning.models.sentence_classifier",
-    "hift_lightning.models.load_tokenizer",
-    "hift_lightning.models.gguf.safetensors_of_gguf",
-}
+_BUILDERS = {*NETWORKS, *TOKENIZERS, *CONVERTED}
 
 
 def export(

@@ -54,7 +54,9 @@ PLUGINS = (
     "lightning.fabric.plugins.ClusterEnvironment",
     "lightning.pytorch.profilers.Profiler",
 )
-CONVERTED = "hift_lightning.models.gguf.safetensors_of_gguf"
+NETWORKS = ("hift_lightning.models.sentence_classifier", "hift_lightning.models.causal_lm")
+TOKENIZERS = ("hift_lightning.models.load_tokenizer",)
+CONVERTED = ("hift_lightning.models.gguf.safetensors_of_gguf",)
 PLACES = (
     Place("optimizer", bases=("torch.optim.Optimizer",)),
     Place(
@@ -76,15 +78,15 @@ PLACES = (
     Place(
         r"model\.network",
         bases=("torch.nn.Module",),
-        names=("hift_lightning.models.sentence_classifier", "hift_lightning.models.causal_lm"),
+        names=NETWORKS,
     ),
     Place(
         r"model\.tokenizer",
         bases=("transformers.PreTrainedTokenizerBase",),
-        names=("hift_lightning.models.load_tokenizer",),
+        names=TOKENIZERS,
     ),
     # what stands in `model.converted` is referred to by the other two
-    Place(r"model\.(converted|network\.pretrained|tokenizer\.pretrained)", names=(CONVERTED,)),
+    Place(r"model\.(converted|network\.pretrained|tokenizer\.pretrained)", names=CONVERTED),
 )
 
 HYDRA_CALLBACKS = ("hift_lightning.sweep.SweepTable", "hift_lightning.output.OutputFolder")

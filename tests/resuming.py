@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, RandomSampler
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.data.loading import TrainingLoader
+from tests.comparing import assert_same
 from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
 
@@ -187,18 +188,3 @@ def assert_goes_on(straight: tuple[Traced, Any], resumed: tuple[Traced, Any], *s
         assert_same(one.scheduler.state_dict(), other.scheduler.state_dict())
     logged = [t.fit_loop.epoch_loop._batches_that_stepped for t in (trainer_, whole_trainer)]
     assert logged[0] == logged[1]
-
-
-def assert_same(left: Any, right: Any) -> None:
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-        assert left.dtype == right.dtype
-    else:
-        assert left == right

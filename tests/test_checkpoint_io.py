@@ -21,6 +21,7 @@ import torch
 
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
+from tests.comparing import assert_same
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = {
@@ -51,21 +52,6 @@ def saved(io, tmp_path):
     path = tmp_path / "saved.ckpt"
     io.save_checkpoint(CHECKPOINT, path)
     return path
-
-
-def assert_same(left, right):
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list):
-        for one, other in zip(left, right, strict=True):
-            assert_same(one, other)
-    elif isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype
-        assert torch.equal(left, right)
-    else:
-        assert left == right
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

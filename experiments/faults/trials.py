@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from tests.comparing import assert_same
 from tests.resuming import Case, newest, run
 
 CASE = Case(
@@ -148,10 +149,8 @@ def begun(folder: Path, draw: random.Random) -> Trial:
 
 def same(left: Any, right: Any) -> bool:
     """Whether two trees of tensors and primitives are equal bit for bit."""
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same, left, right))
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    return bool(left == right)
+    try:
+        assert_same(left, right)
+    except (AssertionError, ValueError):
+        return False
+    return True

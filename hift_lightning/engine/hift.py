@@ -122,6 +122,8 @@ class HiFT:
         """Steps left out because of NaN or inf (``nonfinite="skip"``); those that a GradScaler skips do not count."""
         self.last_step_skipped = False
         """Whether the last ``optimizer.step()`` was one of them."""
+        self.half_updated: str | None = None
+        """A sentence on what a failed step has changed in part, until a step is completed or state is loaded."""
         self.page_in_ms = 0.0
         """Milliseconds that the host spent in the last page-in."""
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
@@ -138,7 +140,6 @@ class HiFT:
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
         self._warned_of_skipping = False
         self._versions: dict[str, int] = {}
-        self._half_updated: list[str] = []
         self._reached_blocks: set[int] = set()
         self._warned_blocks: set[int] = set()
 
@@ -207,24 +208,24 @@ class HiFT:
         :meth:`finish`, and leaving ``with HiFT(...)``, do so too. If weights have been touched, the error that is being
         handled tells their names from then on.
         """
+        begun = f"Block `{self.block.name}` was being updated: "
         if touched := self.touched():
-            self._half_updated = touched
+            self.half_updated = (
+                f"{begun}the weights of {', '.join(touched)} have changed and their optimizer state is not that of "
+                "these weights; load the last checkpoint."
+            )
             if (error := sys.exc_info()[1]) is not None:
-                tell(error, self._told_of_half_an_update(error))
+                memory = isinstance(error, torch.OutOfMemoryError)
+                remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
+                tell(error, self.half_updated + remedy)
         elif self._versions and not all(map(self.residency.copies, self._block_parameters())):
-            self._half_updated = list(
-                self.block.parameters
-            )  # their state may have changed, where the optimizer keeps it
+            # state that the optimizer computes on where it is parked may have changed, and there is no other
+            self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."
         self._give_up()
 
     def touched(self) -> list[str]:
         """Names of the parameters whose weights have changed since the step in progress began to update."""
         return [name for name, version in self._versions.items() if self._parameters[name]._version != version]
-
-    @property
-    def half_updated(self) -> str | None:
-        """A sentence on weights that a failed step has changed and that their state does not fit; else ``None``."""
-        return self._told_of_half_an_update() if self._half_updated else None
 
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -316,7 +317,7 @@ class HiFT:
         self.check_state_dict(state_dict)
         self.updates = state_dict["updates"] if self.has_plan_of(state_dict) else 0
         self.skipped_steps = state_dict["skipped_steps"]
-        self._half_updated = []
+        self.half_updated = None
         if self.settings.master_weights:
             for name, parameter in self._trained.items():
                 if name in state_dict["masters"]:
@@ -575,7 +576,7 @@ class HiFT:
         self.residency.park(self._block_parameters())
         self._forget_step()
         self.last_step_skipped = False
-        self._half_updated = []
+        self.half_updated = None
         self._deactivate()
         self.updates += 1
         self._activate_block()
@@ -593,14 +594,6 @@ class HiFT:
         self._search = NonfiniteSearch()
         self._nonfinite = None
         self._versions = {}
-
-    def _told_of_half_an_update(self, error: BaseException | None = None) -> str:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        remedy = ", and use a smaller batch, `update='streamed'` or a smaller `window`" if memory else ""
-        return (
-            f"Block `{self.block.name}` was being updated: the weights of {', '.join(self._half_updated)} have changed "
-            f"and their optimizer state is not that of these weights; load the last checkpoint{remedy}."
-        )
 
 
 def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:

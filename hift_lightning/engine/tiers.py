@@ -4,7 +4,6 @@ A tier hands out buffers. A buffer is read and written a range of rows at a time
 in memory whole.
 """
 
-import contextlib
 import os
 import shutil
 import sys
@@ -18,9 +17,7 @@ import torch
 from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
-
-if sys.platform != "win32":
-    import fcntl
+from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
 
 ALL_ROWS = slice(None)
 
@@ -120,7 +117,7 @@ class Files(Tier):
                 f"`offload={str(folder)!r}` parks state in files by calls that Windows has not; use `offload='cpu'`."
             )
         try:
-            _remove_leftovers(Path(folder))
+            remove_leftovers(Path(folder).glob(f"{_PREFIX}*/{_LOCK}"), lambda lock: shutil.rmtree(lock.parent))
             self.folder, lock = _new_locked_folder(Path(folder))
         except OSError as error:
             raise ConfigurationError(
@@ -148,22 +145,9 @@ def _new_locked_folder(parent: Path) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: nobody will take it for a leftover
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.fstat(lock).st_nlink > 0:
+        if mark_in_use(lock):
             return folder, lock
-        os.close(lock)  # another process has taken it for a leftover before it was locked
-
-
-def _remove_leftovers(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError):  # it is in use, is already gone, or is not ours to remove
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.parent)
-            finally:
-                os.close(lock)
+        os.close(lock)
 
 
 def _remove(folder: Path, lock: int) -> None:

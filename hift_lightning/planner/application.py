@@ -67,9 +67,10 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
         if settings is not None and settings.group_size == "auto":
             progress.says("looking for the largest group of layers that fits")
             choice = choose(settings, _memory_budget(settings), run.step(cfg.data.batch_size))
-            settings, reason = choice.settings, choice.reason
-        progress.says("planning the step")
-        planned = run.plan(settings)
+            settings, planned, reason = choice.settings, choice.plan, choice.reason
+        else:
+            progress.says("planning the step")
+            planned = run.plan(settings)
         full = planned if settings is None else run.plan(None)
         ways: dict[str, Plan] = {}
         if cfg.compare and settings is not None:

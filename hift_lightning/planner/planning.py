@@ -35,6 +35,7 @@ from hift_lightning.planner.fake_device import (
 from hift_lightning.planner.result import BlockPlan, Plan, Stretch
 from hift_lightning.planner.trace import DeviceTrace
 from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.strategies.refusals import needs_gradients, not_with_fused
 
 PRECISIONS: dict[str, torch.dtype] = {
     "32-true": torch.float32,
@@ -112,13 +113,12 @@ class StepPlanner:
     @property
     def why_not_fused(self) -> str | None:
         """What `update="fused"` does not go with here, in a few words; `None` where it can be used."""
-        if self.gradient_clip_val and self.gradient_clip_algorithm in (None, "norm"):
-            return f"`gradient_clip_val={self.gradient_clip_val}` clips by norm"
-        if self.accumulate_grad_batches > 1:
-            return f"`accumulate_grad_batches={self.accumulate_grad_batches}` sums gradients over batches"
-        if self.precision == "16-mixed":
-            return "`precision='16-mixed'` has a GradScaler that looks for overflows"
-        return None
+        return needs_gradients(
+            self.gradient_clip_val,
+            self.gradient_clip_algorithm,
+            self.accumulate_grad_batches,
+            scaled=self.precision == "16-mixed",
+        )
 
     def plan(self, settings: HiFTSettings | None) -> Plan:
         """Follow a cycle under HiFT, or a step of full fine-tuning where `settings` is `None`.
@@ -127,10 +127,7 @@ class StepPlanner:
             ConfigurationError: as in `plan`.
         """
         if settings is not None and settings.update == "fused" and self.why_not_fused:
-            raise ConfigurationError(
-                f"`update='fused'` frees each gradient inside backward, and {self.why_not_fused}, which needs all of "
-                "them after it; use `update='streamed'`."
-            )
+            raise ConfigurationError(not_with_fused(self.why_not_fused))
         dtype = PRECISIONS[self.precision]
         mixed = self.precision.endswith("mixed")
         with contextlib.ExitStack() as stack:

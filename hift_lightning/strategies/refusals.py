@@ -23,17 +23,38 @@ def refuse_callbacks_that_freeze(trainer: Trainer) -> None:
 
 def refuse_what_needs_gradients(trainer: Trainer, precision: Precision) -> None:
     """Refuse what looks at gradients after backward, for `update="fused"`."""
-    norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm in (None, GradClipAlgorithmType.NORM)
-    windows = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    if norm:
-        what = f"`gradient_clip_val={trainer.gradient_clip_val}` clips by norm"
-    elif trainer.accumulate_grad_batches > 1 or windows:
-        what = "gradients are accumulated over batches"
-    elif getattr(precision, "scaler", None) is not None:
-        what = f"`precision={precision.precision!r}` has a GradScaler that looks for overflows"
-    else:
-        return
-    raise MisconfigurationException(
+    what = needs_gradients(
+        trainer.gradient_clip_val,
+        trainer.gradient_clip_algorithm,
+        trainer.accumulate_grad_batches,
+        scaled=getattr(precision, "scaler", None) is not None,
+    )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if what is None and any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        what = "`GradientAccumulationScheduler` sums gradients over batches"
+    if what is not None:
+        raise MisconfigurationException(not_with_fused(what))
+
+
+def needs_gradients(clip_val: float | None, clip_algorithm: str | None, batches: int, scaled: bool) -> str | None:
+    """What of a Trainer's arguments looks at gradients after backward, in a few words.
+
+    Args:
+        clip_val: `gradient_clip_val`.
+        clip_algorithm: `gradient_clip_algorithm`.
+        batches: `accumulate_grad_batches`.
+        scaled: whether the precision has a GradScaler.
+    """
+    if clip_val and clip_algorithm in (None, GradClipAlgorithmType.NORM):
+        return f"`gradient_clip_val={clip_val}` clips by norm"
+    if batches > 1:
+        return f"`accumulate_grad_batches={batches}` sums gradients over batches"
+    return "a GradScaler looks for overflows in fp16" if scaled else None
+
+
+def not_with_fused(what: str) -> str:
+    """The sentence that refuses it with `update="fused"`."""
+    return (
         f"`update='fused'` frees each gradient inside backward, and {what}, which needs all of them after it; use "
         "`update='streamed'`, or clip by value without accumulation in fp32 or bf16."
     )

@@ -1,6 +1,7 @@
 """How the tests run the application: as a user does, in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,16 @@ def command(*overrides: str) -> list[str]:
 
 def run_application(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*overrides), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def start_application(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(*overrides),
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell lets its background jobs ignore SIGINT, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.application.running import ENVIRONMENT, TINY, command, run_application
+from tests.application.running import TINY, run_application, start_application
 
 BATCHES = 40
 RUN = [
@@ -39,16 +38,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float]
 
 def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str]:
     """Start the application, send it a signal in the middle of an epoch, and return its exit code and last words."""
-    process = subprocess.Popen(
-        command(*RUN, *overrides, "hydra.run.dir=stopped"),
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell lets its background jobs ignore SIGINT, and their children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start_application(folder, *RUN, *overrides, "hydra.run.dir=stopped")
     try:
         checkpoints = folder / "stopped" / "checkpoints"
         deadline = time.monotonic() + 200

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.application.running import ENVIRONMENT, TINY, command, run_application
+from tests.application.running import TINY, run_application, start_application
 
 ROW_WITHOUT_TAB = "label\tsentence\n0\tfine\nno tab here\n"
 CLASS_OUT_OF_RANGE = "label\tsentence\n0\tfine\n7\tfiner\n"
@@ -112,16 +112,7 @@ def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 def test_ctrl_c_ends_with_a_sentence_that_tells_the_checkpoint(tmp_path: Path) -> None:
     endless = ["trainer.max_epochs=10000", "hydra.run.dir=here"]
-    process = subprocess.Popen(
-        command(*TINY, *endless),
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # a shell lets its background jobs ignore SIGINT, and their children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start_application(tmp_path, *TINY, *endless)
     try:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not list((tmp_path / "here").glob("checkpoints/*.ckpt")):

@@ -83,7 +83,7 @@ def test_where_nothing_fits_the_smallest_budget_is_named_and_fits(step):
     [
         ({"gradient_clip_val": 1.0}, "`gradient_clip_val=1.0` clips by norm"),
         ({"accumulate_grad_batches": 2}, "`accumulate_grad_batches=2` sums gradients over batches"),
-        ({"precision": "16-mixed"}, "`precision='16-mixed'` has a GradScaler that looks for overflows"),
+        ({"precision": "16-mixed"}, "a GradScaler looks for overflows in fp16"),
     ],
 )
 def test_fused_is_never_chosen_nor_planned_where_the_run_would_refuse_it(arguments, reason):

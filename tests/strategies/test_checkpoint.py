@@ -16,6 +16,7 @@ from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
 from tests import simulated_accelerator as sim
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
 
@@ -33,21 +34,6 @@ def fit(strategy="hift", epochs=1, ckpt_path=None, optimizer="AdamW", **argument
     trainer_ = trainer(strategy, max_epochs=epochs, **arguments)
     trainer_.fit(module, loader(make_batches(STEPS)), ckpt_path=ckpt_path)
     return module, trainer_
-
-
-def assert_same(left, right):
-    if isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-        assert left.dtype == right.dtype
-    else:
-        assert left == right
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

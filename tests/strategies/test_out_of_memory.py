@@ -259,6 +259,28 @@ def test_after_it_inside_the_optimizer_one_can_save_all_the_same_and_go_on(devic
     assert again.strategy.hift.updates == 2 * LAYERS
 
 
+def test_where_state_is_computed_on_in_place_a_failed_step_is_told_too(tmp_path):
+    class Fails(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            with torch.enable_grad():
+                closure()
+            self.calls = getattr(self, "calls", 0) + 1
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None and self.calls == 2:
+                        self.state[p]["seen"] = p.grad.clone()
+                        raise ValueError("broken")
+
+    trainer_ = trainer(callbacks=[ModelCheckpoint(tmp_path, save_on_exception=True)], enable_checkpointing=True)
+    with (
+        pytest.raises(ValueError, match="broken"),
+        pytest.warns(UserWarning, match=r"`layers.1` was being updated: its optimizer state may have changed in part"),
+    ):
+        trainer_.fit(SmallTransformer(lambda parameters: Fails(parameters, lr=0.1)), loader(make_batches(2)))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("update", UPDATES)
 def test_inside_the_optimizer_the_last_parked_state_stays_and_touched_weights_are_named(device, update):
     def make(parameters):

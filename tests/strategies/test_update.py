@@ -155,8 +155,8 @@ def test_streamed_goes_with_norm_clipping_accumulation_and_a_scaler():
     ("arguments", "message"),
     [
         ({"gradient_clip_val": 1.0}, "clips by norm"),
-        ({"accumulate_grad_batches": 2}, "accumulated over batches"),
-        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "accumulated over batches"),
+        ({"accumulate_grad_batches": 2}, "sums gradients over batches"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "sums gradients over batches"),
         ({"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}, "GradScaler"),
     ],
 )
