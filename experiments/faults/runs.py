@@ -77,7 +77,10 @@ def met(
                 place.mkdir()
             trial = Trial(place) if fresh else begun(place, draw)
             failed = trial.complete(fault(draw), **changes) == 1
-            ended += failed and re.search(sentence, trial.error) is not None
+            as_it_should = failed and re.search(sentence, trial.error) is not None
+            ended += as_it_should
+            if not as_it_should:
+                print(f"another end: {trial.error or 'none'}", flush=True)
             lost += not _whole(trial)
             trial.complete()
             lost += not trial.is_exact(straight)
@@ -107,7 +110,6 @@ class _Spoils(Callback):
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         self._steps += 1
         if self._steps == self._step:
-            pl_module.trace.pop()
             loss.mul_(self._value)
 
 

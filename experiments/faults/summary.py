@@ -27,7 +27,10 @@ FAULTS = {
     "SIGINT at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGINT, 20)),
     "SIGTERM at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGTERM, 20)),
     "disk full while saving": Row(
-        "a sentence", functools.partial(runs.met, runs.disk_full, "could not be saved|no room for", 20)
+        "a sentence",
+        functools.partial(
+            runs.met, runs.disk_full, "could not be saved|no room for|can be read or written no more", 20
+        ),
     ),
     "disk full while parking": Row(
         "a sentence", functools.partial(runs.met, runs.no_room_to_park, "no room for", 20, fresh=True)
@@ -38,7 +41,9 @@ FAULTS = {
     "files of parked state shortened": Row(
         "a sentence", functools.partial(runs.met, runs.file_cut, "a file of parked state is too short", 20)
     ),
-    "NaN or inf in the loss": Row("a sentence", functools.partial(runs.met, runs.spoiled_loss, "the loss has", 20)),
+    "NaN or inf in the loss": Row(
+        "a sentence", functools.partial(runs.met, runs.spoiled_loss, "The loss has (NaN|inf)", 20)
+    ),
     "an error in training code": Row(
         "its own error", functools.partial(runs.met, runs.error_in_training, "ZeroDivisionError", 20)
     ),

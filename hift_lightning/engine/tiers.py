@@ -209,7 +209,11 @@ class _FileBuffer(Buffer):
         try:
             done = 0
             while done < len(view):
-                count = transfer(descriptor, [view[done:]], offset + done)
+                try:
+                    count = transfer(descriptor, [view[done:]], offset + done)
+                except OSError as error:
+                    failed = f"a file of parked state can be read or written no more: {error.strerror}"
+                    raise ParkedStateError(error.errno, failed, str(self.path)) from error
                 if count == 0:
                     raise self._too_short(offset + len(view))
                 done += count

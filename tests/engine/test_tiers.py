@@ -1,5 +1,6 @@
 """Buffers of parked tensors in host memory and in files, and what happens when a file is not as it was left."""
 
+import errno
 import gc
 import os
 import stat
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.tiers import Files, HostMemory
 
 CPU = torch.device("cpu")
@@ -140,3 +141,14 @@ def test_the_files_of_a_killed_process_go_when_the_next_one_parks_there_and_not_
     second = Files(tmp_path)
     assert not foreign.parent.exists()
     assert {first.folder, second.folder} == set(tmp_path.iterdir())
+
+
+def test_a_file_that_the_disk_refuses_is_named(tmp_path, monkeypatch):
+    buffer = Files(tmp_path).allocate(torch.zeros(8), torch.float32, CPU)
+
+    def refuse(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    with pytest.raises(ParkedStateError, match=r"can be read or written no more: Input/output error.*\.bin"):
+        buffer.write(torch.ones(8))
