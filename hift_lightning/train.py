@@ -22,7 +22,7 @@ from hift_lightning.report import (
     print_table,
     write_metrics,
 )
-from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
 
 CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "train"
@@ -135,7 +135,7 @@ def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.Lightn
     module: L.LightningModule = instantiate(cfg.model.module)(
         network, instantiate(cfg.optimizer), instantiate(cfg.get("scheduler"))
     )
-    if isinstance(trainer.strategy, HiFTStrategy):
+    if isinstance(trainer.strategy, BlockwiseTraining):
         trainer.strategy.check_patterns(module)
     return module
 
@@ -151,13 +151,13 @@ def _check_folders(trainer: L.Trainer) -> None:
 
 
 def _choose_group_size(cfg: DictConfig, trainer: L.Trainer, module: Any) -> None:
-    if isinstance(trainer.strategy, HiFTStrategy) and trainer.strategy.settings.group_size == "auto":
+    if isinstance(trainer.strategy, BlockwiseTraining) and trainer.strategy.settings.group_size == "auto":
         batch = module.blank_batch(cfg.data.batch_size, cfg.data.max_length)  # as large as any of the data
         trainer.strategy.choose_group_size(trainer, module, batch)
 
 
 def _takes_masters(trainer: L.Trainer) -> bool:
-    return isinstance(trainer.strategy, HiFTStrategy) and trainer.strategy.settings.master_weights
+    return isinstance(trainer.strategy, BlockwiseTraining) and trainer.strategy.settings.master_weights
 
 
 def _built(node: DictConfig | str | bool | None) -> object:

@@ -6,16 +6,17 @@ import inspect
 import hydra
 
 from hift_lightning import HiFTSettings, HiFTStrategy
+from hift_lightning.strategies.blockwise import BlockwiseTraining
 
-OF_LIGHTNING = {"device", "accelerator", "checkpoint_io", "precision_plugin"}
+OF_LIGHTNING = {"self", "arguments"}
 
 
 def defaults_of_settings():
     return {field.name: field.default for field in dataclasses.fields(HiFTSettings)}
 
 
-def test_the_strategy_has_the_settings_with_their_defaults():
-    parameters = inspect.signature(HiFTStrategy).parameters
+def test_strategies_have_the_settings_with_their_defaults():
+    parameters = inspect.signature(BlockwiseTraining.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name not in OF_LIGHTNING}
     assert defaults == defaults_of_settings()
     assert HiFTStrategy().settings == HiFTSettings()
