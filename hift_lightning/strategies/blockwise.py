@@ -212,6 +212,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        self.prepare_model()
         if not self.settings.master_weights:
             self.model = self.precision_plugin.convert_module(self.model)
         # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
@@ -223,6 +224,13 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
         # Lightning would now move all optimizer state to the device; it stays parked.
+
+    def prepare_model(self) -> None:
+        """Change the model before its precision is set and optimizers are made of it; one device needs nothing."""
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Further arguments of :class:`HiFT`; one device needs none."""
+        return {}
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -236,6 +244,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 optimizer,
                 self.settings,
                 others=[other for other in self.optimizers if other is not optimizer],
+                **self.engine_arguments(),
             )
             for optimizer in self.optimizers
         ]
@@ -324,7 +333,11 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         Raises:
             NonfiniteError: see :meth:`HiFT.after_backward`.
         """
-        engine.after_backward(loss, scaled=getattr(self.precision_plugin, "scaler", None) is not None)
+        engine.after_backward(loss, scaled=self._scales_gradients)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        return getattr(self.precision_plugin, "scaler", None) is not None
 
     @override
     def optimizer_step(
@@ -347,8 +360,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
         def closure_for_reached_block() -> Any:
             result = closure()
-            if engine.has_gradient:
-                return result
+            engine.average_gradients(scaled=self._scales_gradients)
+            if engine.has_gradient:  # on a rank that left this batch out, those of the others
+                return torch.zeros(()) if result is None else result
             # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
             self._trainer.gradient_clip_val = None
             return None
