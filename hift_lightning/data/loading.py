@@ -1,16 +1,19 @@
 """Training batches whose order is a function of seed and epoch, and whose position in it is a number."""
 
 import hashlib
-import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 class EpochOrder(Sampler[list[int]]):
     """The batches of another sampler, in an order that seed and epoch decide, from any one of them on.
+
+    Where several ranks train together they take turns, so that all together go through the batches as one would; if
+    the last round is short, the first batches of the epoch fill it up.
 
     Args:
         batches: lists of indices; draws its order from `generator` when it is iterated.
@@ -26,12 +29,17 @@ class EpochOrder(Sampler[list[int]]):
         self.first = 0
         """The batch that the next pass begins with."""
         self.given = 0
-        """Batches of this epoch that have been handed out."""
+        """Batches of this epoch that have been handed out, on all ranks together."""
 
     @property
     def sampler(self) -> "EpochOrder":
         """Itself: Lightning tells the epoch to the sampler of a batch sampler."""
         return self
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that take turns."""
+        return dist.get_world_size() if dist.is_initialized() else 1
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless it is the one that is going on."""
@@ -48,17 +56,21 @@ class EpochOrder(Sampler[list[int]]):
         return self.given
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+        return -(-len(self._batches) // self.ranks)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(self._batches, self.given, None)
+        batches = list(self._batches)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        for turn in range(self.given + rank, len(batches) + rank, self.ranks):
+            yield batches[turn % len(batches)]
 
 
-class TrainingLoader(DataLoader[Any]):
-    """A DataLoader that goes on where it stopped, under Lightning and in plain loops.
+class TrainingLoader:
+    """A DataLoader that goes on where it stopped, under Lightning and in plain loops, on one device and on many.
 
     Its state is an epoch and a number of batches, which counts what has been handed out and not what workers have
-    prepared. Under Lightning the epoch is the Trainer's; elsewhere each complete pass is one.
+    prepared. Under Lightning the epoch is the Trainer's; elsewhere each complete pass is one. It is no subclass of
+    DataLoader, whose sampler Lightning would replace where there are several ranks; the ranks take turns here.
 
     Args:
         dataset: a map-style data set.
@@ -68,8 +80,6 @@ class TrainingLoader(DataLoader[Any]):
         arguments: of `DataLoader`.
     """
 
-    batch_sampler: EpochOrder
-
     def __init__(
         self,
         dataset: Dataset[Any],
@@ -78,28 +88,32 @@ class TrainingLoader(DataLoader[Any]):
         seed: int,
         **arguments: Any,
     ) -> None:
-        super().__init__(dataset, batch_sampler=EpochOrder(batches, shuffling, seed), **arguments)
+        self.batch_sampler = EpochOrder(batches, shuffling, seed)
+        self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **arguments)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
         # As a generator it begins when the first batch is asked for, and by then Lightning has told the epoch.
         order = self.batch_sampler
         for batch in self._pass(resumed=order.begin() > 0):
-            order.given += 1
+            order.given += order.ranks
             yield batch
         order.set_epoch(order.epoch + 1)
 
     def _pass(self, resumed: bool) -> Iterable[Any]:
         if not resumed:
-            return super().__iter__()
+            return iter(self._loader)
         # torch draws a number for the workers when a pass begins; this pass drew it before it was stopped
         with torch.random.fork_rng(devices=[]):
-            return super().__iter__()
+            return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the batches of it that have been handed out."""
+        """The epoch, and the batches of it that have been handed out, on all ranks together."""
         return {"epoch": self.batch_sampler.epoch, "batches": self.batch_sampler.given}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there with the next pass."""
+        """Go on from there with the next pass, on as many ranks as there are now."""
         order = self.batch_sampler
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]

@@ -360,9 +360,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
         def closure_for_reached_block() -> Any:
             result = closure()
-            engine.average_gradients(scaled=self._scales_gradients)
-            if engine.has_gradient:  # on a rank that left this batch out, those of the others
-                return torch.zeros(()) if result is None else result
+            if engine.has_gradient:
+                return result
             # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
             self._trainer.gradient_clip_val = None
             return None

@@ -25,7 +25,6 @@ class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
     parameters is fixed. Gradients are averaged beside backward, bucket by bucket
     (:class:`~hift_lightning.engine.reduction.GradientReduction`), once per optimizer step whatever is accumulated.
     Weights are those of rank 0 from the start; buffers (BatchNorm's averages) are those of rank 0 at each batch.
-    A rank whose ``training_step`` returns ``None`` counts as zeros.
 
     Args:
         shard_parked_state: split the parked state and masters over the ranks of a machine: each keeps and updates its

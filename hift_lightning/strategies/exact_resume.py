@@ -140,6 +140,7 @@ class ExactResume:
             "within_epoch": within_epoch,
             "epoch": epochs.ready - 1 if within_epoch else epochs.processed,
             "at_batch_start": set_back,
+            "ranks": self._trainer.world_size,
             "to_do": to_do,
             "monitored": {name: metrics[name].cpu() for name in monitors if name in metrics},
             "random_state": _plain(state),
@@ -182,6 +183,10 @@ class ExactResume:
             epochs.completed = epochs.processed
             epochs.ready = epochs.started = epochs.processed + record["within_epoch"]
         batches = fit.epoch_loop.batch_progress
+        ranks = record.get("ranks", 1)
+        if ranks != self._trainer.world_size:  # each has fewer batches of an epoch, or more
+            current = _processed(batches.current)
+            current.processed = current.processed * ranks // self._trainer.world_size
         for count in map(_processed, (batches.current, batches.total)):
             count.ready = count.started = count.completed = count.processed
         if fit._combined_loader is not None:
