@@ -1,0 +1,102 @@
+"""Runs a function in several processes that form one process group, as the ranks of a job do."""
+
+import multiprocessing.connection
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not finish; the message holds its traceback."""
+
+
+def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """The results of `function(*args)` on each of `ranks` new processes joined by gloo, by rank.
+
+    `function` must stand in a module (it is pickled), and so must what it returns. In it, RANK, LOCAL_RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set as `torchrun` sets them, and the process group is
+    initialised already, which Lightning accepts.
+
+    Raises:
+        RankError: a rank raised (the others are ended at once), died, or ran longer than `timeout` seconds.
+    """
+    context = torch.multiprocessing.get_context("spawn")
+    port = _free_port()
+    processes, pipes = [], []
+    for rank in range(ranks):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, ranks, port, sending, function, args, timeout))
+        process.start()
+        sending.close()
+        processes.append(process)
+        pipes.append(receiving)
+    try:
+        return _collect(processes, pipes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.join(0 if process.exitcode is None else None)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(processes: list[Any], pipes: list[Any], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting.values()), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(waiting)} did not finish in time")
+        for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+            try:
+                raised, value = waiting.pop(rank).recv()
+            except EOFError:
+                raise RankError(f"rank {rank} died") from None
+            if raised:
+                # what this rank raised may only be that another is gone
+                if dead := [other for other in waiting if processes[other].exitcode]:
+                    raise RankError(f"rank {dead[0]} died, and rank {rank} raised\n{value}")
+                raise RankError(f"rank {rank} raised\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    rank: int, ranks: int, port: int, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        NODE_RANK="0",
+        GROUP_RANK="0",
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        TORCHELASTIC_RUN_ID="tests",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+        answer = (False, function(*args))
+    except BaseException:
+        answer = (True, traceback.format_exc())
+    pipe.send(answer)
+    pipe.close()
+    if torch.distributed.is_initialized() and not answer[0]:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
