@@ -2,6 +2,7 @@
 
 import multiprocessing.connection
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -57,7 +58,7 @@ def _collect(processes: list[Any], pipes: list[Any], deadline: float) -> list[An
             raise RankError(f"ranks {sorted(waiting)} did not finish in time")
         for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
             try:
-                raised, value = waiting.pop(rank).recv()
+                raised, value = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 raise RankError(f"rank {rank} died") from None
             if raised:
@@ -84,14 +85,17 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    failed = False
     try:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        answer = (False, function(*args))
+        # by value: a pipe would hand tensors over in memory that goes with this process
+        answer = pickle.dumps((False, function(*args)))
     except BaseException:
-        answer = (True, traceback.format_exc())
-    pipe.send(answer)
+        failed = True
+        answer = pickle.dumps((True, traceback.format_exc()))
+    pipe.send_bytes(answer)
     pipe.close()
-    if torch.distributed.is_initialized() and not answer[0]:
+    if torch.distributed.is_initialized() and not failed:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
