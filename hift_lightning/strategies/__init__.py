@@ -2,10 +2,12 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from hift_lightning.strategies.fsdp2 import HiFTFSDP2Strategy
 from hift_lightning.strategies.hift import HiFTStrategy
 
-# the registry raises on a second registration, as when a notebook reloads the package
-if HiFTStrategy.strategy_name not in StrategyRegistry:
-    HiFTStrategy.register_strategies(StrategyRegistry)
+for _strategy in (HiFTStrategy, HiFTFSDP2Strategy):
+    # the registry raises on a second registration, as when a notebook reloads the package
+    if _strategy.strategy_name not in StrategyRegistry:
+        _strategy.register_strategies(StrategyRegistry)
 
-__all__ = ["HiFTStrategy"]
+__all__ = ["HiFTFSDP2Strategy", "HiFTStrategy"]

@@ -212,6 +212,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
+        self.prepare_model()
         if not self.settings.master_weights:
             self.model = self.precision_plugin.convert_module(self.model)
         # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
@@ -223,6 +224,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
         # Lightning would now move all optimizer state to the device; it stays parked.
+
+    def prepare_model(self) -> None:
+        """Change the model before its precision is set and optimizers are made of it; one device needs nothing."""
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -1,0 +1,394 @@
+"""Checkpoints of sharded runs: a folder into which each rank writes what it holds, or one file of the whole.
+
+A folder is one of :mod:`torch.distributed.checkpoint`, which holds the sharded tensors, with a file ``meta.pt`` beside
+them: a checkpoint as any other, but for tensors without memory (of the device "meta") in the place of those. A single
+file is what `HiFTStrategy` would have saved. When either is loaded every rank reads its own rows, so the number of
+ranks may be another one.
+"""
+
+import pickle
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_with_path
+from typing_extensions import override
+
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.engine.compatibility import check_weights
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.shards import in_ranks_mesh, local, own_rows, whole_on_first_rank
+from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
+
+_META = "meta.pt"
+"""As in the folders of Lightning's own sharded strategies."""
+
+_PATIENCE = timedelta(seconds=30)
+
+_Change = Callable[[str, Tensor, DTensor], Any]
+"""``(name in a folder, tensor, parameter) -> what stands for the tensor``."""
+
+
+class ShardedCheckpoints(BlockwiseCheckpoints):
+    """Mixed into a strategy for sharded modules, it saves and loads without putting parked state on the device."""
+
+    _save_distributed_checkpoint: bool
+    _host_group: dist.ProcessGroup
+    """All ranks, by a backend that sends host memory."""
+    _host_mesh: DeviceMesh
+    _folder: "_Folder | None" = None
+    """Which tensors are read from that a loaded checkpoint only tells of."""
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        world = dist.group.WORLD
+        assert world is not None
+        sends_host_memory = "cpu:" in dist.get_backend_config(world)
+        self._host_group = world if sends_host_memory else dist.new_group(backend="gloo")
+        self._host_mesh = DeviceMesh.from_group(self._host_group, "cpu")
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True  # by `load_optimizer_state_dict`, as on one device
+
+    # Until a checkpoint is written each rank has its own shards in it, as if it were alone.
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return Strategy.lightning_module_state_dict(self)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        self.engine_of(optimizer).residency.synchronize()
+        return Strategy.optimizer_state(self, optimizer)
+
+    @override
+    def master_state_dict(self) -> dict[str, Any]:
+        """The module's state dict, with the fp32 master in place of every weight that has one; sharded host tensors.
+
+        Raises:
+            MisconfigurationException: before ``fit`` has set the training up.
+        """
+        weights = super().master_state_dict()
+        parameters = dict(self._sharded_parameters())
+        for name, value in weights.items():
+            if name in parameters:
+                weights[name] = in_ranks_mesh(local(value).cpu(), parameters[name], self._host_mesh)
+        return weights
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    @override
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        if self._ending:
+            self._meet_others()
+        problem: ParkedStateError | None = None
+        try:
+            super()._complete(checkpoint)
+        except ParkedStateError as error:
+            problem = error
+        told: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(told, problem and str(problem), group=self._host_group)
+        if problem is not None:
+            raise problem
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise ParkedStateError(f"On rank {rank}: {text}")
+        record = checkpoint["hift"]["resume"]
+        record["random_states_of_ranks"] = [None] * self.world_size
+        dist.all_gather_object(record["random_states_of_ranks"], record["random_state"], group=self._host_group)
+
+    def _meet_others(self) -> None:
+        try:
+            dist.monitored_barrier(self._host_group, _PATIENCE)
+        except RuntimeError as error:
+            raise ParkedStateError(
+                "Each rank has a part of it, and not all have come to the same error; go on from the last checkpoint."
+            ) from error
+
+    @override
+    def _write(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None) -> None:
+        if storage_options is not None:
+            raise TypeError("`storage_options` are not for sharded checkpoints.")
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            self._write_folder(checkpoint, path)
+            return
+
+        def put_together(name: str, shard: Tensor, parameter: DTensor) -> Tensor | None:
+            return whole_on_first_rank(shard, parameter, self._host_group)
+
+        checkpoint = self._with_shards_changed(checkpoint, put_together)
+        self._on_first_rank(lambda: self._write_file(checkpoint, path))
+
+    def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
+        if (path / _META).is_file():
+            shutil.rmtree(path)
+        self.checkpoint_io.save_checkpoint(checkpoint, path)
+
+    def _write_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
+        shards: dict[str, Any] = {}
+
+        def set_apart(name: str, shard: Tensor, parameter: DTensor) -> Tensor:
+            on_device = isinstance(shard, DTensor)
+            shards[name] = shard if on_device else in_ranks_mesh(shard, parameter, self._host_mesh)
+            return torch.empty(parameter.shape, dtype=shard.dtype, device="meta")
+
+        checkpoint = self._with_shards_changed(checkpoint, set_apart)
+        # hidden, and without the file's own name, which the Trainer might take for that of a requeued job
+        temporary = path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}")
+        self._on_first_rank(lambda: _make_anew(temporary))
+        try:
+            dcp.save(shards, storage_writer=dcp.FileSystemWriter(temporary), process_group=self._host_group)
+        except CheckpointException as error:
+            rank, cause = next(iter(error.failures.items()))
+            raise ConfigurationError(
+                f"The checkpoint `{path}` could not be saved (on rank {rank}: {cause[0]}); make room or mend the "
+                "folder, or save to another one."
+            ) from error
+
+        def finish() -> None:
+            StreamingCheckpointIO().save_checkpoint(checkpoint, temporary / _META)
+            _put_in_place(temporary, path)
+
+        self._on_first_rank(finish)
+
+    def _on_first_rank(self, act: Callable[[], None]) -> None:
+        """Do something on one rank; if it fails, raise on all."""
+        failure: Exception | None = None
+        if self.is_global_zero:
+            try:
+                act()
+            except (OSError, ConfigurationError) as error:
+                failure = error
+        told = self.broadcast(failure and str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise ConfigurationError(told)
+
+    # --- loading ----------------------------------------------------------------------------------------------------
+
+    @override
+    def _read(self, checkpoint_path: _PATH, weights_only: bool) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if not path.is_dir():
+            self._folder = None
+            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+        if not (path / _META).is_file():
+            raise ConfigurationError(
+                f"The folder `{path}` is no checkpoint: it has no `{_META}`; give one that `hift_fsdp2` has saved."
+            )
+        self._folder = _Folder(path, self._host_mesh)
+        return StreamingCheckpointIO().load_checkpoint(path / _META, weights_only=weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        saved = checkpoint["state_dict"]
+        check_weights(self.lightning_module, saved, strict)
+        others = {}
+        for name, tensor in self.lightning_module.state_dict().items():
+            if name not in saved:
+                continue
+            if not isinstance(tensor, DTensor):
+                others[name] = saved[name]
+                continue
+            with torch.no_grad():
+                local(tensor).copy_(self._own_shard(f"state_dict.{name}", saved[name], tensor))
+        self.lightning_module.load_state_dict(others, strict=False)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        record = checkpoint.get("hift", {}).get("resume", {})
+        states = record.get("random_states_of_ranks", [])
+        if len(states) == self.world_size:
+            record["random_state"] = states[self.global_rank]
+        rest = {**checkpoint, "state_dict": {}}
+        super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard))
+
+    def _own_shard(self, name: str, whole: Tensor, parameter: DTensor) -> Tensor:
+        if whole.is_meta:
+            assert self._folder is not None
+            return self._folder.read(name, parameter, whole.dtype)
+        return own_rows(whole, parameter)
+
+    # --- where shards are in a checkpoint ---------------------------------------------------------------------------
+
+    def _with_shards_changed(self, checkpoint: dict[str, Any], change: _Change) -> dict[str, Any]:
+        """The checkpoint with something else in place of every tensor that the ranks share, made when it is read."""
+        parameters = dict(self._sharded_parameters())
+        changed = dict(checkpoint)
+        changed["state_dict"] = {
+            name: change(f"state_dict.{name}", value, parameters[name]) if name in parameters else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        if "optimizer_states" in checkpoint:
+            changed["optimizer_states"] = [
+                self._with_state_changed(i, state, change) for i, state in enumerate(checkpoint["optimizer_states"])
+            ]
+        if "hift" in checkpoint:
+            engines = [
+                {
+                    **record,
+                    "masters": _Lazily(
+                        record["masters"],
+                        lambda name, master, i=i: change(f"masters_{i}.{name}", master, parameters[name]),
+                    ),
+                }
+                for i, record in enumerate(checkpoint["hift"]["engines"])
+            ]
+            changed["hift"] = {**checkpoint["hift"], "engines": engines}
+        return changed
+
+    def _with_state_changed(self, index: int, state_dict: dict[str, Any], change: _Change) -> dict[str, Any]:
+        names = {p: name for name, p in self._sharded_parameters()}
+        groups = zip(self.engines[index].optimizer.param_groups, state_dict["param_groups"], strict=False)
+        pairs = (zip(saved["params"], group["params"], strict=False) for group, saved in groups)
+        parameter_of = {saved_id: parameter for pair in pairs for saved_id, parameter in pair}
+
+        def change_state(saved_id: Any, state: Any) -> Any:
+            parameter = parameter_of.get(saved_id)
+            if parameter not in names:
+                return state
+
+            def change_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+                if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+                    return leaf
+                keys = (str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+                return change(".".join((f"optimizer_{index}.state", names[parameter], *keys)), leaf, parameter)
+
+            return tree_map_with_path(change_leaf, state)
+
+        return {**state_dict, "state": _Lazily(state_dict["state"], change_state)}
+
+    def _sharded_parameters(self) -> Iterator[tuple[str, DTensor]]:
+        """All names of all sharded parameters, as in the module's state dict."""
+        assert self.lightning_module is not None
+        for name, value in self.lightning_module.state_dict(keep_vars=True).items():
+            if isinstance(value, DTensor):
+                yield name, value
+
+
+class _Lazily(Mapping[Any, Any]):
+    """A mapping with values that are made of another's when they are asked for."""
+
+    def __init__(self, saved: Mapping[Any, Any], make: Callable[[Any, Any], Any]) -> None:
+        self._saved = saved
+        self._make = make
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._make(key, self._saved[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._saved)
+
+    def __len__(self) -> int:
+        return len(self._saved)
+
+
+class _Folder:
+    """Reads this rank's rows of the tensors in a folder of :mod:`torch.distributed.checkpoint`, one at a time.
+
+    Args:
+        path: of the folder.
+        mesh: the ranks, in host memory.
+    """
+
+    def __init__(self, path: Path, mesh: DeviceMesh) -> None:
+        self._path = path
+        self._mesh = mesh
+        self._reader = _CarefulReader(path)
+
+    def read(self, name: str, parameter: DTensor, dtype: torch.dtype) -> Tensor:
+        """This rank's rows of a tensor of a parameter's shape, in host memory."""
+        shard = torch.empty(local(parameter).shape, dtype=dtype)
+        target = {name: in_ranks_mesh(shard, parameter, self._mesh)}
+        try:
+            with warnings.catch_warnings():
+                # each rank reads for itself, which this tells of as if it were a mistake
+                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+                dcp.load(target, storage_reader=self._reader, no_dist=True)
+        except Exception as error:  # damaged files make the reader raise many unrelated types
+            raise ConfigurationError(
+                f"The checkpoint `{self._path}` is not whole: `{name}` cannot be read from it "
+                f"({str(error).strip().splitlines()[-1]}); go on from an earlier one."
+            ) from error
+        return shard
+
+
+class _CarefulReader(dcp.FileSystemReader):
+    """Reads a folder's index once, and no objects in it but those that torch writes: unpickling others runs code."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            path = Path(self.path) / ".metadata"
+            with path.open("rb") as file:
+                _IndexUnpickler(file).load()
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _IN_INDEX or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"`{module}.{name}` does not belong into the index of a checkpoint")
+
+
+_IN_INDEX = {
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "TensorProperties",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib", "Path"),
+    ("collections", "OrderedDict"),
+}
+
+
+def _make_anew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _put_in_place(folder: Path, path: Path) -> None:
+    """Rename a complete folder; what was there before goes afterwards."""
+    former = folder.with_name(f"{folder.name}-former")
+    if path.is_dir():
+        path.rename(former)
+    elif path.exists():
+        path.unlink()
+    folder.rename(path)
+    shutil.rmtree(former, ignore_errors=True)
