@@ -1,6 +1,6 @@
 """``Trainer(strategy="hift_fsdp2")``: HiFT with the weights sharded over several devices (FSDP2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.nn import Module
+from torch.nn import Embedding, Module
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from typing_extensions import override
@@ -29,7 +29,7 @@ from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import modules_to_shard, refuse_what_cannot_be_sharded, same_on_all_ranks
 
-_PLAIN = int | float | str | bool | None
+_PRIMITIVES = int | float | str | bool | None
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -150,7 +150,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
                 # so that parameters of the module itself, and tied ones, are whole in it
                 register_fsdp_forward_method(module, name)
         for part in _sharded(module)[1:]:
-            part.register_forward_hook(_note_whether_backward_comes)
+            part.register_forward_hook(_note_what_backward_needs)
 
     @override
     def model_to_device(self) -> None:
@@ -234,14 +234,16 @@ def _initialize(root: FSDPModule) -> None:
         part.reshard()
 
 
-def _note_whether_backward_comes(module: Module, args: Any, output: Any) -> None:
-    """Have a layer gathered in backward if backward may come to it.
+def _note_what_backward_needs(module: Module, args: Any, output: Any) -> None:
+    """Have a layer gathered in backward if backward may come to it, and needs its weights.
 
     FSDP2 gathers the layer below in advance, which is for nothing below the active block.
     """
     # what is neither a tensor nor a primitive may hold a tensor
-    if any(
-        leaf.requires_grad if isinstance(leaf, Tensor) else not isinstance(leaf, _PLAIN) for leaf in tree_leaves(output)
-    ):
+    reached = any(
+        leaf.requires_grad if isinstance(leaf, Tensor) else not isinstance(leaf, _PRIMITIVES)
+        for leaf in tree_leaves(output)
+    )
+    if reached and not isinstance(module, Embedding):  # whose gradient does not depend on its weights
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(True)
