@@ -41,6 +41,8 @@ _PATIENCE = timedelta(seconds=30)
 
 _Change = Callable[[str, Tensor, DTensor], Any]
 """``(name in a folder, tensor, parameter) -> what stands for the tensor``."""
+_When = Callable[[Mapping[Any, Any], Callable[[Any, Any], Any]], Mapping[Any, Any]]
+"""``(mapping, function of key and value) -> mapping of what it gives``."""
 
 
 class ShardedCheckpoints(BlockwiseCheckpoints):
@@ -132,9 +134,9 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             return
 
         def put_together(name: str, shard: Tensor, parameter: DTensor) -> Tensor | None:
-            return whole_on_first_rank(shard, parameter, self._host_group)
+            return whole_on_first_rank(local(shard), parameter, self._host_group)
 
-        checkpoint = self._with_shards_changed(checkpoint, put_together)
+        checkpoint = self._with_shards_changed(checkpoint, put_together, _now)
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
 
     def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -150,7 +152,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             shards[name] = shard if on_device else in_ranks_mesh(shard, parameter, self._host_mesh)
             return torch.empty(parameter.shape, dtype=shard.dtype, device="meta")
 
-        checkpoint = self._with_shards_changed(checkpoint, set_apart)
+        checkpoint = self._with_shards_changed(checkpoint, set_apart, _now)
         # hidden, and without the file's own name, which the Trainer might take for that of a requeued job
         temporary = path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}")
         self._on_first_rank(lambda: _make_anew(temporary))
@@ -203,15 +205,14 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         assert self.lightning_module is not None
         saved = checkpoint["state_dict"]
         check_weights(self.lightning_module, saved, strict)
-        others = {}
-        for name, tensor in self.lightning_module.state_dict().items():
-            if name not in saved:
-                continue
-            if not isinstance(tensor, DTensor):
-                others[name] = saved[name]
-                continue
-            with torch.no_grad():
-                local(tensor).copy_(self._own_shard(f"state_dict.{name}", saved[name], tensor))
+        parameters = dict(self._sharded_parameters())
+        loaded: set[DTensor] = set()
+        for name, parameter in parameters.items():
+            if name in saved and parameter not in loaded:
+                loaded.add(parameter)
+                with torch.no_grad():
+                    local(parameter).copy_(self._own_shard(f"state_dict.{name}", saved[name], parameter))
+        others = {name: value for name, value in saved.items() if name not in parameters}
         self.lightning_module.load_state_dict(others, strict=False)
 
     @override
@@ -221,7 +222,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         if len(states) == self.world_size:
             record["random_state"] = states[self.global_rank]
         rest = {**checkpoint, "state_dict": {}}
-        super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard))
+        super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard, _Later))
 
     def _own_shard(self, name: str, whole: Tensor, parameter: DTensor) -> Tensor:
         if whole.is_meta:
@@ -231,23 +232,32 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
 
     # --- where shards are in a checkpoint ---------------------------------------------------------------------------
 
-    def _with_shards_changed(self, checkpoint: dict[str, Any], change: _Change) -> dict[str, Any]:
-        """The checkpoint with something else in place of every tensor that the ranks share, made when it is read."""
+    def _with_shards_changed(self, checkpoint: dict[str, Any], change: _Change, when: _When) -> dict[str, Any]:
+        """The checkpoint with something else in place of every tensor that the ranks share.
+
+        Args:
+            checkpoint: is left as it is.
+            change: makes it.
+            when: `_now`, or `_Later`: optimizer state and masters only when they are asked for.
+        """
         parameters = dict(self._sharded_parameters())
-        changed = dict(checkpoint)
-        changed["state_dict"] = {
-            name: change(f"state_dict.{name}", value, parameters[name]) if name in parameters else value
-            for name, value in checkpoint["state_dict"].items()
-        }
+        changed = {**checkpoint, "state_dict": dict(checkpoint["state_dict"])}
+        made: dict[DTensor, Any] = {}  # a tied weight has several names
+        for name, parameter in parameters.items():
+            if name in changed["state_dict"]:
+                if parameter not in made:
+                    made[parameter] = change(f"state_dict.{name}", changed["state_dict"][name], parameter)
+                changed["state_dict"][name] = made[parameter]
         if "optimizer_states" in checkpoint:
             changed["optimizer_states"] = [
-                self._with_state_changed(i, state, change) for i, state in enumerate(checkpoint["optimizer_states"])
+                self._with_state_changed(i, state, change, when)
+                for i, state in enumerate(checkpoint["optimizer_states"])
             ]
         if "hift" in checkpoint:
             engines = [
                 {
                     **record,
-                    "masters": _Lazily(
+                    "masters": when(
                         record["masters"],
                         lambda name, master, i=i: change(f"masters_{i}.{name}", master, parameters[name]),
                     ),
@@ -257,7 +267,9 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             changed["hift"] = {**checkpoint["hift"], "engines": engines}
         return changed
 
-    def _with_state_changed(self, index: int, state_dict: dict[str, Any], change: _Change) -> dict[str, Any]:
+    def _with_state_changed(
+        self, index: int, state_dict: dict[str, Any], change: _Change, when: _When
+    ) -> dict[str, Any]:
         names = {p: name for name, p in self._sharded_parameters()}
         groups = zip(self.engines[index].optimizer.param_groups, state_dict["param_groups"], strict=False)
         pairs = (zip(saved["params"], group["params"], strict=False) for group, saved in groups)
@@ -276,7 +288,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
 
             return tree_map_with_path(change_leaf, state)
 
-        return {**state_dict, "state": _Lazily(state_dict["state"], change_state)}
+        return {**state_dict, "state": when(state_dict["state"], change_state)}
 
     def _sharded_parameters(self) -> Iterator[tuple[str, DTensor]]:
         """All names of all sharded parameters, as in the module's state dict."""
@@ -286,7 +298,11 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
                 yield name, value
 
 
-class _Lazily(Mapping[Any, Any]):
+def _now(saved: Mapping[Any, Any], make: Callable[[Any, Any], Any]) -> Mapping[Any, Any]:
+    return {key: make(key, value) for key, value in saved.items()}
+
+
+class _Later(Mapping[Any, Any]):
     """A mapping with values that are made of another's when they are asked for."""
 
     def __init__(self, saved: Mapping[Any, Any], make: Callable[[Any, Any], Any]) -> None:

@@ -62,7 +62,9 @@ class LooseAndTied(L.LightningModule):
 MODELS = {"small": SmallTransformer, "loose": LooseAndTied}
 
 
-def fit(strategy, batches, model="small", optimizer="adamw", dtype=torch.float32, callbacks=(), **arguments):
+def fit(
+    strategy, batches, model="small", optimizer="adamw", dtype=torch.float32, callbacks=(), ckpt_path=None, **arguments
+):
     module = MODELS[model](OPTIMIZERS[optimizer]).to(dtype)
     trainer_ = trainer(
         strategy, callbacks=list(callbacks), use_distributed_sampler=False, num_sanity_val_steps=0, **arguments
@@ -71,7 +73,7 @@ def fit(strategy, batches, model="small", optimizer="adamw", dtype=torch.float32
         warnings.filterwarnings(
             "ignore", message=".*does not have many workers|.*isinstance.treespec|.*blocks will not|.*no `val_"
         )
-        trainer_.fit(module, loader(batches))
+        trainer_.fit(module, loader(batches), ckpt_path=ckpt_path)
     return module, trainer_
 
 
