@@ -1,5 +1,6 @@
 """HiFT for LightningModules that optimize by hand (``automatic_optimization = False``)."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -85,12 +87,15 @@ class HiFTManualMixin(_Base):
 
         several = len(self.trainer.optimizers) > 1
         trained = [p for g in chosen.param_groups for p in g["params"] if p.requires_grad]
-        self.manual_backward(loss / window.size, **({"inputs": trained} if several else {}))
         strategy = self.trainer.strategy
-        if several and engine is not None and isinstance(strategy, BlockwiseTraining):
-            strategy.after_backward(engine, loss)
         window.seen += 1
-        if window.seen < window.size and not self.trainer.is_last_batch:
+        steps_now = window.seen == window.size or self.trainer.is_last_batch
+        sends_later = isinstance(strategy, ParallelStrategy) and not steps_now
+        with strategy.block_backward_sync() if sends_later else contextlib.nullcontext():  # type: ignore[attr-defined]
+            self.manual_backward(loss / window.size, **({"inputs": trained} if several else {}))
+            if several and engine is not None and isinstance(strategy, BlockwiseTraining):
+                strategy.after_backward(engine, loss)
+        if not steps_now:
             return False
 
         self._step(chosen, gradient_clip_val, gradient_clip_algorithm)

@@ -14,13 +14,14 @@ A step that a GradScaler skips never reaches the optimizer, so the block keeps i
 Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", https://arxiv.org/abs/2401.15207
 """
 
+import hashlib
 import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,22 @@ from typing_extensions import Self
 
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
 from hift_lightning.engine.compatibility import check_optimizer, is_same_plan, record_of_plan, refuse_other_plan
+from hift_lightning.engine.elementwise import probe
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
+from hift_lightning.engine.reduction import GradientReduction, Ranks
 from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
+from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
+
+_Value = TypeVar("_Value")
 
 _SIXTEEN_BIT = {torch.bfloat16, torch.float16}
 
@@ -69,6 +75,11 @@ class HiFT:
             group are frozen while training.
         settings: see :class:`HiFTSettings`.
         others: further optimizers on the same model, whose parameters are left alone.
+        ranks: the processes that train this model together, each on its own batches; every one builds its engine.
+            Gradients are averaged over them in the backward pass, so call :meth:`after_backward` after it.
+        bucket_bytes: most bytes of gradients that are sent together.
+        share_with: those of the ranks among whom parked state is split (see
+            :class:`~hift_lightning.engine.shares.Shares`); ``None``: every rank keeps all of it.
 
     Raises:
         ConfigurationError: if the optimizer cannot be used (LBFGS; one without parameters of the model), or a
@@ -82,6 +93,9 @@ class HiFT:
         settings: HiFTSettings | None = None,
         *,
         others: Sequence[Optimizer] = (),
+        ranks: Ranks | None = None,
+        bucket_bytes: int = 25 * 2**20,
+        share_with: Ranks | None = None,
     ) -> None:
         self.model = model
         self.settings = settings = settings or HiFTSettings()
@@ -104,10 +118,16 @@ class HiFT:
             trainable=_names_in(self._parameters, optimizer),
         )
         self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
+        self._shares: Shares | None = None
+        if share_with is not None and share_with.size > 1:
+            blocks = [[self._parameters[name] for name in block.parameters] for block in self.plan.blocks]
+            self._shares = Shares(share_with, blocks)
+            for parameter in (p for parameters in blocks for p in parameters if not self._keeps(p)):
+                optimizer.state.pop(parameter, None)  # Adagrad builds it in its constructor
         self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
         self._trained = {name: self._parameters[name] for block in self.plan.blocks for name in block.parameters}
         if settings.master_weights:
-            for parameter in self._trained.values():
+            for parameter in filter(self._keeps, self._trained.values()):
                 if parameter.dtype in _SIXTEEN_BIT:
                     self.residency.make_master_when_updated(parameter)
                 else:
@@ -132,6 +152,16 @@ class HiFT:
         governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
         self._governed = list(governed.values())
         self._warn_of_unoptimized(governed.keys() - {name for b in self.plan.blocks for name in b.parameters})
+        self.reduction: GradientReduction | None = None
+        """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
+        if ranks is not None and ranks.size > 1:
+            self.reduction = GradientReduction(
+                ranks, bucket_bytes, one_by_one=settings.update == "fused", deliver=self._take_average
+            )
+        self.averages_gradients = True
+        """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
+        self._averaged = False
+        self._nonfinite_loss: str | None = None
         self._required_grad: list[bool] | None = None
         self._handles: list[RemovableHandle] = []
         self._gradient_handles: list[RemovableHandle] = []
@@ -176,6 +206,8 @@ class HiFT:
             return
         if self.settings.master_weights:
             self._check_that_masters_have_a_use()
+        if self._shares is not None:
+            self._check_that_state_can_be_split()
         self._required_grad = [p.requires_grad for p in self._governed]
         for parameter in self._governed:
             parameter.requires_grad_(False)
@@ -246,7 +278,14 @@ class HiFT:
             RuntimeError: if no block has been reached in a whole cycle.
         """
         self._backward_ran = True
-        self._look_for_nonfinite(loss, scaled)
+        if self.reduction is None:
+            self._look_for_nonfinite(loss, scaled)
+        else:
+            if loss is not None:
+                self._nonfinite_loss = self._nonfinite_loss or _kind_of_nonfinite(loss, scaled)
+            if not self.averages_gradients:
+                return
+            self.average_gradients(scaled=scaled, again=True)
         if self.will_skip:
             return
         block = self.block
@@ -265,6 +304,30 @@ class HiFT:
                 "parameters, so it is not trained. Keep it out of the rotation with `frozen=[...]` patterns.",
                 stacklevel=2,
             )
+
+    def average_gradients(self, *, scaled: bool = False, again: bool = False) -> None:
+        """Average what the ranks' backward passes have left, and agree on whether the step is to be left out.
+
+        Every rank calls it before its step; a rank without a backward pass gives zeros. :meth:`after_backward` does so,
+        and ``optimizer.step()`` where nothing else has.
+
+        Args:
+            scaled: see :meth:`after_backward`.
+            again: whether there is anything new if it has been called in this step.
+
+        Raises:
+            NonfiniteError: see :meth:`after_backward`; on all ranks.
+            RuntimeError: if the ranks are not at the same step.
+        """
+        if self.reduction is None or (self._averaged and not again):
+            return
+        self._averaged = True
+        closing = self.reduction.finish(self._backward_ran, self._nonfinite_loss)
+        self._backward_ran = closing.backward_ran
+        for rank, kind in closing.nonfinite_losses.items():
+            self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
+            break
+        self._look_for_nonfinite(None, scaled)
 
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
@@ -292,9 +355,9 @@ class HiFT:
         """The position in the rotation, the plan and the masters: primitives and tensors only.
 
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
-        that is read or saved.
+        that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
         """
-        masters = {name: self.residency.master(p) for name, p in self._trained.items()}
+        masters = {self._name_of[p]: master for p, master in self._gathered(self.residency.master)}
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
@@ -303,6 +366,20 @@ class HiFT:
             "parked_dtype": self.settings.parked_dtype,
             "masters": {name: master for name, master in masters.items() if master is not None},
         }
+
+    def gather_optimizer_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Make an optimizer's state dict whole on the first of the ranks among whom parked state is split.
+
+        Args:
+            state_dict: what ``optimizer.state_dict()`` gave; all ranks call this together.
+        """
+        if self._shares is None:
+            return state_dict
+        state, ids = dict(state_dict["state"]), self._saved_ids(state_dict)
+        for parameter, value in self._gathered(lambda p: state.get(ids[p])):
+            if value is not None:
+                state[ids[parameter]] = value
+        return {**state_dict, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; masters are copied, a tensor at a time.
@@ -322,6 +399,8 @@ class HiFT:
         self.half_updated = None
         if self.settings.master_weights:
             for name, parameter in self._trained.items():
+                if not self._keeps(parameter):
+                    continue
                 if name in state_dict["masters"]:
                     self.residency.keep_master(parameter, state_dict["masters"][name])
                 else:  # not updated yet, or a checkpoint without masters: its weights are all there is
@@ -363,6 +442,10 @@ class HiFT:
             ConfigurationError: if it belongs to another optimizer or other parameters.
         """
         self.check_state_dict(optimizer_state_dict=state_dict)
+        if self._shares is not None:
+            kept_elsewhere = {saved for p, saved in self._saved_ids(state_dict).items() if not self._keeps(p)}
+            state = {key: value for key, value in state_dict["state"].items() if key not in kept_elsewhere}
+            state_dict = {**state_dict, "state": state}
         self.residency.load_state_dict(state_dict, parked_dtype)
 
     def master_state_dict(self) -> dict[str, Any]:
@@ -403,6 +486,38 @@ class HiFT:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.finish()
+
+    def _keeps(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank keeps the parameter's state and updates it."""
+        return self._shares is None or self._shares.keeps(parameter)
+
+    def _gathered(self, value_of: Callable[[nn.Parameter], _Value]) -> Iterable[tuple[nn.Parameter, _Value]]:
+        """What is kept of each trained parameter, by this rank or by another among whom it is split."""
+        if self._shares is None:
+            return ((parameter, value_of(parameter)) for parameter in self._trained.values())
+        return self._shares.gather(self._trained.values(), value_of)
+
+    def _saved_ids(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, Any]:
+        """By which number an optimizer's state dict knows a parameter; those that are not trained are left out."""
+        groups = zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True)
+        ids: dict[nn.Parameter, Any] = {}
+        for group, saved in groups:
+            ids.update(zip(group["params"], saved["params"], strict=True))
+        return {parameter: ids[parameter] for parameter in self._trained.values()}
+
+    def _check_that_state_can_be_split(self) -> None:
+        first = next(iter(self._trained.values()))
+        if not probe(self.optimizer, first, first.dtype).separate:
+            raise ConfigurationError(
+                f"The optimizer `{type(self.optimizer).__name__}` does not treat parameters one by one, so ranks that "
+                "each update a share of them would change the result; use `shard_parked_state=False`."
+            )
+
+    @property
+    def _plan_number(self) -> int:
+        """The same on ranks with the same blocks and turns."""
+        record = repr(record_of_plan(self.plan, self.rotation))
+        return int.from_bytes(hashlib.sha256(record.encode()).digest()[:7], "big")
 
     def _names_in_groups(self) -> list[list[str]]:
         names = {p: name for name, p in self._parameters.items()}
@@ -445,16 +560,20 @@ class HiFT:
         self._activate_block()
 
     def _activate_block(self) -> None:
+        if self.reduction is not None:
+            self.reduction.expect(list(self._block_parameters()), self.updates, self._plan_number)
         for parameter in self._block_parameters():
             parameter.requires_grad_(True)
-            if self.settings.update == "fused":
-                hook = self._update_in_backward
-            elif self._pieces is None and self._prefetch.applies_to(parameter):
-                hook = self._prefetch_in_backward
-            else:
-                continue
-            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._gradient_handles.append(handle)
+            if self._pieces is None and self._prefetch.applies_to(parameter):
+                self._hook(parameter, self._prefetch_in_backward)
+            if self.reduction is not None:
+                self._hook(parameter, self._average_in_backward)
+            elif self.settings.update == "fused":
+                self._hook(parameter, self._update_in_backward)
+
+    def _hook(self, parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
+        handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._gradient_handles.append(handle)
 
     def _deactivate(self) -> None:
         for parameter in self._block_parameters():
@@ -473,7 +592,20 @@ class HiFT:
         if self.clip_value is not None:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
         self._updated = True
-        self._pieces.step([parameter])
+        if self._keeps(parameter):
+            self._pieces.step([parameter])
+        else:
+            parameter.grad = None
+
+    def _average_in_backward(self, parameter: Tensor) -> None:
+        assert self.reduction is not None
+        assert isinstance(parameter, nn.Parameter)
+        if self.averages_gradients:
+            self.reduction.ready(parameter)
+
+    def _take_average(self, parameter: nn.Parameter) -> None:
+        if self.settings.update == "fused":
+            self._update_in_backward(parameter)
 
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
         self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
@@ -499,7 +631,7 @@ class HiFT:
         self.last_step_skipped = False
         if not self.will_skip:
             if loss is not None:
-                self._search.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
+                self._search.look_at(LOSS, _without_inf(loss) if scaled else loss)
             if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
                 for name in self.block.parameters:
                     if (gradient := self._parameters[name].grad) is not None:
@@ -511,8 +643,8 @@ class HiFT:
             for parameter in self._block_parameters():
                 parameter.grad = None
 
-    def _meet_nonfinite(self, name: str, kind: str) -> None:
-        what = "the loss" if name == LOSS else f"the gradient of `{name}`"
+    def _meet_nonfinite(self, name: str, kind: str, where: str = "") -> None:
+        what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
         told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
         if self.settings.nonfinite == "skip":
             self._nonfinite = told
@@ -543,10 +675,15 @@ class HiFT:
 
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
-        if not self._searched and getattr(self.optimizer, "found_inf", None) is None:
+        scaled = getattr(self.optimizer, "found_inf", None) is not None
+        self.average_gradients(scaled=scaled)
+        if not self._searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
         if not self.has_gradient:
             return
+        for parameter in self._block_parameters():
+            if not self._keeps(parameter):
+                parameter.grad = None
         if self._pieces is not None:
             self._note_versions()
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
@@ -578,6 +715,8 @@ class HiFT:
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.park(self._block_parameters())
+        if self._shares is not None:
+            self._shares.spread(self._block_parameters())
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
@@ -594,10 +733,24 @@ class HiFT:
         self.residency.discard(self._block_parameters())
 
     def _forget_step(self) -> None:
-        self._backward_ran = self._updated = self._searched = False
+        self._backward_ran = self._updated = self._searched = self._averaged = False
+        if self.reduction is not None:
+            self.reduction.give_up()
         self._search = NonfiniteSearch(self._mesh)
+        self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}
+
+
+def _without_inf(loss: Tensor) -> Tensor:
+    return loss.detach().nan_to_num(torch.nan, 0.0, 0.0)
+
+
+def _kind_of_nonfinite(loss: Tensor, scaled: bool) -> str | None:
+    search = NonfiniteSearch()
+    search.look_at(LOSS, _without_inf(loss) if scaled else loss)
+    found = search.first()
+    return None if found is None else found[1]
 
 
 def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.residency import Place, Residency
-from hift_lightning.engine.shards import local
+from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS
 
@@ -117,7 +116,7 @@ class PieceUpdate:
             ConfigurationError: if it does not treat each element by itself.
         """
         for parameter in self._group_of:
-            if isinstance(parameter, DTensor) and not self._probe(parameter).elementwise:
+            if mesh_of([parameter]) is not None and not self._probe(parameter).elementwise:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` does not treat each element of a weight by "
                     "itself, so stepping each rank's rows would change the result; use `strategy='hift_ddp'`, where "

@@ -228,6 +228,10 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def prepare_model(self) -> None:
         """Change the model before its precision is set and optimizers are made of it; one device needs nothing."""
 
+    def engine_arguments(self) -> dict[str, Any]:
+        """Further arguments of :class:`HiFT`; one device needs none."""
+        return {}
+
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -240,6 +244,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 optimizer,
                 self.settings,
                 others=[other for other in self.optimizers if other is not optimizer],
+                **self.engine_arguments(),
             )
             for optimizer in self.optimizers
         ]
@@ -328,7 +333,11 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         Raises:
             NonfiniteError: see :meth:`HiFT.after_backward`.
         """
-        engine.after_backward(loss, scaled=getattr(self.precision_plugin, "scaler", None) is not None)
+        engine.after_backward(loss, scaled=self._scales_gradients)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        return getattr(self.precision_plugin, "scaler", None) is not None
 
     @override
     def optimizer_step(
@@ -351,8 +360,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
         def closure_for_reached_block() -> Any:
             result = closure()
-            if engine.has_gradient:
-                return result
+            engine.average_gradients(scaled=self._scales_gradients)
+            if engine.has_gradient:  # on a rank that left this batch out, those of the others
+                return torch.zeros(()) if result is None else result
             # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
             self._trainer.gradient_clip_val = None
             return None

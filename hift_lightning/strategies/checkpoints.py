@@ -70,8 +70,9 @@ class BlockwiseCheckpoints(_Base):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        self.engine_of(optimizer).residency.synchronize()
-        return super().optimizer_state(optimizer)
+        engine = self.engine_of(optimizer)
+        engine.residency.synchronize()
+        return engine.gather_optimizer_state(super().optimizer_state(optimizer))
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -26,6 +26,7 @@ from typing_extensions import override
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.partition import partition
 from hift_lightning.strategies.blockwise import BlockwiseTraining
+from hift_lightning.strategies.refusals import refuse_wrapped_modules
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import modules_to_shard, refuse_what_cannot_be_sharded, same_on_all_ranks
 
@@ -33,7 +34,7 @@ _PRIMITIVES = int | float | str | bool | None
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStrategy):
+class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStrategy):  # type: ignore[misc]
     """HiFT with weights, gradients, optimizer state and masters sharded over the devices, of an unchanged module.
 
     The strategy itself calls :func:`~torch.distributed.fsdp.fully_shard` on each layer. All layers are gathered for the
@@ -131,6 +132,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         if isinstance(module, FSDPModule):  # by an earlier `fit` or `test`
             module.reshard()
             return
+        refuse_wrapped_modules(module)
         refuse_what_cannot_be_sharded(module)
         if self._layer_sync is not None:
             self._layer_sync.apply(module)
@@ -143,14 +145,14 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         offload = CPUOffloadPolicy(pin_memory=not on_cpu) if self._offload_params else OffloadPolicy()
         for part in [*modules_to_shard(module, plan), module]:
             # one after the other, so that the device never holds more than one of them whole
-            same_on_all_ranks(part, mesh)
+            same_on_all_ranks(part, self._ranks, self.root_device)
             fully_shard(part, mesh=mesh, mp_policy=self._mp_policy, offload_policy=offload)
+            if part is not module:
+                part.register_forward_hook(_note_what_backward_needs)
         for name in _STEPS:
             if is_overridden(name, module):
                 # so that parameters of the module itself, and tied ones, are whole in it
                 register_fsdp_forward_method(module, name)
-        for part in _sharded(module)[1:]:
-            part.register_forward_hook(_note_what_backward_needs)
 
     @override
     def model_to_device(self) -> None:
@@ -167,7 +169,6 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
 
     @override
     def _setup_model(self, model: Module) -> Module:
-        assert isinstance(model, FSDPModule)
         _initialize(model)
         return model
 
@@ -216,7 +217,7 @@ def _sharded(module: Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def _initialize(root: FSDPModule) -> None:
+def _initialize(root: Module) -> None:
     """Let FSDP2 lay out its communication now, while every parameter requires a gradient.
 
     It does so in the first forward pass, and takes the dtypes of gradients from the parameters that require one then:
@@ -224,12 +225,13 @@ def _initialize(root: FSDPModule) -> None:
     (`FSDPParamGroup._init_mp_dtypes`). Its buffers are allocated too, or an evaluation under `inference_mode` would
     make them ones that autograd refuses later.
     """
-    root.hift_nothing = lambda: None
-    register_fsdp_forward_method(root, "hift_nothing")  # type: ignore[arg-type]
+    name = "hift_first_forward"
+    setattr(root, name, lambda: None)
+    register_fsdp_forward_method(root, name)
     with torch.no_grad():
-        root.hift_nothing()
-    del root.hift_nothing
-    for part in _sharded(root):  # type: ignore[arg-type]
+        getattr(root, name)()
+    delattr(root, name)
+    for part in _sharded(root):
         part.unshard()
         part.reshard()
 

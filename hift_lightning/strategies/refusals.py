@@ -1,13 +1,23 @@
 """What does not go with training block by block, told before it begins: each raises `MisconfigurationException`."""
 
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from hift_lightning.engine.settings import HiFTSettings
 
 
 def refuse_callbacks_that_freeze(trainer: Trainer) -> None:
@@ -77,3 +87,35 @@ def refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> N
                 "each parameter to one optimizer."
             )
         seen |= parameters
+
+
+def refuse_arguments_of_ddp(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that assume the wrapper of `DistributedDataParallel`, which HiFT does without."""
+    known = {field.name for field in dataclasses.fields(HiFTSettings)} | set(inspect.signature(DDPStrategy).parameters)
+    for name, value in arguments.items():
+        if name in known and name not in _NOT_WITH_BLOCKS:
+            continue
+        why = _NOT_WITH_BLOCKS.get(name, "neither HiFT nor `DDPStrategy` has such an argument that is of use here")
+        raise MisconfigurationException(f"`HiFTDDPStrategy({name}={value!r})` cannot be: {why}; leave it out.")
+
+
+_NOT_WITH_BLOCKS = {
+    "find_unused_parameters": "gradients of the active block alone are averaged, and which of its parameters take part "
+    "in the loss is found out in each step",
+    "static_graph": "another block has gradients in each step, so the graph is not static",
+    "gradient_as_bucket_view": "gradients are freed after each step, and no bucket outlives it",
+    "ddp_comm_hook": "communication hooks assume one fixed set of parameters",
+    "ddp_comm_state": "communication hooks assume one fixed set of parameters",
+    "ddp_comm_wrapper": "communication hooks assume one fixed set of parameters",
+    "model_averaging_period": "gradients are averaged in each step",
+}
+
+
+def refuse_wrapped_modules(module: LightningModule) -> None:
+    """Refuse modules that are wrapped for another kind of distributed training."""
+    for name, part in module.named_modules():
+        if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)):
+            raise MisconfigurationException(
+                f"`{type(module).__name__}.{name}` is wrapped in `{type(part).__name__}`, which averages gradients of "
+                "a fixed set of parameters; give the module unwrapped, the strategy does what is needed."
+            )

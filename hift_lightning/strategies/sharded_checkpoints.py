@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.tensor import DeviceMesh, DTensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_with_path
 from typing_extensions import override
@@ -31,6 +34,7 @@ from typing_extensions import override
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.reduction import Ranks
 from hift_lightning.engine.shards import in_ranks_mesh, local, own_rows, whole_on_first_rank
 from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
 
@@ -49,20 +53,17 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     """Mixed into a strategy for sharded modules, it saves and loads without putting parked state on the device."""
 
     _save_distributed_checkpoint: bool
-    _host_group: dist.ProcessGroup
-    """All ranks, by a backend that sends host memory."""
+    _ranks: Ranks
     _host_mesh: DeviceMesh
+    """The ranks, with tensors in host memory."""
     _folder: "_Folder | None" = None
     """Which tensors are read from that a loaded checkpoint only tells of."""
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        world = dist.group.WORLD
-        assert world is not None
-        sends_host_memory = "cpu:" in dist.get_backend_config(world)
-        self._host_group = world if sends_host_memory else dist.new_group(backend="gloo")
-        self._host_mesh = DeviceMesh.from_group(self._host_group, "cpu")
+        self._ranks = Ranks()
+        self._host_mesh = DeviceMesh.from_group(self._ranks.telling, "cpu")
 
     @property
     @override
@@ -105,20 +106,20 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             super()._complete(checkpoint)
         except ParkedStateError as error:
             problem = error
-        told: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(told, problem and str(problem), group=self._host_group)
+        told: list[str | None] = [None] * self._ranks.size
+        dist.all_gather_object(told, problem and str(problem), group=self._ranks.telling)
         if problem is not None:
             raise problem
         for rank, text in enumerate(told):
             if text is not None:
                 raise ParkedStateError(f"On rank {rank}: {text}")
         record = checkpoint["hift"]["resume"]
-        record["random_states_of_ranks"] = [None] * self.world_size
-        dist.all_gather_object(record["random_states_of_ranks"], record["random_state"], group=self._host_group)
+        record["random_states_of_ranks"] = [None] * self._ranks.size
+        dist.all_gather_object(record["random_states_of_ranks"], record["random_state"], group=self._ranks.telling)
 
     def _meet_others(self) -> None:
         try:
-            dist.monitored_barrier(self._host_group, _PATIENCE)
+            dist.monitored_barrier(self._ranks.telling, _PATIENCE)
         except RuntimeError as error:
             raise ParkedStateError(
                 "Each rank has a part of it, and not all have come to the same error; go on from the last checkpoint."
@@ -134,7 +135,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             return
 
         def put_together(name: str, shard: Tensor, parameter: DTensor) -> Tensor | None:
-            return whole_on_first_rank(local(shard), parameter, self._host_group)
+            return whole_on_first_rank(local(shard), parameter, self._ranks.telling)
 
         checkpoint = self._with_shards_changed(checkpoint, put_together, _now)
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
@@ -157,7 +158,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         temporary = path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}")
         self._on_first_rank(lambda: _make_anew(temporary))
         try:
-            dcp.save(shards, storage_writer=dcp.FileSystemWriter(temporary), process_group=self._host_group)
+            save(shards, storage_writer=FileSystemWriter(temporary), process_group=self._ranks.telling)
         except CheckpointException as error:
             rank, cause = next(iter(error.failures.items()))
             raise ConfigurationError(
@@ -219,8 +220,8 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
         record = checkpoint.get("hift", {}).get("resume", {})
         states = record.get("random_states_of_ranks", [])
-        if len(states) == self.world_size:
-            record["random_state"] = states[self.global_rank]
+        if len(states) == self._ranks.size:
+            record["random_state"] = states[self._ranks.rank]
         rest = {**checkpoint, "state_dict": {}}
         super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard, _Later))
 
@@ -254,16 +255,13 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
                 for i, state in enumerate(checkpoint["optimizer_states"])
             ]
         if "hift" in checkpoint:
-            engines = [
-                {
-                    **record,
-                    "masters": when(
-                        record["masters"],
-                        lambda name, master, i=i: change(f"masters_{i}.{name}", master, parameters[name]),
-                    ),
-                }
-                for i, record in enumerate(checkpoint["hift"]["engines"])
-            ]
+            engines = []
+            for i, record in enumerate(checkpoint["hift"]["engines"]):
+
+                def change_master(name: str, master: Tensor, prefix: str = f"masters_{i}") -> Any:
+                    return change(f"{prefix}.{name}", master, parameters[name])
+
+                engines.append({**record, "masters": when(record["masters"], change_master)})
             changed["hift"] = {**checkpoint["hift"], "engines": engines}
         return changed
 
@@ -340,7 +338,7 @@ class _Folder:
             with warnings.catch_warnings():
                 # each rank reads for itself, which this tells of as if it were a mistake
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-                dcp.load(target, storage_reader=self._reader, no_dist=True)
+                load(target, storage_reader=self._reader, no_dist=True)
         except Exception as error:  # damaged files make the reader raise many unrelated types
             raise ConfigurationError(
                 f"The checkpoint `{self._path}` is not whole: `{name}` cannot be read from it "
@@ -349,7 +347,7 @@ class _Folder:
         return shard
 
 
-class _CarefulReader(dcp.FileSystemReader):
+class _CarefulReader(FileSystemReader):
     """Reads a folder's index once, and no objects in it but those that torch writes: unpickling others runs code."""
 
     _index: Metadata | None = None

@@ -1,17 +1,15 @@
 """Which modules of a model are sharded each on its own, and the weights that they are sharded from."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DeviceMesh, DTensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.partition import Plan
+from hift_lightning.engine.reduction import Ranks
 
 
 def modules_to_shard(model: nn.Module, plan: Plan) -> list[nn.Module]:
@@ -51,41 +49,30 @@ def modules_to_shard(model: nn.Module, plan: Plan) -> list[nn.Module]:
     return found
 
 
-def same_on_all_ranks(module: nn.Module, mesh: DeviceMesh) -> None:
+def same_on_all_ranks(module: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Give all ranks the weights and buffers of the first one, a tensor at a time.
 
     Args:
         module: what of it is sharded already is left as it is.
-        mesh: the ranks; its device needs memory for one tensor.
+        ranks: which share it.
+        device: by which they send; it needs memory for one tensor.
     """
-    for tensor in _whole_tensors(module):
-        on_device = tensor.to(mesh.device_type)
-        # not every backend sends booleans
-        sent = on_device.view(torch.uint8) if on_device.dtype == torch.bool else on_device
-        dist.broadcast(sent, group=mesh.get_group(), group_src=0)
-        if on_device is not tensor:
-            tensor.copy_(on_device)
-
-
-def _whole_tensors(module: nn.Module) -> Iterator[Tensor]:
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
-            yield tensor.detach()
+            on_device = tensor.detach().to(device)
+            # not every backend sends booleans
+            ranks.send_from(0, [on_device.view(torch.uint8) if on_device.dtype == torch.bool else on_device])
+            tensor.detach().copy_(on_device)
 
 
 def refuse_what_cannot_be_sharded(module: nn.Module) -> None:
-    """Refuse modules that are wrapped or sharded already, and parameters without values or without rows.
+    """Refuse modules that are sharded already, and parameters without values or without rows.
 
     Raises:
         ConfigurationError: if there is one.
     """
     name_of_class = type(module).__name__
     for name, part in module.named_modules():
-        if isinstance(part, FullyShardedDataParallel | DistributedDataParallel):
-            raise ConfigurationError(
-                f"`{name_of_class}.{name}` is wrapped in `{type(part).__name__}`, and `hift_fsdp2` shards the module "
-                "itself; give the module unwrapped."
-            )
         if isinstance(part, FSDPModule):
             raise ConfigurationError(
                 f"`fully_shard` has been called on `{name_of_class}.{name}`, and `hift_fsdp2` calls it itself, on the "

@@ -1,6 +1,5 @@
 """`hift_fsdp2` on two and four ranks equals one process at the batch of all of them, and sends no more than it must."""
 
-import contextlib
 import warnings
 
 import lightning as L
@@ -12,10 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
-from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
-from tests.blocks_seen import TOP_DOWN, layer_of
+from tests.blocks_seen import layer_of
 from tests.processes import run
-from tests.small_transformer import CLASSES, LENGTH, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
+from tests.small_transformer import VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
 
 STEPS = 8  # two cycles of four blocks
 

@@ -2,7 +2,6 @@
 
 import random
 
-import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.comparing import assert_same
 from tests.processes import run
-from tests.small_transformer import SmallTransformer, loader, make_batches
+from tests.small_transformer import SmallTransformer, make_batches
 from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
 
 STEPS = 3  # an epoch; it ends within a cycle of four blocks

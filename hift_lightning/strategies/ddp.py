@@ -1,0 +1,150 @@
+"""``Trainer(strategy="hift_ddp")``: HiFT on several devices, each with the whole model and its own batches."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.reduction import Ranks
+from hift_lightning.strategies.blockwise import BlockwiseTraining
+from hift_lightning.strategies.refusals import refuse_arguments_of_ddp, refuse_wrapped_modules
+
+
+class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
+    """Data-parallel HiFT: every device trains the same block on its own batches, and only that block is averaged.
+
+    The module is not wrapped in ``DistributedDataParallel``, whose buckets have the size of the model and whose set of
+    parameters is fixed. Gradients are averaged beside backward, bucket by bucket
+    (:class:`~hift_lightning.engine.reduction.GradientReduction`), once per optimizer step whatever is accumulated.
+    Weights are those of rank 0 from the start; buffers (BatchNorm's averages) are those of rank 0 at each batch.
+    A rank whose ``training_step`` returns ``None`` counts as zeros.
+
+    Args:
+        shard_parked_state: split the parked state and masters over the ranks of a machine: each keeps and updates its
+            share and gives the others the new weights (as ZeRO-1 does), which sends the block once more. While a
+            checkpoint is saved, rank 0 holds the state of its machine once.
+        bucket_cap_mb: most MiB of gradients that are sent together.
+        arguments: those of :class:`~hift_lightning.strategies.blockwise.BlockwiseTraining` (``group_size``, ``order``
+            and so on), and ``accelerator``, ``parallel_devices``, ``cluster_environment``, ``checkpoint_io``,
+            ``precision_plugin``, ``process_group_backend``, ``timeout`` and ``start_method`` of
+            :class:`~lightning.pytorch.strategies.DDPStrategy`.
+
+    Raises:
+        ConfigurationError: if a value cannot work.
+        MisconfigurationException: for arguments of DDP that assume its wrapper.
+    """
+
+    strategy_name = "hift_ddp"
+
+    def __init__(self, *, shard_parked_state: bool = False, bucket_cap_mb: float = 25, **arguments: Any) -> None:
+        refuse_arguments_of_ddp(arguments)
+        if bucket_cap_mb <= 0:
+            raise ConfigurationError(f"`bucket_cap_mb={bucket_cap_mb}` must be above 0, in MiB; 25 is usual.")
+        super().__init__(**arguments)
+        self._shard_parked_state = shard_parked_state
+        self._bucket_bytes = int(bucket_cap_mb * 2**20)
+        self._ranks: Ranks | None = None
+        self._of_machine: Ranks | None = None
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register(cls.strategy_name, cls, description="Data-parallel HiFT")
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        refuse_wrapped_modules(self.lightning_module)
+        super().setup(trainer)
+
+    @override
+    def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        super().choose_group_size(trainer, module, batch)
+        self.settings = self.broadcast(self.settings)  # batches, and so choices, may differ
+
+    @override
+    def prepare_model(self) -> None:
+        assert self.model is not None
+        if self._layer_sync is not None:
+            self.model = self._layer_sync.apply(self.model)
+        self._ranks = Ranks()
+        if self._shard_parked_state:
+            self._of_machine = self._ranks_of_machine()
+        # before masters are taken from the weights
+        self._ranks.send_from(0, [tensor.detach() for tensor in _states(self.model)])
+
+    @override
+    def engine_arguments(self) -> dict[str, Any]:
+        return {"ranks": self._ranks, "bucket_bytes": self._bucket_bytes, "share_with": self._of_machine}
+
+    @override
+    def _setup_model(self, model: Module) -> Module:  # type: ignore[override]
+        return model
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._ranks is not None
+        assert self.lightning_module is not None
+        if all(engine.averages_gradients for engine in self.engines):
+            self._ranks.send_from(0, self.lightning_module.buffers())
+        return super().training_step(*args, **kwargs)
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        for engine in self.engines:
+            engine.averages_gradients = False
+        try:
+            yield
+        finally:
+            for engine in self.engines:
+                engine.averages_gradients = True
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        self._refuse_to_gather_alone()
+        return super().optimizer_state(optimizer)
+
+    @override
+    def _complete(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse_to_gather_alone()
+        super()._complete(checkpoint)
+        if not self._ending:  # otherwise other ranks may be elsewhere
+            assert self._ranks is not None
+            record = checkpoint["hift"]["resume"]
+            states: list[Any] = [None] * self.world_size
+            dist.all_gather_object(states, record["random_state"], group=self._ranks.telling)
+            record["random_states_of_ranks"] = states
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+        record = checkpoint.get("hift", {}).get("resume", {})
+        states = record.get("random_states_of_ranks", [])
+        if len(states) == self.world_size:
+            record["random_state"] = states[self.global_rank]
+        super().load_optimizer_state_dict(checkpoint)
+
+    def _refuse_to_gather_alone(self) -> None:
+        if self._ending and self._of_machine is not None:
+            raise ParkedStateError(
+                "Parked state is split over the ranks (`shard_parked_state=True`), and they may not have failed "
+                "together; go on from the last checkpoint."
+            )
+
+    def _ranks_of_machine(self) -> Ranks:
+        first = self.node_rank * self.num_processes
+        members = list(range(first, first + self.num_processes))
+        return Ranks(dist.new_group(members, use_local_synchronization=True))
+
+
+def _states(model: Module) -> Iterator[Any]:
+    yield from model.parameters()
+    yield from model.buffers()
