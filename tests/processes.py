@@ -40,10 +40,12 @@ def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 1
         processes.append(process)
         pipes.append(receiving)
     try:
-        return _collect(processes, pipes, time.monotonic() + timeout)
+        results = _collect(processes, pipes, time.monotonic() + timeout)
+        for process in processes:
+            process.join(timeout)
+        return results
     finally:
         for process in processes:
-            process.join(0 if process.exitcode is None else None)
             if process.is_alive():
                 process.kill()
                 process.join()

@@ -28,7 +28,12 @@ from hift_lightning.engine.partition import partition
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_wrapped_modules
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
-from hift_lightning.strategies.sharding import modules_to_shard, refuse_what_cannot_be_sharded, same_on_all_ranks
+from hift_lightning.strategies.sharding import (
+    modules_to_shard,
+    refuse_what_cannot_be_sharded,
+    refuse_what_was_not_sharded,
+    same_on_all_ranks,
+)
 
 _PRIMITIVES = int | float | str | bool | None
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -131,6 +136,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         assert module is not None
         if isinstance(module, FSDPModule):  # by an earlier `fit` or `test`
             module.reshard()
+            refuse_what_was_not_sharded(module)
             return
         refuse_wrapped_modules(module)
         refuse_what_cannot_be_sharded(module)

@@ -58,6 +58,8 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     """The ranks, with tensors in host memory."""
     _folder: "_Folder | None" = None
     """Which tensors are read from that a loaded checkpoint only tells of."""
+    _alone = False
+    """Whether this rank has failed and others have not."""
 
     @override
     def setup_environment(self) -> None:
@@ -69,6 +71,11 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     @override
     def lightning_restore_optimizer(self) -> bool:
         return True  # by `load_optimizer_state_dict`, as on one device
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not self._alone:  # the Trainer would wait for the others after a checkpoint that was not saved
+            super().barrier(name)
 
     # Until a checkpoint is written each rank has its own shards in it, as if it were alone.
 
@@ -121,6 +128,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         try:
             dist.monitored_barrier(self._ranks.telling, _PATIENCE)
         except RuntimeError as error:
+            self._alone = True
             raise ParkedStateError(
                 "Each rank has a part of it, and not all have come to the same error; go on from the last checkpoint."
             ) from error

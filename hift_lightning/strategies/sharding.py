@@ -94,3 +94,17 @@ def refuse_what_cannot_be_sharded(module: nn.Module) -> None:
                 f"The parameter `{name}` of `{name_of_class}` has no dimension to be sharded along; give it the shape "
                 "(1,)."
             )
+
+
+def refuse_what_was_not_sharded(module: nn.Module) -> None:
+    """Refuse a module that has got new parameters since it was sharded.
+
+    Raises:
+        ConfigurationError: if there is one.
+    """
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise ConfigurationError(
+                f"`{name}` has come into the module after an earlier `fit` or `test` has sharded it; make a new "
+                "LightningModule of the new parts."
+            )

@@ -1,5 +1,7 @@
 """`hift_fsdp2` on two and four ranks equals one process at the batch of all of them, and sends no more than it must."""
 
+import gc
+import re
 import warnings
 
 import lightning as L
@@ -8,12 +10,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
+from hift_lightning import HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from tests.blocks_seen import layer_of
 from tests.processes import run
-from tests.small_transformer import VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
+from tests.small_transformer import CLASSES, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
 
 STEPS = 8  # two cycles of four blocks
 
@@ -112,6 +116,13 @@ CASES = {
     "loose and tied": ({}, {**DOUBLE, "model": "loose"}, 1e-10),
     "loose and tied, sgd": ({}, {"model": "loose", "optimizer": "sgd"}, 1e-6),
     "state stays on the device": ({"offload": "none"}, DOUBLE, 1e-10),
+    "weights in host memory": ({"offload_params": True}, DOUBLE, 1e-10),
+    "computed in bf16": ({"mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}}, {}, 5e-2),
+    "masters": (
+        {"master_weights": True, "mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}},
+        {"precision": "bf16-true"},
+        5e-2,
+    ),
 }
 
 
@@ -135,13 +146,14 @@ def _train_all(cases):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, list(CASES)[:8]), (2, list(CASES)[8:]), (4, ["adamw", "loose and tied"])]
+    ("ranks", "cases"), [(2, list(CASES)[:9]), (2, list(CASES)[9:]), (4, ["adamw", "loose and tied"])]
 )
 def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases):
     results = run(_train_all, ranks, cases)
     for case in cases:
         settings, arguments = arguments_of(case)
         batches = of_all_ranks(make_batches(STEPS * ranks), ranks)
+        settings = {key: value for key, value in settings.items() if key not in ("mp_policy", "offload_params")}
         module, trainer_ = fit(HiFTStrategy(**settings), batches, **arguments)
         weights, fingerprint, updates = results[0][case]
         assert distance(weights, module.state_dict()) < CASES[case][2], case
@@ -218,3 +230,258 @@ def test_only_the_active_block_is_reduced_and_nothing_below_it_is_gathered_in_ba
         above = [loose, blocks[-1] - loose, *reversed(blocks[max(active, 1) : -1])]
         assert step["backward"] == above  # an embedding's gradient does not depend on its weights
         assert step["whole"] == [{f"layers.{i}", "head"} for i in range(DEPTH)]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+class Tall(L.LightningModule):
+    """24 layers with weights of 32 KiB each, and activations that count for nothing."""
+
+    def __init__(self, make_optimizer):
+        super().__init__()
+        self.make_optimizer = make_optimizer
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)) for _ in range(24))
+        self.head = nn.Linear(64, CLASSES)
+
+    def training_step(self, batch, batch_idx):
+        tokens, labels = batch
+        hidden = nn.functional.one_hot(tokens, 64).float().mean(1)
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return nn.functional.cross_entropy(self.head(hidden), labels)
+
+    def configure_optimizers(self):
+        return self.make_optimizer(self.parameters())
+
+
+MODELS["tall"] = Tall
+
+
+class LiveBytes(Callback):
+    """Most bytes of tensors that live at once, as seen in forward and in backward of three layers."""
+
+    STEPS = (0, 12, 24)  # the head, a layer in the middle, and the lowest one
+
+    def __init__(self):
+        self.peak = 0
+        self._looks = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._looks = batch_idx in self.STEPS
+
+    def on_train_start(self, trainer, pl_module):
+        for layer in (pl_module.layers[i] for i in (0, 12, 23)):
+            layer[1].register_forward_hook(self._look)
+            layer[1].register_full_backward_hook(self._look)
+
+    def _look(self, *_):
+        if not self._looks:
+            return
+        tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+        storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
+        self.peak = max(self.peak, sum(storages.values()))
+
+
+def _peak():
+    live = LiveBytes()
+    batches = of_this_rank(make_batches(dist.get_world_size() * 25, size=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*returned a view tensor|Full backward hook is firing")
+        # an optimizer without state, which would be parked in the same memory here
+        fit(HiFTFSDP2Strategy(), batches, "tall", "sgd", devices=dist.get_world_size(), callbacks=[live])
+    return live.peak
+
+
+def test_a_rank_holds_its_shards_and_a_few_layers():
+    model = Tall(None)
+    weights = sum(p.nbytes for p in model.parameters())
+    layer = sum(p.nbytes for p in model.layers[0].parameters())
+    for peak in run(_peak, 4):
+        # in backward one layer is whole, and the one below has been gathered or the active one's gradients are there
+        assert weights / 4 < peak < weights / 4 + 2.5 * layer < 0.4 * weights
+
+
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+class NotFinite(SmallTransformer):
+    """On one rank the loss, or the gradient of one row of the embedding, is NaN in the third batch."""
+
+    def __init__(self, make_optimizer, where):
+        super().__init__(make_optimizer)
+        self.where = where
+
+    def training_step(self, batch, batch_idx):
+        self.at_fault = batch_idx == 2 and dist.get_rank() == 1
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.at_fault and self.where == "loss" else loss
+
+    def forward(self, tokens):
+        def poison(module, args, output):
+            nothing = torch.zeros_like(output)
+            nothing[0, 0] = torch.nan
+            output.register_hook(lambda gradient: gradient + nothing)
+
+        if not (self.at_fault and self.where == "gradient"):
+            return super().forward(tokens)
+        with self.embedding.register_forward_hook(poison):
+            return super().forward(tokens)
+
+
+MODELS["nan in loss"] = lambda make: NotFinite(make, "loss")
+MODELS["nan in gradient"] = lambda make: NotFinite(make, "gradient")
+
+
+def _meet_nan():
+    results = {}
+    for where in ("loss", "gradient"):
+        model, batches = f"nan in {where}", of_this_rank(make_batches(2 * 6))
+        settings = {"steps_per_block": 3, "order": "bottom2up"}  # the third batch is the embedding's
+        with pytest.raises(NonfiniteError) as caught:
+            fit(HiFTFSDP2Strategy(**settings), batches, model, devices=2)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="A step is left out")
+            skipped, trainer_ = fit(HiFTFSDP2Strategy(nonfinite="skip", **settings), batches, model, devices=2)
+        del batches[2]
+        without, _ = fit(HiFTFSDP2Strategy(**settings), batches, devices=2)
+        results[where] = str(caught.value), trainer_.strategy.hift.skipped_steps, whole(skipped), whole(without)
+    return results
+
+
+def test_all_ranks_raise_or_skip_together():
+    for result in run(_meet_nan, 2):
+        for where, (told, skips, skipped, without) in result.items():
+            what = "The loss" if where == "loss" else "The gradient of `embedding.weight`"
+            assert told.startswith(f"{what} has NaN in update 3")
+            assert skips == 1
+            assert distance(skipped, without) == 0
+
+
+# --- before, after and between fits ---------------------------------------------------------------------------------
+
+
+class Manual(HiFTManualMixin, SmallTransformer):
+    """Optimizes by hand, with the mixin's windows of two batches."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.hift_step(self.loss(batch), accumulate_grad_batches=2, gradient_clip_val=0.5)
+
+
+MODELS["manual"] = Manual
+
+
+def _live():
+    ranks = {"devices": 2, "use_distributed_sampler": False, "num_sanity_val_steps": 1}
+    torch.manual_seed(dist.get_rank())
+    module = SmallTransformer()
+    nn.init.normal_(module.embedding.weight)  # differs from rank to rank
+    tests = loader(make_batches(3, seed=4))
+    told = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers|.*isinstance.treespec|.*recommended to")
+        trainer_ = trainer(HiFTFSDP2Strategy(), **ranks)
+        before = whole_later(module)
+        told.append(trainer_.validate(module, tests, verbose=False)[0]["val_loss"])
+        before = before()
+        trainer_.fit(module, loader(of_this_rank(make_batches(8))), tests)
+        told.append(trainer_.test(module, tests, verbose=False)[0]["val_loss"])
+        trained = whole(module)
+        trainer(HiFTFSDP2Strategy(order="bottom2up"), **ranks).fit(
+            module, loader(of_this_rank(make_batches(8, seed=1))), tests
+        )
+        predicted = trainer_.predict(module, loader([tokens for tokens, _ in make_batches(1, seed=4)]))
+        assert all(p.requires_grad for p in module.parameters())
+        manual, _ = fit(
+            HiFTFSDP2Strategy(), of_this_rank(make_batches(16)), "manual", "adamw", torch.float64, devices=2
+        )
+    return before, trained, whole(module), told, predicted[0], whole(manual)
+
+
+def whole_later(module):
+    return lambda: {name: value.clone() for name, value in whole(module).items()}
+
+
+def test_it_tests_and_predicts_and_fits_again():
+    results = run(_live, 2)
+    before, trained, again, told, predicted, manual = results[0]
+    assert all(
+        distance(weights, other) == 0
+        for result in results
+        for weights, other in zip((before, trained, again, manual), (*result[:3], result[5]), strict=True)
+    )
+    assert told == results[1][3]
+    single = SmallTransformer()
+    single.load_state_dict(before)
+    tests = loader(make_batches(3, seed=4))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers|.*isinstance.treespec|.*no `val_")
+        trainer_ = trainer("hift")
+        assert told[0] == pytest.approx(trainer_.validate(single, tests, verbose=False)[0]["val_loss"], abs=1e-6)
+        single.load_state_dict(trained)
+        assert told[1] == pytest.approx(trainer_.test(single, tests, verbose=False)[0]["val_loss"], abs=1e-6)
+        single.load_state_dict(again)
+        assert torch.allclose(predicted, single.eval()(make_batches(1, seed=4)[0][0]), atol=1e-6)
+        by_hand, _ = fit(HiFTStrategy(), of_all_ranks(make_batches(16), 2), "manual", "adamw", torch.float64)
+    assert distance(manual, by_hand.state_dict()) < 1e-10
+
+
+# --- what cannot be -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"tensor_parallel_size": 2}, "`tensor_parallel_size=2`.*leave it at 1"),
+        ({"group_size": "auto", "memory_budget": "1GiB"}, "`group_size='auto'`.*give `group_size` a number"),
+        ({"mp_policy": {"param_dtype": "bf16"}}, "`mp_policy.param_dtype='bf16'`.*like `bfloat16`"),
+        ({"mp_policy": {"params": "bfloat16"}}, "`mp_policy` has no `params`"),
+    ],
+)
+def test_it_refuses_arguments(arguments, told):
+    with pytest.raises(ConfigurationError, match=told):
+        HiFTFSDP2Strategy(**arguments)
+
+
+class ShardsItself(SmallTransformer):
+    def configure_model(self):
+        fully_shard(self.layers[0], mesh=self.device_mesh["data_parallel"])
+
+
+class WithoutValues(SmallTransformer):
+    def configure_model(self):
+        self.head = nn.Linear(WIDTH, CLASSES, device="meta")
+
+
+class WithAScalar(SmallTransformer):
+    def configure_model(self):
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+MODELS |= {"sharded": ShardsItself, "meta": WithoutValues, "scalar": WithAScalar}
+REFUSED = {
+    "sharded": ({}, {}, "`fully_shard` has been called on `ShardsItself.layers.0`"),
+    "meta": ({}, {}, "`head.weight` of `WithoutValues` has no values yet"),
+    "scalar": ({}, {}, "`scale` of `WithAScalar` has no dimension"),
+    "small": ({}, {"optimizer": "adafactor"}, "`Adafactor` does not treat each element.*`strategy='hift_ddp'`"),
+    "loose": ({"data_parallel_size": 1}, {}, "`data_parallel_size=1` is not the number of devices, 2"),
+}
+
+
+def _refused():
+    told = {}
+    for model, (settings, arguments, _) in REFUSED.items():
+        with pytest.raises(ConfigurationError) as caught:
+            fit(HiFTFSDP2Strategy(**settings), make_batches(1), model, devices=2, **arguments)
+        told[model] = str(caught.value)
+    return told
+
+
+def test_it_refuses_modules_and_optimizers():
+    for told in run(_refused, 2):
+        for model, (_, _, pattern) in REFUSED.items():
+            assert re.search(pattern, told[model]), told[model]

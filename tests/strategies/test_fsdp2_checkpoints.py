@@ -1,16 +1,24 @@
 """Checkpoints of `hift_fsdp2`: both kinds hold everything, on any number of ranks, and for other strategies."""
 
+import os
+import pickle
 import random
+import re
+import shutil
+import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.comparing import assert_same
-from tests.processes import run
+from tests.processes import RankError, run
 from tests.small_transformer import SmallTransformer, make_batches
 from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
 
@@ -161,11 +169,91 @@ def test_masters_are_saved_whole(folder, two_ranks):
     assert any((masters[name] != weight.float()).any() for name, weight in saved["state_dict"].items())
 
 
-def _read_foreign(folder):
-    return _refused(folder / "double-2-fsdp2-1.folder-with-code")
+# --- what is not loaded ---------------------------------------------------------------------------------------------
 
 
-def _refused(path):
-    with pytest.raises(ConfigurationError) as caught:
-        _part(path.parent, "double", 1, 2, (), path.name)
-    return str(caught.value)
+class RunsCode:
+    def __reduce__(self):
+        return print, ("code of a checkpoint has run",)
+
+
+def _refused(folder, names):
+    told = []
+    for name in names:
+        with pytest.raises(ConfigurationError) as caught:
+            _part(folder, "double", 1, 2, (), name)
+        told.append(str(caught.value))
+    return told
+
+
+def test_folders_that_run_code_or_are_not_whole_are_refused(folder, two_ranks):
+    whole_one = folder / "double-2-fsdp2-1.folder"
+    for name in ("code", "no-index", "cut", "no-meta"):
+        shutil.copytree(whole_one, folder / name)
+    (folder / "code" / ".metadata").write_bytes(pickle.dumps(RunsCode()))
+    (folder / "no-index" / ".metadata").unlink()
+    for file in (folder / "cut").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (folder / "no-meta" / "meta.pt").unlink()
+    told = run(_refused, 1, folder, ["code", "no-index", "cut", "no-meta"])[0]
+    for sentence, pattern in zip(
+        told,
+        (
+            "`.*code` is not whole.*`builtins.print` does not belong into the index",
+            "`.*no-index` is not whole.*No such file",
+            "`.*cut` is not whole.*`state_dict.",
+            "`.*no-meta` is no checkpoint: it has no `meta.pt`",
+        ),
+        strict=True,
+    ):
+        assert re.search(pattern, sentence), sentence
+
+
+# --- runs that fail -------------------------------------------------------------------------------------------------
+
+
+class Fails(SmallTransformer):
+    how = ""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 4 and dist.get_rank() == 1:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("on one rank only")
+        return super().training_step(batch, batch_idx)
+
+
+class Killed(Fails):
+    how = "killed"
+
+
+MODELS |= {"fails": Fails, "killed": Killed}
+
+
+def _fail(folder, model):
+    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_exception=True)
+    fit(
+        HiFTFSDP2Strategy(timeout=timedelta(seconds=20)),
+        of_this_rank(make_batches(12)),
+        model,
+        devices=2,
+        callbacks=[checkpoints],
+        enable_checkpointing=True,
+    )
+
+
+def _resume_killed(folder):
+    _, trainer_ = fit(
+        HiFTFSDP2Strategy(), make_batches(6), devices=1, ckpt_path=folder / "step=4.ckpt", accelerator="cpu"
+    )
+    return trainer_.global_step
+
+
+@pytest.mark.parametrize(("model", "told"), [("killed", "rank 1 died"), ("fails", "rank 1 raised(?s:.*)on one rank")])
+def test_a_rank_that_fails_alone_ends_the_job_and_the_last_checkpoint_is_good(tmp_path, model, told):
+    started = time.monotonic()
+    with pytest.raises(RankError, match=told):
+        run(_fail, 2, tmp_path, model)
+    assert time.monotonic() - started < 60
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
+    assert run(_resume_killed, 1, tmp_path) == [6]
