@@ -6,6 +6,7 @@ file is what `HiFTStrategy` would have saved. When either is loaded every rank r
 ranks may be another one.
 """
 
+import contextlib
 import pickle
 import shutil
 import warnings
@@ -75,7 +76,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     @override
     def barrier(self, name: str | None = None) -> None:
         if not self._alone:  # the Trainer would wait for the others after a checkpoint that was not saved
-            super().barrier(name)
+            super().barrier(name)  # type: ignore[safe-super]
 
     # Until a checkpoint is written each rank has its own shards in it, as if it were alone.
 
@@ -331,28 +332,43 @@ class _Folder:
     Args:
         path: of the folder.
         mesh: the ranks, in host memory.
+
+    Raises:
+        ConfigurationError: if its index cannot be read, or a file is shorter than it tells.
     """
 
     def __init__(self, path: Path, mesh: DeviceMesh) -> None:
         self._path = path
         self._mesh = mesh
         self._reader = _CarefulReader(path)
+        with self._told("its index"):
+            pieces = self._reader.read_metadata().storage_data.values()
+        for piece in pieces:
+            with self._told(f"`{piece.relative_path}`"):
+                length = (path / piece.relative_path).stat().st_size
+                if length < piece.offset + piece.length:
+                    raise EOFError(f"it ends at byte {length:,}")
 
     def read(self, name: str, parameter: DTensor, dtype: torch.dtype) -> Tensor:
         """This rank's rows of a tensor of a parameter's shape, in host memory."""
         shard = torch.empty(local(parameter).shape, dtype=dtype)
-        target = {name: in_ranks_mesh(shard, parameter, self._mesh)}
-        try:
-            with warnings.catch_warnings():
-                # each rank reads for itself, which this tells of as if it were a mistake
-                warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-                load(target, storage_reader=self._reader, no_dist=True)
-        except Exception as error:  # damaged files make the reader raise many unrelated types
-            raise ConfigurationError(
-                f"The checkpoint `{self._path}` is not whole: `{name}` cannot be read from it "
-                f"({str(error).strip().splitlines()[-1]}); go on from an earlier one."
-            ) from error
+        with self._told(f"`{name}`"), warnings.catch_warnings():
+            # each rank reads for itself, which this tells of as if it were a mistake
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load({name: in_ranks_mesh(shard, parameter, self._mesh)}, storage_reader=self._reader, no_dist=True)
         return shard
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        # damaged files make the reader raise many unrelated types, or an error that is no `Exception`
+        except (Exception, CheckpointException) as error:
+            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+            raise ConfigurationError(
+                f"The checkpoint `{self._path}` is not whole: {what} cannot be read "
+                f"({(str(cause).strip() or type(cause).__name__).splitlines()[0]}); go on from an earlier one."
+            ) from error
 
 
 class _CarefulReader(FileSystemReader):
