@@ -99,6 +99,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             )
         self._mp_policy = parse_mp_policy(mp_policy)
         self._offload_params = offload_params
+        self._laid_out = False
 
     @classmethod
     @override
@@ -118,6 +119,11 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if getattr(self.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                "`precision='16-mixed'` looks for overflows in all gradients, and a rank has some rows of each; use "
+                "`precision='bf16-mixed'`, or `mp_policy={'param_dtype': 'bfloat16', 'reduce_dtype': 'float32'}`."
+            )
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -175,7 +181,8 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
 
     @override
     def _setup_model(self, model: Module) -> Module:
-        _initialize(model)
+        _lay_out_communication(model)
+        self._laid_out = True
         return model
 
     @override
@@ -184,6 +191,13 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         for part in _sharded(self.lightning_module)[1:]:
             part.set_unshard_in_backward(False)
         return super().training_step(*args, **kwargs)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        if self._laid_out:
+            assert isinstance(self.lightning_module, FSDPModule)
+            self.lightning_module.reset_iter_state()  # so that the module can be used again
 
     @override
     def on_validation_end(self) -> None:
@@ -223,7 +237,7 @@ def _sharded(module: Module) -> list[FSDPModule]:
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
-def _initialize(root: Module) -> None:
+def _lay_out_communication(root: Module) -> None:
     """Let FSDP2 lay out its communication now, while every parameter requires a gradient.
 
     It does so in the first forward pass, and takes the dtypes of gradients from the parameters that require one then:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -388,6 +389,8 @@ def _live():
         before = whole_later(module)
         told.append(trainer_.validate(module, tests, verbose=False)[0]["val_loss"])
         before = before()
+        with torch.inference_mode():  # as Lightning evaluates but on gloo
+            module(make_batches(1)[0][0])
         trainer_.fit(module, loader(of_this_rank(make_batches(8))), tests)
         told.append(trainer_.test(module, tests, verbose=False)[0]["val_loss"])
         trained = whole(module)
@@ -396,10 +399,18 @@ def _live():
         )
         predicted = trainer_.predict(module, loader([tokens for tokens, _ in make_batches(1, seed=4)]))
         assert all(p.requires_grad for p in module.parameters())
+        fails, batches = trainer(HiFTFSDP2Strategy(), **ranks), loader(of_this_rank(make_batches(8)))
+        with module.layers[1].linear2.register_forward_hook(_fail), pytest.raises(ValueError, match="in the middle"):
+            fails.fit(module, batches)
+        assert told[-1] != trainer_.test(module, tests, verbose=False)[0]["val_loss"]
         manual, _ = fit(
             HiFTFSDP2Strategy(), of_this_rank(make_batches(16)), "manual", "adamw", torch.float64, devices=2
         )
     return before, trained, whole(module), told, predicted[0], whole(manual)
+
+
+def _fail(*_):
+    raise ValueError("in the middle of a forward pass")
 
 
 def whole_later(module):
@@ -474,6 +485,8 @@ REFUSED = {
 
 def _refused():
     told = {}
+    with pytest.raises(ConfigurationError, match="precision='16-mixed'.*use `precision='bf16-mixed'`"):
+        fit(HiFTFSDP2Strategy(), make_batches(1), devices=2, plugins=[MixedPrecision("16-mixed", "cpu")])
     for model, (settings, arguments, _) in REFUSED.items():
         with pytest.raises(ConfigurationError) as caught:
             fit(HiFTFSDP2Strategy(**settings), make_batches(1), model, devices=2, **arguments)

@@ -216,10 +216,10 @@ class Fails(SmallTransformer):
     how = ""
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == 4 and dist.get_rank() == 1:
+        if batch_idx == 4 and (dist.get_rank() == 1 or self.how == "together"):
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("on one rank only")
+            raise ValueError("in a batch")
         return super().training_step(batch, batch_idx)
 
 
@@ -227,11 +227,15 @@ class Killed(Fails):
     how = "killed"
 
 
-MODELS |= {"fails": Fails, "killed": Killed}
+class Together(Fails):
+    how = "together"
 
 
-def _fail(folder, model):
-    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_exception=True)
+MODELS |= {"fails": Fails, "killed": Killed, "together": Together}
+
+
+def _fail(folder, model, every=2):
+    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=every, save_top_k=-1, save_on_exception=True)
     fit(
         HiFTFSDP2Strategy(timeout=timedelta(seconds=20)),
         of_this_rank(make_batches(12)),
@@ -242,18 +246,25 @@ def _fail(folder, model):
     )
 
 
-def _resume_killed(folder):
+def _resume_failed(folder):
     _, trainer_ = fit(
         HiFTFSDP2Strategy(), make_batches(6), devices=1, ckpt_path=folder / "step=4.ckpt", accelerator="cpu"
     )
     return trainer_.global_step
 
 
-@pytest.mark.parametrize(("model", "told"), [("killed", "rank 1 died"), ("fails", "rank 1 raised(?s:.*)on one rank")])
+@pytest.mark.parametrize(("model", "told"), [("killed", "rank 1 died"), ("fails", "rank 1 raised(?s:.*)in a batch")])
 def test_a_rank_that_fails_alone_ends_the_job_and_the_last_checkpoint_is_good(tmp_path, model, told):
     started = time.monotonic()
     with pytest.raises(RankError, match=told):
         run(_fail, 2, tmp_path, model)
     assert time.monotonic() - started < 60
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=2.ckpt", "step=4.ckpt"]
-    assert run(_resume_killed, 1, tmp_path) == [6]
+    assert run(_resume_failed, 1, tmp_path) == [6]
+
+
+def test_ranks_that_fail_together_save_where_they_are(tmp_path):
+    with pytest.raises(RankError, match="in a batch"):
+        run(_fail, 2, tmp_path, "together", 3)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt", "step=4.ckpt"]
+    assert run(_resume_failed, 1, tmp_path) == [6]
