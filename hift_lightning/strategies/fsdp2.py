@@ -1,6 +1,6 @@
 """``Trainer(strategy="hift_fsdp2")``: HiFT with the weights sharded over several devices (FSDP2)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from typing_extensions import override
 
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_wrapped_modules
@@ -58,6 +58,8 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             their own masters.
         offload_params: keep the shards of all weights in host memory, and step them there. On the device are then only
             the layers that are being computed.
+        whole: shell-style patterns on names of modules that are gathered at the start of a step and not when they are
+            called, since something else uses their weights.
         save_distributed_checkpoint: save checkpoints as folders, into which each rank writes what it holds; otherwise
             as one file, which rank 0 puts together in host memory and which every HiFT strategy and a plain Trainer
             can load. Both kinds are loaded, whatever is set here.
@@ -78,6 +80,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         tensor_parallel_size: int = 1,
         mp_policy: MixedPrecisionPolicy | Mapping[str, Any] | None = None,
         offload_params: bool = False,
+        whole: Sequence[str] = (),
         save_distributed_checkpoint: bool = True,
         **arguments: Any,
     ) -> None:
@@ -99,6 +102,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             )
         self._mp_policy = parse_mp_policy(mp_policy)
         self._offload_params = offload_params
+        self._whole = whole
         self._laid_out = False
 
     @classmethod
@@ -155,7 +159,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         mesh = self.device_mesh["data_parallel"]
         on_cpu = self.root_device.type == "cpu"
         offload = CPUOffloadPolicy(pin_memory=not on_cpu) if self._offload_params else OffloadPolicy()
-        for part in [*modules_to_shard(module, plan), module]:
+        for part in [*modules_to_shard(module, plan, self._whole), module]:
             # one after the other, so that the device never holds more than one of them whole
             same_on_all_ranks(part, self._ranks, self.root_device)
             fully_shard(part, mesh=mesh, mp_policy=self._mp_policy, offload_policy=offload)
@@ -193,11 +197,28 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         return super().training_step(*args, **kwargs)
 
     @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if len(self.optimizers) > 1:
+            # gradients of one of them only are asked for in backward, by parameters that are not in the graph here
+            raise ConfigurationError(
+                f"There are {len(self.optimizers)} optimizers, and on sharded weights HiFT rotates one; use "
+                "`strategy='hift_ddp'`, or one optimizer with several param groups."
+            )
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if self._laid_out:
-            assert isinstance(self.lightning_module, FSDPModule)
-            self.lightning_module.reset_iter_state()  # so that the module can be used again
+        if "mixed torch.Tensor and DTensor" in str(exception):
+            tell(
+                exception,
+                "`hift_fsdp2` gathers weights when their module is called, and here some were used without calling it; "
+                "name that module in `HiFTFSDP2Strategy(whole=[...])`, and it is gathered at the start of a step.",
+            )
+        # torch 2.8 has no way back to where another forward pass can begin
+        module = self.lightning_module
+        if self._laid_out and isinstance(module, FSDPModule) and hasattr(module, "reset_iter_state"):
+            module.reset_iter_state()
 
     @override
     def on_validation_end(self) -> None:

@@ -1,6 +1,8 @@
 """Which modules of a model are sharded each on its own, and the weights that they are sharded from."""
 
 from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from hift_lightning.engine.partition import Plan
 from hift_lightning.engine.reduction import Ranks
 
 
-def modules_to_shard(model: nn.Module, plan: Plan) -> list[nn.Module]:
+def modules_to_shard(model: nn.Module, plan: Plan, whole: Sequence[str]) -> list[nn.Module]:
     """Find the modules that are gathered and freed on their own; what is left belongs to the model itself.
 
     These are the layers of the plan, and outside them the outermost modules with parameters of one layer only (an
@@ -23,20 +25,35 @@ def modules_to_shard(model: nn.Module, plan: Plan) -> list[nn.Module]:
     Args:
         model: before anything is sharded.
         plan: its layers.
+        whole: shell-style patterns on names of modules that are left to the model itself.
+
+    Raises:
+        ConfigurationError: if a pattern matches no module.
     """
+    names = [name for name, _ in model.named_modules()]
+    for pattern in whole:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigurationError(
+                f"`{pattern}` in `whole` matches no module of `{type(model).__name__}`; name one such as `{names[-1]}`."
+            )
     layer_of = {model.get_parameter(name): layer.name for layer in plan.layers for name in layer.parameters}
     layers = {layer.name for layer in plan.layers}
     users = Counter(p for module in set(model.modules()) for p in set(module.parameters(recurse=False)))
     found: list[nn.Module] = []
 
     def look_into(module: nn.Module, name: str) -> None:
+        if any(fnmatchcase(name, pattern) for pattern in whole):
+            return
         parameters = set(module.parameters())
         inside = Counter(p for part in set(module.modules()) for p in set(part.parameters(recurse=False)))
         alone = all(users[p] == inside[p] for p in parameters)
         matrices = any(p.dim() > 1 for p in parameters)
         one_layer = name in layers or len({layer_of[p] for p in parameters if p in layer_of}) <= 1
         is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-        if module is not model and matrices and alone and one_layer and is_called:
+        used_elsewhere = any(
+            fnmatchcase(f"{name}.{part}", pattern) for part, _ in module.named_modules() for pattern in whole
+        )
+        if module is not model and matrices and alone and one_layer and is_called and not used_elsewhere:
             if module not in found:
                 found.append(module)
             return

@@ -49,12 +49,15 @@ class LooseAndTied(L.LightningModule):
         self.head.weight = self.embedding.weight
         self.losses = []
 
+    def scores(self, hidden):
+        return self.head(hidden)
+
     def training_step(self, batch, batch_idx):
         tokens, labels = batch
         hidden = self.embedding(tokens)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
-        loss = nn.functional.cross_entropy(self.head(hidden * self.scale).mean(1), labels)
+        loss = nn.functional.cross_entropy(self.scores(hidden * self.scale).mean(1), labels)
         self.losses.append(loss.item())
         return loss
 
@@ -172,7 +175,10 @@ class Sent(Callback):
 
     def __init__(self):
         self.steps = []
-        for name in ("all_gather_single", "reduce_scatter_single"):
+        # torch before 2.13 has other names for them
+        for name in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            if not hasattr(dist, name):
+                continue
             setattr(dist, name, self._counting(name, getattr(dist, name)))
 
     def _counting(self, name, collective):
@@ -359,6 +365,47 @@ def test_all_ranks_raise_or_skip_together():
             assert distance(skipped, without) == 0
 
 
+# --- weights that are used without their module ---------------------------------------------------------------------
+
+
+class UsesWeights(LooseAndTied):
+    """The head is a product with the embedding's weights, and no module."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        del self.head
+
+    def scores(self, hidden):
+        return hidden @ self.embedding.weight.T
+
+
+class TwoOptimizers(HiFTManualMixin, SmallTransformer):
+    def configure_optimizers(self):
+        self.automatic_optimization = False
+        return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.embedding, self.head)]
+
+
+MODELS |= {"weights": UsesWeights, "two": TwoOptimizers}
+
+
+def _use_weights():
+    with pytest.raises(RuntimeError, match="mixed") as caught:
+        fit(HiFTFSDP2Strategy(), make_batches(1), "weights", devices=2)
+    with pytest.raises(ConfigurationError, match="`embeddings` in `whole` matches no module"):
+        fit(HiFTFSDP2Strategy(whole=["embeddings"]), make_batches(1), "weights", devices=2)
+    batches = of_this_rank(make_batches(2 * STEPS))
+    module, _ = fit(HiFTFSDP2Strategy(whole=["embedding"]), batches, "weights", dtype=torch.float64, devices=2)
+    return caught.value.__notes__, whole(module)
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="before 3.11 it is a warning")
+def test_weights_that_are_used_without_their_module_can_be_gathered_at_the_start():
+    [notes, weights], _ = run(_use_weights, 2)
+    assert any("HiFTFSDP2Strategy(whole=[...])" in note for note in notes)
+    module, _ = fit(HiFTStrategy(), of_all_ranks(make_batches(2 * STEPS), 2), "weights", dtype=torch.float64)
+    assert distance(weights, module.state_dict()) < 1e-10
+
+
 # --- before, after and between fits ---------------------------------------------------------------------------------
 
 
@@ -479,6 +526,7 @@ REFUSED = {
     "meta": ({}, {}, "`head.weight` of `WithoutValues` has no values yet"),
     "scalar": ({}, {}, "`scale` of `WithAScalar` has no dimension"),
     "small": ({}, {"optimizer": "adafactor"}, "`Adafactor` does not treat each element.*`strategy='hift_ddp'`"),
+    "two": ({}, {}, "There are 2 optimizers.*use `strategy='hift_ddp'`"),
     "loose": ({"data_parallel_size": 1}, {}, "`data_parallel_size=1` is not the number of devices, 2"),
 }
 
