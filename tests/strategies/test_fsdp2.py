@@ -24,6 +24,7 @@ STEPS = 8  # two cycles of four blocks
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
     "groups": lambda parameters: torch.optim.AdamW(
@@ -106,7 +107,13 @@ DOUBLE = {"dtype": torch.float64}
 CASES = {
     "sgd": ({}, {"optimizer": "sgd"}, 1e-6),
     "adamw": ({}, DOUBLE, 1e-10),
-    "streamed": ({"update": "streamed", "window": 4096, "parked_dtype": "float32"}, {}, 5e-2),
+    # a parked dtype has state copied on a CPU too, so that pieces are cut
+    "streamed": (
+        {"update": "streamed", "window": 3072, "parked_dtype": "float32"},
+        {"model": "loose", "optimizer": "momentum"},
+        1e-6,
+    ),
+    "state in files": ({"offload": "files"}, {**DOUBLE, "model": "loose"}, 1e-10),
     "fused": ({"update": "fused"}, DOUBLE, 1e-10),
     "fused, clipped by value": ({"update": "fused"}, {**DOUBLE, "gradient_clip_val": 0.01, "clip": "value"}, 1e-10),
     "two layers a block": ({"group_size": 2, "order": "bottom2up"}, DOUBLE, 1e-10),
@@ -130,18 +137,20 @@ CASES = {
 }
 
 
-def arguments_of(case):
+def arguments_of(case, folder):
     settings, arguments, _ = CASES[case]
     arguments = dict(arguments)
+    if settings.get("offload") == "files":
+        settings = {**settings, "offload": folder}
     if "clip" in arguments:
         arguments["gradient_clip_algorithm"] = arguments.pop("clip")
     return settings, arguments
 
 
-def _train_all(cases):
+def _train_all(cases, folder):
     results = {}
     for case in cases:
-        settings, arguments = arguments_of(case)
+        settings, arguments = arguments_of(case, folder)
         batches = of_this_rank(make_batches(STEPS * dist.get_world_size()))
         module, trainer_ = fit(HiFTFSDP2Strategy(**settings), batches, devices=dist.get_world_size(), **arguments)
         assert all(isinstance(p, DTensor) for p in module.parameters())
@@ -150,12 +159,12 @@ def _train_all(cases):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "cases"), [(2, list(CASES)[:9]), (2, list(CASES)[9:]), (4, ["adamw", "loose and tied"])]
+    ("ranks", "cases"), [(2, list(CASES)[:9]), (2, list(CASES)[9:]), (4, ["adamw", "loose and tied", "state in files"])]
 )
-def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases):
-    results = run(_train_all, ranks, cases)
+def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases, tmp_path):
+    results = run(_train_all, ranks, cases, tmp_path)
     for case in cases:
-        settings, arguments = arguments_of(case)
+        settings, arguments = arguments_of(case, tmp_path)
         batches = of_all_ranks(make_batches(STEPS * ranks), ranks)
         settings = {key: value for key, value in settings.items() if key not in ("mp_policy", "offload_params")}
         module, trainer_ = fit(HiFTStrategy(**settings), batches, **arguments)
