@@ -66,7 +66,24 @@ class LooseAndTied(L.LightningModule):
         return self.make_optimizer(self.parameters())
 
 
-MODELS = {"small": SmallTransformer, "loose": LooseAndTied}
+class WithoutStack(SmallTransformer):
+    """No list of layers: each module of torch is one, and attention with its parts too."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer, depth=0)
+        torch.manual_seed(5)
+        self.layers = None
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.recurrent = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        hidden, _ = self.attention(hidden, hidden, hidden)
+        hidden, _ = self.recurrent(hidden)
+        return self.head(self.norm(hidden).mean(1))
+
+
+MODELS = {"small": SmallTransformer, "loose": LooseAndTied, "without stack": WithoutStack}
 
 
 def fit(
@@ -126,6 +143,7 @@ CASES = {
     "param groups": ({}, {**DOUBLE, "optimizer": "groups"}, 1e-10),
     "loose and tied": ({}, {**DOUBLE, "model": "loose"}, 1e-10),
     "loose and tied, sgd": ({}, {"model": "loose", "optimizer": "sgd"}, 1e-6),
+    "without a stack": ({}, {**DOUBLE, "model": "without stack"}, 1e-10),
     "state stays on the device": ({"offload": "none"}, DOUBLE, 1e-10),
     "weights in host memory": ({"offload_params": True}, DOUBLE, 1e-10),
     "computed in bf16": ({"mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}}, {}, 5e-2),
