@@ -68,6 +68,10 @@ class HiFT:
     from full fine-tuning: the gradient norm is that of the active block; Adam's ``step`` counts a parameter's own
     updates; and a delayed scheduler (:meth:`delay`) changes the rate between cycles only.
 
+    Of a model that torch's ``fully_shard`` was called on, each rank steps its rows, and state and masters are those of
+    its rows. Run a forward pass before :meth:`start` where a mixed precision policy is used: FSDP2 takes the dtypes of
+    gradients from the parameters that require one in its first forward pass.
+
     Args:
         model: the model, on the device that it is trained on.
         optimizer: any torch optimizer over the model's parameters with the user's param groups, or a function
@@ -131,7 +135,7 @@ class HiFT:
                 if parameter.dtype in _SIXTEEN_BIT:
                     self.residency.make_master_when_updated(parameter)
                 else:
-                    self.residency.keep_master(parameter, local(parameter.detach()))
+                    self.residency.keep_master(parameter, local(parameter).detach())
         self._mesh = mesh_of(self._trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)

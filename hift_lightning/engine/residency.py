@@ -375,7 +375,7 @@ class Residency:
         """Rows of the master on the parameter's device, fp32; see :meth:`load`."""
         place = place or _own_memory_on(parameter.device)
         if parameter not in self._masters:
-            weights = local(parameter.detach())
+            weights = local(parameter).detach()
             return place(weights if rows == ALL_ROWS else weights[rows], torch.float32)
         source = self._masters[parameter].read(rows)
         if self._steps_masters_in_place(parameter):

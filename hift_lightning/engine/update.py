@@ -200,7 +200,7 @@ class PieceUpdate:
         state = self.residency.load(piece.parameter, piece.rows, place)
         if self.residency.has_master(piece.parameter):
             return nn.Parameter(self.residency.load_master(piece.parameter, piece.rows, place)), state
-        weights = local(piece.parameter.detach())
+        weights = local(piece.parameter).detach()
         return nn.Parameter(weights if piece.whole else weights[piece.rows]), state
 
     def _step(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
@@ -221,7 +221,7 @@ class PieceUpdate:
             parameter = piece.parameter
             weights.grad = None
             if self.residency.has_master(parameter):
-                target = local(parameter.detach())
+                target = local(parameter).detach()
                 (target if piece.whole else target[piece.rows]).copy_(weights.detach())
                 self.residency.store_master(parameter, weights.detach(), piece.rows, last=piece.last)
             if state := self.optimizer.state.pop(weights, None):

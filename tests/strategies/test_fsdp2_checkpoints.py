@@ -1,5 +1,6 @@
 """Checkpoints of `hift_fsdp2`: both kinds hold everything, on any number of ranks, and for other strategies."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -20,8 +21,9 @@ from hift_lightning.engine.errors import ConfigurationError
 from tests.comparing import assert_same
 from tests.processes import RankError, run
 from tests.small_transformer import SmallTransformer, make_batches
-from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
+from tests.strategies.test_fsdp2 import MODELS, OPTIMIZERS, distance, fit, of_all_ranks, of_this_rank, whole
 
+NOTHING = contextlib.nullcontext()
 STEPS = 3  # an epoch; it ends within a cycle of four blocks
 
 
@@ -268,3 +270,55 @@ def test_ranks_that_fail_together_save_where_they_are(tmp_path):
         run(_fail, 2, tmp_path, "together", 3)
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt", "step=4.ckpt"]
     assert run(_resume_failed, 1, tmp_path) == [6]
+
+
+class Breaks(torch.optim.SGD):
+    """Raises when it has updated one parameter, once it is armed."""
+
+    armed = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.sub_(p.grad, alpha=0.1)
+            if self.armed:
+                raise ValueError("broken")
+
+
+class InUpdate(SmallTransformer):
+    def on_before_backward(self, loss):
+        self.optimizers().optimizer.armed = self.trainer.global_step == 3
+
+
+MODELS["in update"] = InUpdate
+OPTIMIZERS["breaks"] = lambda parameters: Breaks(parameters, lr=0.1)
+
+
+def _break(folder):
+    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_exception=True)
+    with (
+        pytest.raises(ValueError, match="broken") as caught,
+        pytest.warns(UserWarning, match="No checkpoint is saved .*was being updated")
+        if dist.get_rank() == 0
+        else NOTHING,
+    ):
+        fit(
+            HiFTFSDP2Strategy(),
+            of_this_rank(make_batches(12)),
+            "in update",
+            "breaks",
+            devices=2,
+            callbacks=[checkpoints],
+            enable_checkpointing=True,
+        )
+    return caught.value.__notes__
+
+
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="before 3.11 it is a warning")
+def test_weights_that_are_updated_in_part_are_told_of_and_not_saved(tmp_path):
+    for notes in run(_break, 2, tmp_path):
+        assert any("the weights of embedding.weight have changed" in note for note in notes), notes
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=2.ckpt"]
