@@ -11,10 +11,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hift_lightning import HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
+from hift_lightning import HiFT, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from tests.blocks_seen import layer_of
 from tests.processes import run
@@ -192,6 +193,30 @@ def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases, tmp_path)
             case
         )
         assert all(distance(weights, result[case][0]) == 0 for result in results), case
+
+
+def _train_in_a_plain_loop():
+    module = SmallTransformer(OPTIMIZERS["adamw"]).double()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for part in (*module.layers, module):
+        fully_shard(part, mesh=mesh)
+    optimizer = module.configure_optimizers()
+    with HiFT(module, optimizer) as hift:
+        for tokens, labels in of_this_rank(make_batches(2 * STEPS)):
+            loss = nn.functional.cross_entropy(module(tokens), labels)
+            loss.backward()
+            hift.after_backward(loss)
+            nn.utils.clip_grad_norm_(module.parameters(), 0.3)
+            optimizer.step()
+    return whole(module)
+
+
+def test_a_plain_loop_over_a_sharded_module_equals_it_too():
+    module, _ = fit(
+        HiFTStrategy(), of_all_ranks(make_batches(2 * STEPS), 2), dtype=torch.float64, gradient_clip_val=0.3
+    )
+    for weights in run(_train_in_a_plain_loop, 2):
+        assert distance(weights, module.state_dict()) < 1e-10
 
 
 # --- what is sent, and what is whole --------------------------------------------------------------------------------
