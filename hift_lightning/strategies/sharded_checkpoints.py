@@ -32,15 +32,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_with_path
 from typing_extensions import override
 
-from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.reduction import Ranks
 from hift_lightning.engine.shards import in_ranks_mesh, local, own_rows, whole_on_first_rank
 from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
-
-_META = "meta.pt"
-"""As in the folders of Lightning's own sharded strategies."""
 
 _PATIENCE = timedelta(seconds=30)
 
@@ -150,7 +147,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
 
     def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if (path / _META).is_file():
+        if (path / META).is_file():
             shutil.rmtree(path)
         self.checkpoint_io.save_checkpoint(checkpoint, path)
 
@@ -176,7 +173,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
             ) from error
 
         def finish() -> None:
-            StreamingCheckpointIO().save_checkpoint(checkpoint, temporary / _META)
+            StreamingCheckpointIO().save_checkpoint(checkpoint, temporary / META)
             _put_in_place(temporary, path)
 
         self._on_first_rank(finish)
@@ -203,12 +200,12 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         if not path.is_dir():
             self._folder = None
             return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        if not (path / _META).is_file():
+        if not (path / META).is_file():
             raise ConfigurationError(
-                f"The folder `{path}` is no checkpoint: it has no `{_META}`; give one that `hift_fsdp2` has saved."
+                f"The folder `{path}` is no checkpoint: it has no `{META}`; give one that `hift_fsdp2` has saved."
             )
         self._folder = _Folder(path, self._host_mesh)
-        return StreamingCheckpointIO().load_checkpoint(path / _META, weights_only=weights_only)
+        return StreamingCheckpointIO().load_checkpoint(path / META, weights_only=weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -277,14 +274,16 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
     def _with_state_changed(
         self, index: int, state_dict: dict[str, Any], change: _Change, when: _When
     ) -> dict[str, Any]:
-        names = {p: name for name, p in self._sharded_parameters()}
+        names: dict[Any, str] = {}
+        for name, parameter in self._sharded_parameters():
+            names.setdefault(parameter, name)
         groups = zip(self.engines[index].optimizer.param_groups, state_dict["param_groups"], strict=False)
         pairs = (zip(saved["params"], group["params"], strict=False) for group, saved in groups)
         parameter_of = {saved_id: parameter for pair in pairs for saved_id, parameter in pair}
 
         def change_state(saved_id: Any, state: Any) -> Any:
             parameter = parameter_of.get(saved_id)
-            if parameter not in names:
+            if parameter is None or parameter not in names:
                 return state
 
             def change_leaf(path: tuple[Any, ...], leaf: Any) -> Any:

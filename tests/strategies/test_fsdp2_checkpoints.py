@@ -127,6 +127,11 @@ def test_a_file_goes_on_on_one_device_and_comes_back(folder, two_ranks):
     assert updates == 3 * STEPS
 
 
+def test_a_folder_is_refused_on_one_device(folder, two_ranks):
+    with pytest.raises(ConfigurationError, match=r"a sharded run.*with `save_distributed_checkpoint=False`"):
+        _part(folder, "double", 1, 2, (), "double-2-fsdp2-1.folder", "hift")
+
+
 def test_a_file_is_what_one_device_would_have_saved(folder, two_ranks):
     names = ("double-2-fsdp2-1.file", "one.ckpt")
     settings, arguments = PARTS["double"]
