@@ -148,8 +148,8 @@ class StreamingCheckpointIO(TorchCheckpointIO):
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
         if (path / META).is_file():
             raise ConfigurationError(
-                f"The checkpoint `{path}` is the folder of a sharded run, and `strategy='hift_fsdp2'` loads it; to have "
-                "a single file, go on from it there with `save_distributed_checkpoint=False`."
+                f"The checkpoint `{path}` is the folder of a sharded run, and `strategy='hift_fsdp2'` loads it; for a "
+                "single file, go on from it there with `save_distributed_checkpoint=False`."
             )
         try:
             with path.open("rb") as file:
