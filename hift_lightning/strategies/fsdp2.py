@@ -207,6 +207,13 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             )
 
     @override
+    def _finish(self) -> None:
+        super()._finish()
+        if self.lightning_module is not None:
+            for part in _sharded(self.lightning_module)[1:]:
+                part.set_unshard_in_backward(True)  # as torch has it, for whoever trains the module next
+
+    @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if "mixed torch.Tensor and DTensor" in str(exception):
