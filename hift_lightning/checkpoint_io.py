@@ -32,6 +32,9 @@ _TEMPORARY = ".hift-saving-"
 _COPIED_BY_WHO_LOADS = {"state_dict", "optimizer_states", "engines"}
 _HIFT = "hift"
 
+META = "meta.pt"
+"""What is no sharded tensor in the folders of sharded runs, as of Lightning's own."""
+
 _ZIP = b"PK\x03\x04"
 _FOLDER = 0x10
 
@@ -143,6 +146,11 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
+        if (path / META).is_file():
+            raise ConfigurationError(
+                f"The checkpoint `{path}` is the folder of a sharded run, and `strategy='hift_fsdp2'` loads it; for a "
+                "single file, go on from it there with `save_distributed_checkpoint=False`."
+            )
         try:
             with path.open("rb") as file:
                 start = file.read(len(_ZIP))

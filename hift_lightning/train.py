@@ -72,7 +72,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
             if _takes_masters(trainer) and cfg.model.pretrained is not None:
                 # testing has rounded the weights, and masters are made from what lies in the files
                 module.network = torch.nn.Identity()  # its memory is given back first
-                module.network = build_network(cfg, trainer, tokenizer)
+                module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
         train_loss = trainer.callback_metrics.get("train/loss")
         if cfg.evaluate:

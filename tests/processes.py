@@ -40,10 +40,12 @@ def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 1
         processes.append(process)
         pipes.append(receiving)
     try:
-        return _collect(processes, pipes, time.monotonic() + timeout)
+        results = _collect(processes, pipes, time.monotonic() + timeout)
+        for process in processes:
+            process.join(timeout)
+        return results
     finally:
         for process in processes:
-            process.join(0 if process.exitcode is None else None)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -85,14 +87,17 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    failed = False
     try:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-        answer = (False, function(*args))
+        # by value: a pipe would hand tensors over in memory that goes with this process
+        answer = pickle.dumps((False, function(*args)))
     except BaseException:
-        answer = (True, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(answer))  # by value: shared memory would go with this process
+        failed = True
+        answer = pickle.dumps((True, traceback.format_exc()))
+    pipe.send_bytes(answer)
     pipe.close()
-    if torch.distributed.is_initialized() and not answer[0]:
+    if torch.distributed.is_initialized() and not failed:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

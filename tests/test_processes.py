@@ -16,6 +16,10 @@ def _sum_of_ranks(scale):
     return torch.distributed.get_rank(), total.item()
 
 
+def _tensor():
+    return torch.full((1000,), float(torch.distributed.get_rank()))
+
+
 def _fails_on_one_rank():
     if torch.distributed.get_rank() == 1:
         raise ValueError("not today")
@@ -34,6 +38,10 @@ def _sleeps():
 
 def test_results_come_by_rank():
     assert run(_sum_of_ranks, 2, 10.0) == [(0, 10.0), (1, 10.0)]
+
+
+def test_tensors_come_too():
+    assert [tensor.sum().item() for tensor in run(_tensor, 2)] == [0.0, 1000.0]
 
 
 def test_the_error_of_a_rank_comes_with_its_traceback_and_ends_the_others():

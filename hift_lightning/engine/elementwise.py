@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hift_lightning.engine.shards import local
+
 ROWS, COLUMNS, STEPS = 8, 16, 3
 
 
@@ -140,7 +142,7 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
             return leaf
         if leaf.dim() == 0:
             return torch.zeros((), dtype=leaf.dtype) if isinstance(leaf, FakeTensor) else leaf.clone()
-        shape = parameter.shape if leaf.shape == like.shape else leaf.shape
+        shape = parameter.shape if leaf.shape == local(like).shape else leaf.shape
         value = 0.0 if isinstance(leaf, FakeTensor) else leaf.flatten()[0].item()
         dtype = parameter.dtype if leaf.dtype == parked_dtype else leaf.dtype
         return torch.full(shape, value, dtype=dtype, device=parameter.device)

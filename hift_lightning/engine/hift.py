@@ -42,6 +42,7 @@ from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
 from hift_lightning.engine.rotation import Rotation
 from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
@@ -66,6 +67,10 @@ class HiFT:
     Gradient accumulation is calling ``backward`` several times before ``optimizer.step()``. Three things differ
     from full fine-tuning: the gradient norm is that of the active block; Adam's ``step`` counts a parameter's own
     updates; and a delayed scheduler (:meth:`delay`) changes the rate between cycles only.
+
+    Of a model that torch's ``fully_shard`` was called on, each rank steps its rows, and state and masters are those of
+    its rows. Run a forward pass before :meth:`start` where a mixed precision policy is used: FSDP2 takes the dtypes of
+    gradients from the parameters that require one in its first forward pass.
 
     Args:
         model: the model, on the device that it is trained on.
@@ -130,7 +135,8 @@ class HiFT:
                 if parameter.dtype in _SIXTEEN_BIT:
                     self.residency.make_master_when_updated(parameter)
                 else:
-                    self.residency.keep_master(parameter, parameter.detach())
+                    self.residency.keep_master(parameter, local(parameter).detach())
+        self._mesh = mesh_of(self._trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
@@ -165,7 +171,7 @@ class HiFT:
         self._gradient_handles: list[RemovableHandle] = []
         self._backward_ran = False
         self._updated = False
-        self._search = NonfiniteSearch()
+        self._search = NonfiniteSearch(self._mesh)
         self._searched = False
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
         self._warned_of_skipping = False
@@ -257,7 +263,7 @@ class HiFT:
 
     def touched(self) -> list[str]:
         """Names of the parameters whose weights have changed since the step in progress began to update."""
-        return [name for name, version in self._versions.items() if self._parameters[name]._version != version]
+        return [name for name, version in self._versions.items() if local(self._parameters[name])._version != version]
 
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -467,7 +473,7 @@ class HiFT:
                     index=block.index,
                     name=block.name,
                     numel=block.numel,
-                    weight_bytes=sum(p.nbytes for p in parameters),
+                    weight_bytes=sum(local(p).nbytes for p in parameters),
                     visits=self.rotation.visits(block.index, self.updates),
                     parked_bytes=parked + masters,
                     device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
@@ -536,10 +542,12 @@ class HiFT:
 
     def _make_piece_update(self) -> PieceUpdate | None:
         """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
-        if self.settings.update == "block" and not self.settings.master_weights:
+        if self.settings.update == "block" and not self.settings.master_weights and self._mesh is None:
             return None
         window = None if self.settings.update == "block" else parse_bytes("window", self.settings.window)
-        return PieceUpdate(self.optimizer, self.residency, window)
+        pieces = PieceUpdate(self.optimizer, self.residency, window)
+        pieces.check_shards()
+        return pieces
 
     def _check_that_masters_have_a_use(self) -> None:
         dtypes = {p.dtype for p in self._trained.values()}
@@ -584,9 +592,9 @@ class HiFT:
         assert parameter.grad is not None
         if not self._updated:
             self._note_versions()
-        self._search.look_at(self._name_of[parameter], parameter.grad)
+        self._search.look_at(self._name_of[parameter], local(parameter.grad))
         if self.clip_value is not None:
-            parameter.grad.clamp_(-self.clip_value, self.clip_value)
+            local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
         self._updated = True
         if self._keeps(parameter):
             self._pieces.step([parameter])
@@ -631,7 +639,7 @@ class HiFT:
             if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
                 for name in self.block.parameters:
                     if (gradient := self._parameters[name].grad) is not None:
-                        self._search.look_at(name, gradient)
+                        self._search.look_at(name, local(gradient))
             self._searched = True
             if (found := self._search.first()) is not None:
                 self._meet_nonfinite(*found)
@@ -693,7 +701,7 @@ class HiFT:
         self._note_versions()
 
     def _note_versions(self) -> None:
-        self._versions = {name: self._parameters[name]._version for name in self.block.parameters}
+        self._versions = {name: local(self._parameters[name])._version for name in self.block.parameters}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
@@ -732,7 +740,7 @@ class HiFT:
         self._backward_ran = self._updated = self._searched = self._averaged = False
         if self.reduction is not None:
             self.reduction.give_up()
-        self._search = NonfiniteSearch()
+        self._search = NonfiniteSearch(self._mesh)
         self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from hift_lightning.engine.shards import local
+
 ROLES = ("weights", "gradients", "optimizer_state", "parked")
 
 
@@ -16,7 +18,7 @@ def bytes_by_role(
     """Count the bytes of weights, gradients and optimizer state; each storage counts once, in its first role.
 
     Args:
-        model: whose parameters, buffers and gradients are counted.
+        model: whose parameters, buffers and gradients are counted; of sharded ones those of this rank.
         optimizer: whose state is counted.
         is_parked: tells whether the optimizer state of a parameter is parked; this decides where the device is
             the CPU, so that parked state lies in the same memory. `None`: nothing is.
@@ -45,7 +47,7 @@ def bytes_by_role(
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
     total = 0
     for tensor in tensors:
-        storage = tensor.untyped_storage()
+        storage = local(tensor).untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if storage.nbytes() and key not in seen:
             seen.add(key)

@@ -3,8 +3,10 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from hift_lightning.engine.errors import ConfigurationError
 
@@ -40,9 +42,14 @@ class NonfiniteSearch:
 
     Of each tensor its smallest and largest number stay on the device: NaN and inf come through, nothing can overflow,
     and nothing of the tensor's size is allocated.
+
+    Args:
+        mesh: ranks that each look at a part of the same tensors, and find the same together; ``None`` if there are no
+            others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        self._mesh = mesh
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def look_at(self, name: str, tensor: Tensor) -> None:
@@ -61,11 +68,23 @@ class NonfiniteSearch:
             self._extremes[name] = torch.aminmax(values)
 
     def first(self) -> tuple[str, str] | None:
-        """Tell what is not finite, of all that was looked at since the last call.
+        """Tell what is not finite, of all that was looked at since the last call; ranks of a mesh call it together.
 
         Returns:
             The name of the first (the loss goes before all) and ``"NaN"`` or ``"inf"``; ``None`` if there is none.
         """
+        if self._mesh is None:
+            return self._first_here()
+        here = self._first_here()
+        found_any = torch.tensor(here is not None, dtype=torch.int32, device=self._mesh.device_type)
+        dist.all_reduce(found_any, dist.ReduceOp.MAX, self._mesh.get_group())
+        if not found_any.item():
+            return None
+        found: list[tuple[str, str] | None] = [None] * self._mesh.size()
+        dist.all_gather_object(found, here, self._mesh.get_group())
+        return min((one for one in found if one is not None), key=lambda one: one[0] != LOSS)
+
+    def _first_here(self) -> tuple[str, str] | None:
         seen, self._extremes = self._extremes, {}
         if not seen:
             return None

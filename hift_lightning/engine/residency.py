@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.shards import local
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.tiers import ALL_ROWS, Buffer, Files, HostMemory, Tier
 
@@ -167,6 +168,7 @@ class Residency:
         loaded: bool = False,
     ) -> None:
         leaves, spec = tree_flatten(self.optimizer.state[parameter])
+        leaves = [local(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
@@ -318,7 +320,7 @@ class Residency:
             if not isinstance(leaf, Tensor) or not self._leaves_with(leaf, parameter):
                 continue
             split = rows != ALL_ROWS and leaf.dim() > 0
-            whole = torch.empty((parameter.shape[0], *leaf.shape[1:]), device="meta") if split else leaf
+            whole = torch.empty((local(parameter).shape[0], *leaf.shape[1:]), device="meta") if split else leaf
             kept = known[i]
             if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
                 buffer = self._tier.allocate(whole, self._kept_dtype(leaf, leaf.dtype), parameter.device)
@@ -373,7 +375,7 @@ class Residency:
         """Rows of the master on the parameter's device, fp32; see :meth:`load`."""
         place = place or _own_memory_on(parameter.device)
         if parameter not in self._masters:
-            weights = parameter.detach()
+            weights = local(parameter).detach()
             return place(weights if rows == ALL_ROWS else weights[rows], torch.float32)
         source = self._masters[parameter].read(rows)
         if self._steps_masters_in_place(parameter):
@@ -387,7 +389,7 @@ class Residency:
         if made and self._steps_masters_in_place(parameter):
             return
         if not made and parameter not in self._unfinished_masters:
-            self._unfinished_masters[parameter] = self._tier.allocate(parameter, torch.float32, parameter.device)
+            self._unfinished_masters[parameter] = self._tier.allocate(local(parameter), torch.float32, parameter.device)
         (self._masters if made else self._unfinished_masters)[parameter].write(values, rows)
         self.bytes_parked += values.nbytes
         self._copying_from.add(parameter.device)

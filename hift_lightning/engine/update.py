@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.residency import Place, Residency
+from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS
 
@@ -108,6 +109,20 @@ class PieceUpdate:
         else:
             self._stream([piece for p in with_gradient for piece in self._cut(p, self.window)], self.window)
 
+    def check_shards(self) -> None:
+        """Raise unless the optimizer may be stepped on this rank's rows of a parameter; it is tried out.
+
+        Raises:
+            ConfigurationError: if it does not treat each element by itself.
+        """
+        for parameter in self._group_of:
+            if mesh_of([parameter]) is not None and not self._probe(parameter).elementwise:
+                raise ConfigurationError(
+                    f"The optimizer `{type(self.optimizer).__name__}` does not treat each element of a weight by "
+                    "itself, so stepping each rank's rows would change the result; use `strategy='hift_ddp'`, where "
+                    "every rank has whole weights, or an optimizer such as AdamW."
+                )
+
     def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:
         whole = [Piece(parameter, ALL_ROWS, last=True)]
         if not self.residency.copies(parameter):
@@ -119,7 +134,7 @@ class PieceUpdate:
                 "them so would change the result; use `update='block'`."
             )
         half = window // 2
-        if not trial.elementwise or parameter.dim() == 0:
+        if not trial.elementwise or parameter.dim() == 0 or local(parameter).numel() == 0:
             if (needed := self._bytes(whole[0])) > window:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor, and a "
@@ -128,10 +143,11 @@ class PieceUpdate:
                 )
             return whole
         master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
-        row = parameter.numel() // parameter.shape[0]
+        all_rows = local(parameter).shape[0]
+        row = local(parameter).numel() // all_rows
         bytes_of_row = row * (trial.state_bytes + master_bytes)
         rows = (half - _SLACK) // max(bytes_of_row, 1)
-        if rows >= parameter.shape[0]:
+        if rows >= all_rows:
             return whole
         if rows < 1:
             raise ConfigurationError(
@@ -141,8 +157,8 @@ class PieceUpdate:
             )
         together = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
         rows -= rows % together if rows > together else 0
-        starts = range(0, parameter.shape[0], rows)
-        return [Piece(parameter, slice(i, i + rows), last=i + rows >= parameter.shape[0]) for i in starts]
+        starts = range(0, all_rows, rows)
+        return [Piece(parameter, slice(i, i + rows), last=i + rows >= all_rows) for i in starts]
 
     def _probe(self, parameter: nn.Parameter) -> Probe:
         dtype = torch.float32 if self.residency.has_master(parameter) else parameter.dtype
@@ -155,10 +171,11 @@ class PieceUpdate:
         """Bytes that the piece's parked tensors take on the device."""
         share = 1.0
         if not piece.whole:
-            share = len(range(*piece.rows.indices(piece.parameter.shape[0]))) / piece.parameter.shape[0]
+            all_rows = local(piece.parameter).shape[0]
+            share = len(range(*piece.rows.indices(all_rows))) / all_rows
         whole = self.residency.device_bytes(piece.parameter)
         if self.residency.has_master(piece.parameter):
-            whole += piece.parameter.numel() * torch.float32.itemsize
+            whole += local(piece.parameter).numel() * torch.float32.itemsize
         return math.ceil(whole * share)
 
     def _stream(self, pieces: list[Piece], window: int) -> None:
@@ -183,14 +200,13 @@ class PieceUpdate:
         state = self.residency.load(piece.parameter, piece.rows, place)
         if self.residency.has_master(piece.parameter):
             return nn.Parameter(self.residency.load_master(piece.parameter, piece.rows, place)), state
-        return nn.Parameter(
-            piece.parameter.detach()[piece.rows] if not piece.whole else piece.parameter.detach()
-        ), state
+        weights = local(piece.parameter).detach()
+        return nn.Parameter(weights if piece.whole else weights[piece.rows]), state
 
     def _step(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
         for piece, weights, state in loaded:
-            gradient = piece.parameter.grad
-            assert gradient is not None
+            assert piece.parameter.grad is not None
+            gradient = local(piece.parameter.grad)
             weights.grad = (gradient if piece.whole else gradient[piece.rows]).to(weights.dtype)
             if state:
                 self.optimizer.state[weights] = state
@@ -205,8 +221,8 @@ class PieceUpdate:
             parameter = piece.parameter
             weights.grad = None
             if self.residency.has_master(parameter):
-                target = parameter.detach() if piece.whole else parameter.detach()[piece.rows]
-                target.copy_(weights.detach())
+                target = local(parameter).detach()
+                (target if piece.whole else target[piece.rows]).copy_(weights.detach())
                 self.residency.store_master(parameter, weights.detach(), piece.rows, last=piece.last)
             if state := self.optimizer.state.pop(weights, None):
                 self.residency.store(parameter, state, piece.rows, last=piece.last)

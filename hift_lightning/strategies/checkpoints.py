@@ -85,6 +85,10 @@ class BlockwiseCheckpoints(_Base):
                 # it must not hide the error that ends the run
                 rank_zero_warn(f"No checkpoint is saved of where the run has ended: {error}")
                 return
+        self._write(checkpoint, filepath, storage_options)
+
+    def _write(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None) -> None:
+        """Save a complete checkpoint; one with all of it in this process goes Lightning's way."""
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _complete(self, checkpoint: dict[str, Any]) -> None:
@@ -114,13 +118,17 @@ class BlockwiseCheckpoints(_Base):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only is not False)
+        checkpoint = self._read(checkpoint_path, weights_only is not False)
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ConfigurationError(
                 f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
                 "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
             )
         return checkpoint
+
+    def _read(self, checkpoint_path: _PATH, weights_only: bool) -> dict[str, Any]:
+        """Load what :meth:`_write` saved."""
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
