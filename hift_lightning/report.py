@@ -12,6 +12,7 @@ import lightning as L
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 
@@ -149,13 +150,13 @@ def one_sentence_errors() -> Iterator[None]:
 def failure_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
     """Let whatever ends a run before its time tell where the last checkpoint is.
 
-    Ctrl-C ends the process with a sentence. An error stays what it is and tells it below its own message.
+    Ctrl-C and SIGTERM end the process with a sentence. An error stays what it is and tells it below its own message.
     """
     try:
         yield
     except SystemExit:
         # how the Trainer ends on Ctrl-C, after its callbacks and the strategy have put things in order
-        if not trainer.interrupted:
+        if not (trainer.interrupted or trainer.received_sigterm):
             raise
         sys.exit(f"Interrupted; {_way_on(trainer)}")
     except Exception as error:
@@ -164,6 +165,21 @@ def failure_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
             told = _way_on(trainer)
             tell(error, f"{told[0].upper()}{told[1:]}")
         raise
+
+
+def end_on_sigterm(trainer: L.Trainer) -> None:
+    """End the process if SIGTERM has come while the Trainer worked and it has done all its work nevertheless.
+
+    Lightning looks at the signal between two batches, and after the last of them no more.
+
+    Args:
+        trainer: after `fit`, `validate` or `test`.
+
+    Raises:
+        SIGTERMException: as Lightning's loops do.
+    """
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def _way_on(trainer: L.Trainer) -> str:

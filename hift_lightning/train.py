@@ -17,6 +17,7 @@ from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.report import (
     collect_metrics,
+    end_on_sigterm,
     failure_names_checkpoint,
     one_sentence_errors,
     print_table,
@@ -69,14 +70,19 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         before, after = [], []
         if cfg.evaluate:
             before = trainer.test(module, data, verbose=False)
+            end_on_sigterm(trainer)
             if _takes_masters(trainer) and cfg.model.pretrained is not None:
                 # testing has rounded the weights, and masters are made from what lies in the files
                 module.network = torch.nn.Identity()  # its memory is given back first
                 module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+        end_on_sigterm(trainer)
         train_loss = trainer.callback_metrics.get("train/loss")
         if cfg.evaluate:
-            after = [*trainer.validate(module, data, verbose=False), *trainer.test(module, data, verbose=False)]
+            after = trainer.validate(module, data, verbose=False)
+            end_on_sigterm(trainer)
+            after = [*after, *trainer.test(module, data, verbose=False)]
+            end_on_sigterm(trainer)
 
     metrics = collect_metrics(trainer, before, after)
     if train_loss is not None:

@@ -11,25 +11,26 @@ from typing import Any
 import torch
 
 from experiments.faults.runs import Outcome
-from experiments.faults.trials import begun, same
+from experiments.faults.trials import CASE, begun, same
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
-from tests.resuming import newest
+from tests.resuming import Case, newest
 
 Files = Callable[[bytes, random.Random], Iterator[bytes]]
 
 
-def read(files: Files, tries: int) -> Outcome:
+def read(files: Files, tries: int, case: Case = CASE) -> Outcome:
     """Load a checkpoint of a run after something has happened to it.
 
     Args:
         files: what it has become, again and again.
         tries: how often.
+        case: of the run.
     """
     draw = random.Random(5)
     ended = lost = tried = 0
     with tempfile.TemporaryDirectory() as folder:
-        path = newest(begun(Path(folder, "run"), draw).checkpoints)
+        path = newest(begun(Path(folder, "run"), draw, case).checkpoints)
         whole, io = path.read_bytes(), StreamingCheckpointIO()
         expected = torch.load(path, weights_only=True)
         for content, _ in zip(files(whole, draw), range(tries), strict=False):

@@ -14,30 +14,35 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from experiments.faults.trials import Fault, Trial, begun, straight_run
+from experiments.faults.privileges import obey_permissions
+from experiments.faults.trials import CASE, Fault, Trial, begun, straight_run
+from hift_lightning import HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
-from tests.resuming import StopsAt
+from hift_lightning.engine.errors import ConfigurationError
+from tests.resuming import Case, StopsAt
+from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
 
 Outcome = dict[str, object]
 """Times `tried`, times that it `ended` as it should, and times that something good was `lost`."""
 
 
-def killed(name: int, tries: int) -> Outcome:
+def killed(name: int, tries: int, case: Case = CASE) -> Outcome:
     """Stop a run by a signal at random moments, from its first import to its end, and let it go on each time.
 
     Args:
         name: of the signal.
         tries: times that the signal has met a living run.
+        case: of the runs.
     """
     draw = random.Random(int(name))
     tried = ended = lost = number = 0
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
-        straight = straight_run(Path(folder, "straight"))
+        straight = straight_run(Path(folder, "straight"), case)
         duration = time.monotonic() - started
         while tried < tries:
             number += 1
-            trial = Trial(Path(folder, f"run{number}"))
+            trial = Trial(Path(folder, f"run{number}"), case)
             trial.folder.mkdir()
             while True:
                 process = trial.start()
@@ -56,7 +61,12 @@ def killed(name: int, tries: int) -> Outcome:
 
 
 def met(
-    fault: Callable[[random.Random], Fault], sentence: str, tries: int, fresh: bool = False, **changes: Any
+    fault: Callable[[random.Random], Fault],
+    sentence: str,
+    tries: int,
+    fresh: bool = False,
+    mend: Callable[[Trial], None] | None = None,
+    case: Case = CASE,
 ) -> Outcome:
     """Let a run meet a fault at a random step, and go on without it.
 
@@ -65,23 +75,26 @@ def met(
         sentence: part of what the run has to end with, as a regular expression.
         tries: how often.
         fresh: whether the run begins with the fault, rather than at a checkpoint.
-        changes: of the case.
+        mend: what somebody does before the run can go on.
+        case: of the runs.
     """
     draw = random.Random(7)
     ended = lost = 0
     with tempfile.TemporaryDirectory() as folder:
-        straight = straight_run(Path(folder, "straight"))
+        straight = straight_run(Path(folder, "straight"), case)
         for number in range(tries):
             place = Path(folder, f"run{number}")
             if fresh:
                 place.mkdir()
-            trial = Trial(place) if fresh else begun(place, draw)
-            failed = trial.complete(fault(draw), **changes) == 1
+            trial = Trial(place, case) if fresh else begun(place, draw, case)
+            failed = trial.complete(fault(draw)) == 1
             as_it_should = failed and re.search(sentence, trial.error) is not None
             ended += as_it_should
             if not as_it_should:
                 print(f"another end: {trial.error or 'none'}", flush=True)
             lost += not _whole(trial)
+            if mend is not None:
+                mend(trial)
             trial.complete()
             lost += not trial.is_exact(straight)
     return {"tried": tries, "ended": ended, "lost": lost}
@@ -89,8 +102,11 @@ def met(
 
 def _whole(trial: Trial) -> bool:
     """Whether there is no checkpoint that is not whole, nor a part of one under a checkpoint's name."""
-    for path in trial.checkpoints.glob("*.ckpt"):
-        StreamingCheckpointIO.check(path)
+    try:
+        for path in trial.checkpoints.glob("*.ckpt"):
+            StreamingCheckpointIO.check(path)
+    except ConfigurationError:
+        return False
     return True
 
 
@@ -174,3 +190,64 @@ def _raise(step: int, folder: Path) -> list[Callback]:
         raise ZeroDivisionError("a broken sample")
 
     return [StopsAt("on_train_batch_start", step, act)]
+
+
+class _Breaks(tuple[Any, ...]):
+    """A sample that cannot be read any more when all of them together have been read so many times."""
+
+    left = 0
+
+    def __iter__(self) -> Any:
+        _Breaks.left -= 1
+        if _Breaks.left < 0:
+            raise LookupError("a broken sample")
+        return super().__iter__()
+
+
+def sample_broken(draw: random.Random) -> Fault:
+    return functools.partial(_break, draw.randrange(20))
+
+
+def _break(reads: int, folder: Path) -> list[Callback]:
+    def act(trainer: Any) -> None:
+        _Breaks.left = reads
+        rows = trainer.train_dataloader.dataset
+        rows[:] = [_Breaks(row) for row in rows]
+
+    return [StopsAt("on_train_start", 1, act)]
+
+
+def read_only(draw: random.Random) -> Fault:
+    return functools.partial(_protect, _a_step(draw))
+
+
+def _protect(step: int, folder: Path) -> list[Callback]:
+    def act(trainer: Any) -> None:
+        obey_permissions()
+        (folder / "checkpoints").chmod(0o500)
+
+    return [StopsAt("on_train_batch_start", step, act)]
+
+
+def unprotect(trial: Trial) -> None:
+    trial.checkpoints.chmod(0o700)
+
+
+_FOREIGN = "of-another-model.ckpt"
+
+
+def another_model(draw: random.Random) -> Fault:
+    depth = draw.choice([1, 3, 4, 5])  # that of the runs is 2
+    return functools.partial(_put, depth, draw.choice(["hift", "auto"]))
+
+
+def _put(depth: int, strategy: str, folder: Path) -> list[Callback]:
+    """Train another model and save it as the newest checkpoint, so that it is the one to go on from."""
+    other = trainer(HiFTStrategy() if strategy == "hift" else strategy)
+    other.fit(SmallTransformer(depth=depth), loader(make_batches(2)), loader(make_batches(1)))
+    other.save_checkpoint(folder / "checkpoints" / _FOREIGN)
+    return []
+
+
+def take_away(trial: Trial) -> None:
+    (trial.checkpoints / _FOREIGN).unlink()

@@ -1,12 +1,15 @@
 """The faults that are tried, and the page on them."""
 
 import functools
+import random
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.faults import files, runs
+from experiments.faults.trials import Fault
 from experiments.table import Rows, Table, markdown
 
 HERE = Path(__file__).parent
@@ -18,43 +21,44 @@ class Row:
 
     ends: str
     """How a run, or a load, should end that meets it."""
-    measure: Callable[[], runs.Outcome]
+    tries: int
+    measure: Callable[..., runs.Outcome]
+    """Takes `tries`, and the `case` of the runs if it is not the usual one."""
 
 
 REFUSED = "a sentence, or nothing that is loaded has changed"
+NOT_SAVED = "could not be saved|no room for|can be read or written no more"
+
+
+def _met(ends: str, fault: Callable[[random.Random], Fault], words: str, **arguments: Any) -> Row:
+    return Row(ends, 20, functools.partial(runs.met, fault, words, **arguments))
+
+
 FAULTS = {
-    "SIGKILL at a random moment": Row("dead", functools.partial(runs.killed, signal.SIGKILL, 100)),
-    "SIGINT at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGINT, 20)),
-    "SIGTERM at a random moment": Row("stopped", functools.partial(runs.killed, signal.SIGTERM, 20)),
-    "disk full while saving": Row(
-        "a sentence",
-        functools.partial(
-            runs.met, runs.disk_full, "could not be saved|no room for|can be read or written no more", 20
-        ),
+    "SIGKILL at a random moment": Row("dead", 100, functools.partial(runs.killed, signal.SIGKILL)),
+    "SIGINT at a random moment": Row("stopped", 20, functools.partial(runs.killed, signal.SIGINT)),
+    "SIGTERM at a random moment": Row("stopped", 20, functools.partial(runs.killed, signal.SIGTERM)),
+    "disk full while saving": _met("a sentence", runs.disk_full, NOT_SAVED),
+    "disk full while parking": _met("a sentence", runs.no_room_to_park, "no room for", fresh=True),
+    "folder of checkpoints made read-only": _met(
+        "a sentence", runs.read_only, "could not be saved .EACCES", mend=runs.unprotect
     ),
-    "disk full while parking": Row(
-        "a sentence", functools.partial(runs.met, runs.no_room_to_park, "no room for", 20, fresh=True)
+    "files of parked state deleted": _met("a sentence", runs.file_lost, "a file of parked state is gone"),
+    "files of parked state shortened": _met("a sentence", runs.file_cut, "a file of parked state is too short"),
+    "NaN or inf in the loss": _met("a sentence", runs.spoiled_loss, "The loss has (NaN|inf)"),
+    "an error in training code": _met("its own error", runs.error_in_training, "ZeroDivisionError"),
+    "a data loader that raises": _met("its own error", runs.sample_broken, "LookupError: a broken sample"),
+    "checkpoint of another model": _met(
+        "a sentence", runs.another_model, "weights do not fit .Traced.", mend=runs.take_away
     ),
-    "files of parked state deleted": Row(
-        "a sentence", functools.partial(runs.met, runs.file_lost, "a file of parked state is gone", 20)
-    ),
-    "files of parked state shortened": Row(
-        "a sentence", functools.partial(runs.met, runs.file_cut, "a file of parked state is too short", 20)
-    ),
-    "NaN or inf in the loss": Row(
-        "a sentence", functools.partial(runs.met, runs.spoiled_loss, "The loss has (NaN|inf)", 20)
-    ),
-    "an error in training code": Row(
-        "its own error", functools.partial(runs.met, runs.error_in_training, "ZeroDivisionError", 20)
-    ),
-    "checkpoint cut short": Row("a sentence", functools.partial(files.read, files.cut_short, 300)),
-    "checkpoint with a flipped bit": Row(REFUSED, functools.partial(files.read, files.bit_flipped, 2000)),
-    "another file for a checkpoint, code in it": Row("a sentence", functools.partial(files.read, files.foreign, 6)),
+    "checkpoint cut short": Row("a sentence", 300, functools.partial(files.read, files.cut_short)),
+    "checkpoint with a flipped bit": Row(REFUSED, 2000, functools.partial(files.read, files.bit_flipped)),
+    "another file for a checkpoint, code in it": Row("a sentence", 6, functools.partial(files.read, files.foreign)),
 }
 
 
 def measure(name: str) -> dict[str, object]:
-    return FAULTS[name].measure()
+    return FAULTS[name].measure(tries=FAULTS[name].tries)
 
 
 TABLE = Table(HERE / "results.csv", tuple(FAULTS), measure)

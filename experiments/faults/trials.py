@@ -40,30 +40,30 @@ class Trial:
     """A folder in which a run is begun, meets faults, and goes on."""
 
     folder: Path
+    case: Case = CASE
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def start(self, fault: Fault = no_fault, max_steps: int | None = None, **changes: Any) -> ForkServerProcess:
+    def start(self, fault: Fault = no_fault, max_steps: int | None = None) -> ForkServerProcess:
         """Train in a process of its own, from the newest checkpoint on, with a checkpoint after every step.
 
         Args:
             fault: that it meets.
             max_steps: after which it ends.
-            changes: of the case.
         """
-        process = _FORKS.Process(target=_train, args=(self.folder, fault, max_steps, changes))
+        process = _FORKS.Process(target=_train, args=(self, fault, max_steps))
         process.start()
         return process
 
-    def complete(self, fault: Fault = no_fault, max_steps: int | None = None, **changes: Any) -> int | None:
+    def complete(self, fault: Fault = no_fault, max_steps: int | None = None) -> int | None:
         """Likewise, and wait for its end.
 
         Returns:
             The exit code.
         """
-        process = self.start(fault, max_steps, **changes)
+        process = self.start(fault, max_steps)
         process.join()
         return process.exitcode
 
@@ -99,11 +99,12 @@ class _Noted(Callback):
             file.write(f"{epoch} {batch} {loss.hex()}\n")
 
 
-def _train(folder: Path, fault: Fault, max_steps: int | None, changes: dict[str, Any]) -> None:
+def _train(trial: Trial, fault: Fault, max_steps: int | None) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    case = dataclasses.replace(CASE, **{"strategy": {**CASE.strategy, "offload": str(folder)}, **changes})
+    folder = trial.folder
+    case = dataclasses.replace(trial.case, strategy={**trial.case.strategy, "offload": str(folder)})
     saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1)
     (folder / "error.txt").unlink(missing_ok=True)
     found = list((folder / "checkpoints").glob("*.ckpt"))
@@ -130,20 +131,20 @@ def _train(folder: Path, fault: Fault, max_steps: int | None, changes: dict[str,
     torch.save(end, folder / "end.pt")
 
 
-def straight_run(folder: Path) -> Trial:
+def straight_run(folder: Path, case: Case = CASE) -> Trial:
     """A run that meets no fault."""
     folder.mkdir()
-    trial = Trial(folder)
+    trial = Trial(folder, case)
     if trial.complete() != 0:
         raise RuntimeError(f"the run without a fault failed: {trial.error}")
     return trial
 
 
-def begun(folder: Path, draw: random.Random) -> Trial:
+def begun(folder: Path, draw: random.Random, case: Case = CASE) -> Trial:
     """A run that has come to a random step and left a checkpoint of it."""
     folder.mkdir()
-    trial = Trial(folder)
-    trial.complete(max_steps=draw.randint(2, CASE.steps - 6))
+    trial = Trial(folder, case)
+    trial.complete(max_steps=draw.randint(2, case.steps - 6))
     return trial
 
 

@@ -1,6 +1,7 @@
 """The application stopped by signals and resumed ends with the figure and the weights of a run that never stopped."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
+from hift_lightning.train import train
 from tests.application.running import TINY, run_application, start_application
+from tests.application.test_configuration import composed
 
 BATCHES = 40
 RUN = [
@@ -100,3 +104,52 @@ def test_killed_it_goes_on_exactly_from_the_newest_complete_checkpoint(
     code, _ = stopped_by(signal.SIGKILL, tmp_path, EVERY_STEP)
     assert code == -signal.SIGKILL
     assert_goes_on(tmp_path, newest_complete(tmp_path / "stopped" / "checkpoints"), straight)
+
+
+class SendsSigterm(Callback):
+    """Sends the process SIGTERM in a hook, and notes the work of the Trainer that has begun."""
+
+    latest: "SendsSigterm"
+
+    def __init__(self, job: str, hook: str, after_fit: bool) -> None:
+        self.job, self.after_fit = job, after_fit
+        self.jobs: list[str] = []
+        setattr(self, hook, self._called)
+        SendsSigterm.latest = self
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.jobs.append(stage)
+
+    def _called(self, trainer: Any, *args: Any) -> None:
+        if self.jobs[-1] == self.job and self.after_fit == ("fit" in self.jobs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("job", "hook", "jobs"),
+    [
+        ("test", "on_test_batch_start", ["test"]),
+        ("test", "on_test_epoch_end", ["test"]),
+        ("fit", "on_train_end", ["test", "fit"]),
+        ("validate", "on_validation_epoch_end", ["test", "fit", "validate"]),
+        ("test", "on_test_epoch_end", ["test", "fit", "validate", "test"]),
+    ],
+)
+def test_sigterm_is_obeyed_also_where_lightning_looks_no_more(
+    job: str, hook: str, jobs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")  # seeding sets them, and the tests that come later shall not see it
+    name = f"{__name__}.{SendsSigterm.__name__}"
+    sends = [f"_target_: {name}", f"job: {job}", f"hook: {hook}", f"after_fit: {str('fit' in jobs).lower()}"]
+    cfg = composed(
+        *TINY, "logger=none", "callbacks.progress_bar=null", f"output_dir={tmp_path}",
+        f"+callbacks.sends={{{', '.join(sends)}}}".replace(": ", ":"),
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        train(cfg, [name])
+    checkpoint = tmp_path / "checkpoints" / "step-8.ckpt"
+    way_on = f"the last checkpoint is {checkpoint}; go on with `ckpt_path={checkpoint}`."
+    assert end.value.code == f"Interrupted; {way_on if 'fit' in jobs else 'no checkpoint had been saved yet.'}"
+    assert SendsSigterm.latest.jobs == jobs
+    assert not (tmp_path / "metrics.json").exists()

@@ -46,9 +46,13 @@ def native() -> ModuleType:
         # torch waits for ever for a lock file that a killed process has left; the kernel gives this one back
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
+        # a copy, so that checkouts of the same source in several folders share what is built
+        content, source = Path(__file__).with_name("device.cpp").read_bytes(), folder / "device.cpp"
+        if not source.exists() or source.read_bytes() != content:
+            source.write_bytes(content)
         module = cpp_extension.load(
             name=name,
-            sources=[str(Path(__file__).with_name("device.cpp"))],
+            sources=[str(source)],
             extra_cflags=["-O2"],
             build_directory=str(folder),
         )
