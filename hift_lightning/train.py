@@ -1,5 +1,6 @@
 """The training application: test, fine-tune, test again, and tell what it took."""
 
+import os
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +16,7 @@ from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
+from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
 from hift_lightning.report import (
     collect_metrics,
     end_on_sigterm,
@@ -55,7 +57,9 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback is not None],
         logger=_built(cfg.logger),
     )
-    _check_folders(trainer)
+    refuse_sweep_over_processes(trainer)
+    if trainer.is_global_zero:
+        _check_folders(trainer)
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
     if cfg.model.pretrained is None:
@@ -89,13 +93,15 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         metrics["train/loss"] = float(train_loss)
     if memory.peak_bytes is not None:
         metrics["memory/peak_rss_anon_bytes"] = memory.peak_bytes
-    write_metrics(metrics, cfg.output_dir)
-    print_table(metrics, trainer, cfg.output_dir)
+    if trainer.is_global_zero:
+        write_metrics(metrics, cfg.output_dir)
+        print_table(metrics, trainer, cfg.output_dir)
     return metrics
 
 
 def main() -> None:
     """Run the application on the command line's arguments."""
+    sys.argv += no_folder_of_its_own(os.environ)
     with one_sentence_errors():
         check_command(sys.argv[1:], run, CONFIG_PATH, CONFIG_NAME)
     run()

@@ -243,8 +243,10 @@ def another_model(draw: random.Random) -> Fault:
 
 def _put(depth: int, strategy: str, folder: Path) -> list[Callback]:
     """Train another model and save it as the newest checkpoint, so that it is the one to go on from."""
-    other = trainer(HiFTStrategy() if strategy == "hift" else strategy)
-    other.fit(SmallTransformer(depth=depth), loader(make_batches(2)), loader(make_batches(1)))
+    other: Any = trainer(HiFTStrategy() if strategy == "hift" else strategy)  # type: ignore[no-untyped-call]
+    module: Any = SmallTransformer(depth=depth)  # type: ignore[no-untyped-call]
+    data, more = (loader(make_batches(count)) for count in (2, 1))  # type: ignore[no-untyped-call]
+    other.fit(module, data, more)
     other.save_checkpoint(folder / "checkpoints" / _FOREIGN)
     return []
 

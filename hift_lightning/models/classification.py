@@ -64,5 +64,5 @@ class ClassificationModule(OptimizedModule):
     def _evaluate(self, batch: Batch, part: str, accuracy: MulticlassAccuracy) -> None:
         loss, logits = self._loss_and_logits(batch)
         accuracy(logits, batch["labels"])
-        self.log(f"{part}/loss", loss, batch_size=len(batch["labels"]), on_step=False, on_epoch=True)
+        self.log(f"{part}/loss", loss, batch_size=len(batch["labels"]), on_step=False, on_epoch=True, sync_dist=True)
         self.log(f"{part}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=part == "val")

@@ -6,7 +6,7 @@ import inspect
 import hydra
 import torch
 
-from hift_lightning import HiFTFSDP2Strategy, HiFTSettings, HiFTStrategy
+from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTSettings, HiFTStrategy
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 
 OF_LIGHTNING = {"self", "arguments"}
@@ -44,3 +44,13 @@ def test_the_configuration_of_the_sharded_strategy_has_its_arguments_too():
     assert {name for name in cfg.strategy if not name.startswith("_")} == of_settings | own
     given = {name: cfg.strategy[name] for name in own - {"mp_policy"}}
     assert given == {name: list(d) if (d := parameters[name].default) == () else d for name in given}
+
+
+def test_the_configuration_of_the_data_parallel_strategy_has_its_arguments_too():
+    with hydra.initialize_config_module("hift_lightning.conf", version_base="1.3"):
+        cfg = hydra.compose("train", ["strategy=hift_ddp"])
+    assert hydra.utils.instantiate(cfg.strategy).settings == HiFTSettings(seed=cfg.seed)
+    parameters = inspect.signature(HiFTDDPStrategy.__init__).parameters
+    own = parameters.keys() - OF_LIGHTNING
+    assert {name for name in cfg.strategy if not name.startswith("_")} == defaults_of_settings().keys() | own
+    assert all(cfg.strategy[name] == parameters[name].default for name in own)
