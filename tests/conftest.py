@@ -1,8 +1,13 @@
 """Fixtures that give a test its device (see ``tests/devices.py``), or skip it where there is no such device."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores, and so do the processes that they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from tests.devices import DEVICES, Device

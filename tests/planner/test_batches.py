@@ -16,7 +16,7 @@ def planner(settings):
 
 
 @pytest.mark.parametrize("settings", [HiFTSettings(), None], ids=["hift", "full"])
-@pytest.mark.parametrize("first", [1, 8])
+@pytest.mark.parametrize("first", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_largest_batch_fits_and_one_that_is_two_percent_larger_does_not(settings, first):
     plan = planner(settings)
     sizes = BatchSizes(plan, {first: plan(first)}, 4 * GIB)
