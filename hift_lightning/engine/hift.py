@@ -369,6 +369,8 @@ class HiFT:
             "parameters": self._names_in_groups(),
             "parked_dtype": self.settings.parked_dtype,
             "masters": {name: master for name, master in masters.items() if master is not None},
+            # buckets decide in which order sums over more than two ranks are rounded
+            **({} if self.reduction is None else {"gradient_orders": dict(self.reduction.orders)}),
         }
 
     def gather_optimizer_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -400,6 +402,8 @@ class HiFT:
         self.check_state_dict(state_dict)
         self.updates = state_dict["updates"] if self.has_plan_of(state_dict) else 0
         self.skipped_steps = state_dict["skipped_steps"]
+        if self.reduction is not None and self.has_plan_of(state_dict):
+            self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
         self.half_updated = None
         if self.settings.master_weights:
             for name, parameter in self._trained.items():
@@ -565,7 +569,8 @@ class HiFT:
 
     def _activate_block(self) -> None:
         if self.reduction is not None:
-            self.reduction.expect(list(self._block_parameters()), self.updates, self._plan_number)
+            parameters = list(self._block_parameters())
+            self.reduction.expect(self.block.index, parameters, self.updates, self._plan_number)
         for parameter in self._block_parameters():
             parameter.requires_grad_(True)
             if self._pieces is None and self._prefetch.applies_to(parameter):

@@ -5,9 +5,10 @@ each rank makes the same collectives in the same order, whatever its loss depend
 
 1. the *opening*, begun with the first gradient: each rank tells which update it is at, and of which plan. A rank that
    is elsewhere is an error on all ranks, before a bucket of another size could hang them;
-2. one all-reduce per *bucket* of the active block's gradients, in the reverse order of the parameters, each begun as
-   soon as its last gradient is there and the bucket before it has begun;
-3. the *closing*: each rank tells which parameters had a gradient and whether its loss was finite.
+2. one all-reduce per *bucket* of the active block's gradients, each begun as soon as its last gradient is there and the
+   bucket before it has begun. The order is that in which rank 0 had the gradients at the block's last visit; at the
+   first one, the reverse of the parameters';
+3. the *closing*: each rank tells in which order its parameters had a gradient, and whether its loss was finite.
 
 What ranks tell are a few integers in host memory, so no rank waits for its device to read them. Gradients that a rank
 does not have count as zero; a parameter that had none on any rank gets none.
@@ -135,21 +136,26 @@ class GradientReduction:
         self._bucket_bytes = bucket_bytes
         self._one_by_one = one_by_one
         self._deliver = deliver
+        self.orders: dict[int, list[int]] = {}
+        """For each block that has been visited, its parameters in the order in which rank 0 had their gradients."""
         self._position = (0, 0)
+        self._block = 0
         self._parameters: list[nn.Parameter] = []
         self._lay_out()
         self.bytes_sent = 0
         """Bytes of gradients that this rank has given to all-reduces so far."""
 
-    def expect(self, parameters: Sequence[nn.Parameter], update: int, plan: int) -> None:
+    def expect(self, block: int, parameters: Sequence[nn.Parameter], update: int, plan: int) -> None:
         """Make ready for the backward passes of a step.
 
         Args:
-            parameters: those of the active block.
+            block: index of the active block.
+            parameters: its own.
             update: updates performed so far.
             plan: a number that another plan of blocks would not have.
         """
         self._position = (update, plan)
+        self._block = block
         self._parameters = list(parameters)
         self._lay_out()
 
@@ -167,7 +173,7 @@ class GradientReduction:
                 "ranks densely; make its embedding with `sparse=False`."
             )
         self._open()
-        self._made.add(parameter)
+        self._made[parameter] = len(self._made) + 1
         self._bucket_of[parameter].waiting.discard(parameter)
         while self._begun < len(self._buckets) and not self._buckets[self._begun].waiting:
             self._begin_next()
@@ -185,13 +191,17 @@ class GradientReduction:
             RuntimeError: if the ranks are not at the same update of the same plan.
         """
         self._open()
-        present = [parameter in self._made or parameter.grad is not None for parameter in self._parameters]
+        later = len(self._parameters) + 1
+        turns = [self._made.get(p, 0 if p.grad is None else later) for p in self._parameters]
         while self._begun < len(self._buckets):
             self._begin_next()
-        closing = self._ranks.tell(backward_ran, _KINDS.index(nonfinite_loss), *present).by_rank()
+        closing = self._ranks.tell(backward_ran, _KINDS.index(nonfinite_loss), *turns).by_rank()
         used = {parameter for i, parameter in enumerate(self._parameters) if any(told[2 + i] for told in closing)}
         while self._delivered < len(self._buckets):
             self._deliver_next(used)
+        of_rank_0 = closing[0][2:]
+        if any(of_rank_0):
+            self.orders[self._block] = sorted(range(len(turns)), key=lambda i: of_rank_0[i] or later)
         self._lay_out()
         return Closing(
             backward_ran=any(told[0] for told in closing),
@@ -204,11 +214,12 @@ class GradientReduction:
 
     def _lay_out(self) -> None:
         self._opening: Told | None = None
-        self._made: set[nn.Parameter] = set()
+        self._made: dict[nn.Parameter, int] = {}  # when, counted from 1
         self._buckets: list[_Bucket] = []
         self._begun = self._delivered = 0
         kind, room = None, 0
-        for parameter in reversed(self._parameters):
+        order = self.orders.get(self._block) or range(len(self._parameters) - 1, -1, -1)
+        for parameter in (self._parameters[i] for i in order):
             if self._one_by_one or kind != (parameter.device, parameter.dtype) or parameter.nbytes > room:
                 self._buckets.append(_Bucket())
                 kind, room = (parameter.device, parameter.dtype), self._bucket_bytes
