@@ -89,6 +89,7 @@ class TrainingLoader:
         **arguments: Any,
     ) -> None:
         self.batch_sampler = EpochOrder(batches, shuffling, seed)
+        self.dataset = dataset
         self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **arguments)
 
     def __len__(self) -> int:

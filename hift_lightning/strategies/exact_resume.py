@@ -141,6 +141,7 @@ class ExactResume:
             "epoch": epochs.ready - 1 if within_epoch else epochs.processed,
             "at_batch_start": set_back,
             "ranks": self._trainer.world_size,
+            "batches_in_epoch": self._trainer.num_training_batches,
             "to_do": to_do,
             "monitored": {name: metrics[name].cpu() for name in monitors if name in metrics},
             "random_state": _plain(state),
@@ -183,10 +184,6 @@ class ExactResume:
             epochs.completed = epochs.processed
             epochs.ready = epochs.started = epochs.processed + record["within_epoch"]
         batches = fit.epoch_loop.batch_progress
-        ranks = record.get("ranks", 1)
-        if ranks != self._trainer.world_size:  # each has fewer batches of an epoch, or more
-            current = _processed(batches.current)
-            current.processed = current.processed * ranks // self._trainer.world_size
         for count in map(_processed, (batches.current, batches.total)):
             count.ready = count.started = count.completed = count.processed
         if fit._combined_loader is not None:
@@ -199,8 +196,18 @@ class ExactResume:
         """Do what was still to be done when the run stopped, and restore the random numbers."""
         if self._record is not None:
             record, self._record = self._record, None
+            self._count_for_these_ranks(record)
             self._go_on(record)
         self._loaders = self._loader_states()
+
+    def _count_for_these_ranks(self, record: dict[str, Any]) -> None:
+        """Count the batches done as each of another number of ranks would have, where an epoch has more or fewer."""
+        ranks, length = record.get("ranks", 1), record.get("batches_in_epoch")
+        if ranks == self._trainer.world_size or length in (None, self._trainer.num_training_batches):
+            return
+        count = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current)
+        count.processed = count.processed * ranks // self._trainer.world_size
+        count.ready = count.started = count.completed = count.processed
 
     def _go_on(self, record: dict[str, Any]) -> None:
         fit, batch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop

@@ -140,3 +140,32 @@ def test_a_resumed_pass_draws_no_random_number_of_the_process() -> None:
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_ranks_take_turns_and_another_number_of_them_goes_on_with_what_is_left(
+    before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_rank(rank: int, ranks: int) -> TrainingLoader:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        return rows()
+
+    whole = [batch.tolist() for batch in of_rank(0, 1)]
+    first = []
+    for rank in range(before):
+        loader = of_rank(rank, before)
+        assert len(loader) == -(-len(whole) // before)
+        batches = iter(loader)
+        first.append([next(batches).tolist() for _ in range(3)])
+        state = loader.state_dict()
+    assert [batch for turn in zip(*first, strict=True) for batch in turn] == whole[: 3 * before]
+    rest = []
+    for rank in range(after):
+        loader = of_rank(rank, after)
+        loader.load_state_dict(state)
+        rest.append([batch.tolist() for batch in loader])
+    turns = [batch for turn in zip(*rest, strict=True) for batch in turn]
+    left = whole[3 * before :]
+    assert turns == [*left, *whole][: -(-len(left) // after) * after]
