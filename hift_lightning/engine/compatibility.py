@@ -1,5 +1,6 @@
 """Whether what was saved fits the run that goes on from it, found out before anything is changed."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,6 +46,11 @@ def record_of_plan(plan: Plan, rotation: Rotation) -> dict[str, Any]:
         "plan": plan.fingerprint(),
         "blocks": [{"name": block.name, "parameters": list(block.parameters)} for block in plan.blocks],
     }
+
+
+def number_of_plan(record: dict[str, Any]) -> int:
+    """A number of 56 bits that another plan would not have; of what :func:`record_of_plan` gives."""
+    return int.from_bytes(hashlib.sha256(repr(record).encode()).digest()[:7], "big")
 
 
 def is_same_plan(saved: dict[str, Any], present: dict[str, Any]) -> bool:
@@ -178,3 +184,30 @@ def _named(names: Iterable[str]) -> str:
 
 def _listed(numbers: Iterable[int]) -> str:
     return " and ".join(map(str, numbers))
+
+
+def names_in_optimizer(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
+    """Names of the parameters that require a gradient and are in the optimizer's param groups.
+
+    Args:
+        parameters: the model's, by name.
+        optimizer: whose groups.
+
+    Raises:
+        ConfigurationError: if there is none, or the groups hold one that is not the model's.
+    """
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    names = [name for name, p in parameters.items() if p in optimized and p.requires_grad]
+    if not names:
+        raise ConfigurationError(
+            f"The optimizer `{type(optimizer).__name__}` holds no parameter of the model that requires a gradient; "
+            "make it from `model.parameters()`, after the model is complete."
+        )
+    strangers = optimized.difference(parameters.values())
+    if strangers:
+        shapes = ", ".join(str(tuple(p.shape)) for p in list(strangers)[:3])
+        raise ConfigurationError(
+            f"The optimizer `{type(optimizer).__name__}` holds {len(strangers)} parameters that are not in the model "
+            f"(shapes {shapes}), so they belong to no layer; register them in the model or leave them out."
+        )
+    return names

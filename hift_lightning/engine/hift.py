@@ -14,14 +14,13 @@ A step that a GradScaler skips never reaches the optimizer, so the block keeps i
 Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", https://arxiv.org/abs/2401.15207
 """
 
-import hashlib
 import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,17 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from hift_lightning.engine.checkpointing import ActivationCheckpointing
-from hift_lightning.engine.compatibility import check_optimizer, is_same_plan, record_of_plan, refuse_other_plan
-from hift_lightning.engine.elementwise import probe
+from hift_lightning.engine.compatibility import (
+    check_optimizer,
+    is_same_plan,
+    names_in_optimizer,
+    number_of_plan,
+    record_of_plan,
+    refuse_other_plan,
+)
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
-from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch
+from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reduction import GradientReduction, Ranks
@@ -45,8 +50,6 @@ from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
-
-_Value = TypeVar("_Value")
 
 _SIXTEEN_BIT = {torch.bfloat16, torch.float16}
 
@@ -119,7 +122,7 @@ class HiFT:
             settings.layers_per_block,
             layers=settings.layers,
             frozen=settings.frozen,
-            trainable=_names_in(self._parameters, optimizer),
+            trainable=names_in_optimizer(self._parameters, optimizer),
         )
         self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
         self._shares: Shares | None = None
@@ -164,6 +167,7 @@ class HiFT:
             )
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
+        self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
         self._averaged = False
         self._nonfinite_loss: str | None = None
         self._required_grad: list[bool] | None = None
@@ -211,7 +215,7 @@ class HiFT:
         if self.settings.master_weights:
             self._check_that_masters_have_a_use()
         if self._shares is not None:
-            self._check_that_state_can_be_split()
+            self._shares.check_optimizer(self.optimizer)
         self._required_grad = [p.requires_grad for p in self._governed]
         for parameter in self._governed:
             parameter.requires_grad_(False)
@@ -286,10 +290,10 @@ class HiFT:
             self._look_for_nonfinite(loss, scaled)
         else:
             if loss is not None:
-                self._nonfinite_loss = self._nonfinite_loss or _kind_of_nonfinite(loss, scaled)
+                self._nonfinite_loss = self._nonfinite_loss or kind_of_loss(loss, scaled)
             if not self.averages_gradients:
                 return
-            self.average_gradients(scaled=scaled, again=True)
+            self._average_gradients(scaled)
         if self.will_skip:
             return
         block = self.block
@@ -308,30 +312,6 @@ class HiFT:
                 "parameters, so it is not trained. Keep it out of the rotation with `frozen=[...]` patterns.",
                 stacklevel=2,
             )
-
-    def average_gradients(self, *, scaled: bool = False, again: bool = False) -> None:
-        """Average what the ranks' backward passes have left, and agree on whether the step is to be left out.
-
-        Every rank calls it before its step; a rank without a backward pass gives zeros. :meth:`after_backward` does so,
-        and ``optimizer.step()`` where nothing else has.
-
-        Args:
-            scaled: see :meth:`after_backward`.
-            again: whether there is anything new if it has been called in this step.
-
-        Raises:
-            NonfiniteError: see :meth:`after_backward`; on all ranks.
-            RuntimeError: if the ranks are not at the same step.
-        """
-        if self.reduction is None or (self._averaged and not again):
-            return
-        self._averaged = True
-        closing = self.reduction.finish(self._backward_ran, self._nonfinite_loss)
-        self._backward_ran = closing.backward_ran
-        for rank, kind in closing.nonfinite_losses.items():
-            self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
-            break
-        self._look_for_nonfinite(None, scaled)
 
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
@@ -361,7 +341,9 @@ class HiFT:
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
         that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
         """
-        masters = {self._name_of[p]: master for p, master in self._gathered(self.residency.master)}
+        trained, master_of = self._trained.values(), self.residency.master
+        gathered = self._shares.gather(trained, master_of) if self._shares else ((p, master_of(p)) for p in trained)
+        masters = {self._name_of[parameter]: master for parameter, master in gathered}
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
@@ -379,13 +361,7 @@ class HiFT:
         Args:
             state_dict: what ``optimizer.state_dict()`` gave; all ranks call this together.
         """
-        if self._shares is None:
-            return state_dict
-        state, ids = dict(state_dict["state"]), self._saved_ids(state_dict)
-        for parameter, value in self._gathered(lambda p: state.get(ids[p])):
-            if value is not None:
-                state[ids[parameter]] = value
-        return {**state_dict, "state": state}
+        return state_dict if self._shares is None else self._shares.gather_state(self.optimizer, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; masters are copied, a tensor at a time.
@@ -451,9 +427,7 @@ class HiFT:
         """
         self.check_state_dict(optimizer_state_dict=state_dict)
         if self._shares is not None:
-            kept_elsewhere = {saved for p, saved in self._saved_ids(state_dict).items() if not self._keeps(p)}
-            state = {key: value for key, value in state_dict["state"].items() if key not in kept_elsewhere}
-            state_dict = {**state_dict, "state": state}
+            state_dict = self._shares.own_part(self.optimizer, state_dict)
         self.residency.load_state_dict(state_dict, parked_dtype)
 
     def master_state_dict(self) -> dict[str, Any]:
@@ -498,34 +472,6 @@ class HiFT:
     def _keeps(self, parameter: nn.Parameter) -> bool:
         """Whether this rank keeps the parameter's state and updates it."""
         return self._shares is None or self._shares.keeps(parameter)
-
-    def _gathered(self, value_of: Callable[[nn.Parameter], _Value]) -> Iterable[tuple[nn.Parameter, _Value]]:
-        """What is kept of each trained parameter, by this rank or by another among whom it is split."""
-        if self._shares is None:
-            return ((parameter, value_of(parameter)) for parameter in self._trained.values())
-        return self._shares.gather(self._trained.values(), value_of)
-
-    def _saved_ids(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, Any]:
-        """By which number an optimizer's state dict knows a parameter; those that are not trained are left out."""
-        groups = zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True)
-        ids: dict[nn.Parameter, Any] = {}
-        for group, saved in groups:
-            ids.update(zip(group["params"], saved["params"], strict=True))
-        return {parameter: ids[parameter] for parameter in self._trained.values()}
-
-    def _check_that_state_can_be_split(self) -> None:
-        first = next(iter(self._trained.values()))
-        if not probe(self.optimizer, first, first.dtype).separate:
-            raise ConfigurationError(
-                f"The optimizer `{type(self.optimizer).__name__}` does not treat parameters one by one, so ranks that "
-                "each update a share of them would change the result; use `shard_parked_state=False`."
-            )
-
-    @property
-    def _plan_number(self) -> int:
-        """The same on ranks with the same blocks and turns."""
-        record = repr(record_of_plan(self.plan, self.rotation))
-        return int.from_bytes(hashlib.sha256(record.encode()).digest()[:7], "big")
 
     def _names_in_groups(self) -> list[list[str]]:
         names = {p: name for name, p in self._parameters.items()}
@@ -616,6 +562,17 @@ class HiFT:
         if self.settings.update == "fused":
             self._update_in_backward(parameter)
 
+    def _average_gradients(self, scaled: bool) -> None:
+        """Average what backward passes have left, and agree with the other ranks on whether the step is left out."""
+        assert self.reduction is not None
+        self._averaged = True
+        closing = self.reduction.finish(self._backward_ran, self._nonfinite_loss)
+        self._backward_ran = closing.backward_ran
+        if closing.nonfinite_loss is not None:
+            rank, kind = closing.nonfinite_loss
+            self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
+        self._look_for_nonfinite(None, scaled)
+
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
         self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
 
@@ -640,7 +597,7 @@ class HiFT:
         self.last_step_skipped = False
         if not self.will_skip:
             if loss is not None:
-                self._search.look_at(LOSS, _without_inf(loss) if scaled else loss)
+                self._search.look_at_loss(loss, scaled)
             if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
                 for name in self.block.parameters:
                     if (gradient := self._parameters[name].grad) is not None:
@@ -685,8 +642,9 @@ class HiFT:
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
-        self.average_gradients(scaled=scaled)
-        if not self._searched and not scaled:
+        if self.reduction is not None and not self._averaged:
+            self._average_gradients(scaled)
+        elif not self._searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
         if not self.has_gradient:
             return
@@ -725,7 +683,7 @@ class HiFT:
             parameter.grad = None
         self.residency.park(self._block_parameters())
         if self._shares is not None:
-            self._shares.spread(self._block_parameters())
+            self._shares.spread(list(self._block_parameters()))
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
@@ -749,33 +707,3 @@ class HiFT:
         self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}
-
-
-def _without_inf(loss: Tensor) -> Tensor:
-    return loss.detach().nan_to_num(torch.nan, 0.0, 0.0)
-
-
-def _kind_of_nonfinite(loss: Tensor, scaled: bool) -> str | None:
-    search = NonfiniteSearch()
-    search.look_at(LOSS, _without_inf(loss) if scaled else loss)
-    found = search.first()
-    return None if found is None else found[1]
-
-
-def _names_in(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
-    """Names of the parameters that require a gradient and are in the optimizer's param groups."""
-    optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    names = [name for name, p in parameters.items() if p in optimized and p.requires_grad]
-    if not names:
-        raise ConfigurationError(
-            f"The optimizer `{type(optimizer).__name__}` holds no parameter of the model that requires a gradient; "
-            "make it from `model.parameters()`, after the model is complete."
-        )
-    strangers = optimized.difference(parameters.values())
-    if strangers:
-        shapes = ", ".join(str(tuple(p.shape)) for p in list(strangers)[:3])
-        raise ConfigurationError(
-            f"The optimizer `{type(optimizer).__name__}` holds {len(strangers)} parameters that are not in the model "
-            f"(shapes {shapes}), so they belong to no layer; register them in the model or leave them out."
-        )
-    return names

@@ -67,6 +67,10 @@ class NonfiniteSearch:
         if values.numel() > 0:
             self._extremes[name] = torch.aminmax(values)
 
+    def look_at_loss(self, loss: Tensor, scaled: bool) -> None:
+        """Take in a loss; if a GradScaler scales it, inf is no news."""
+        self.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
+
     def first(self) -> tuple[str, str] | None:
         """Tell what is not finite, of all that was looked at since the last call; ranks of a mesh call it together.
 
@@ -98,3 +102,11 @@ class NonfiniteSearch:
             if not (math.isfinite(lowest) and math.isfinite(highest)):
                 return name, "NaN" if math.isnan(lowest) or math.isnan(highest) else "inf"
         raise AssertionError("a number that was not finite is so now")
+
+
+def kind_of_loss(loss: Tensor, scaled: bool) -> str | None:
+    """``"NaN"`` or ``"inf"`` if a loss has it; arguments as of :meth:`NonfiniteSearch.look_at_loss`."""
+    search = NonfiniteSearch()
+    search.look_at_loss(loss, scaled)
+    found = search.first()
+    return None if found is None else found[1]

@@ -67,15 +67,16 @@ class Ranks:
             rank: within the group, whose tensors count.
             tensors: of the same shapes and dtypes on every rank.
         """
-        works = [
-            dist.broadcast(
-                tensor, group=self.telling if tensor.device.type == "cpu" else self.group, group_src=rank, async_op=True
-            )
-            for tensor in tensors
-        ]
-        for work in works:
+        under_way = []
+        for tensor in tensors:
+            dense = tensor.contiguous()  # backends send nothing else
+            group = self.telling if tensor.device.type == "cpu" else self.group
+            under_way.append((tensor, dense, dist.broadcast(dense, group=group, group_src=rank, async_op=True)))
+        for tensor, dense, work in under_way:
             assert work is not None
             work.wait()
+            if dense is not tensor:
+                tensor.copy_(dense)
 
 
 class Told:
@@ -112,8 +113,8 @@ class Closing:
 
     backward_ran: bool
     """Whether any rank has gone back through a loss since the last update."""
-    nonfinite_losses: dict[int, str]
-    """``"NaN"`` or ``"inf"`` by the rank whose loss has it."""
+    nonfinite_loss: tuple[int, str] | None
+    """The first rank whose loss has NaN or inf, with ``"NaN"`` or ``"inf"``."""
 
 
 class GradientReduction:
@@ -205,7 +206,7 @@ class GradientReduction:
         self._lay_out()
         return Closing(
             backward_ran=any(told[0] for told in closing),
-            nonfinite_losses={rank: kind for rank, told in enumerate(closing) if (kind := _KINDS[told[1]])},
+            nonfinite_loss=next(((rank, kind) for rank, told in enumerate(closing) if (kind := _KINDS[told[1]])), None),
         )
 
     def give_up(self) -> None:

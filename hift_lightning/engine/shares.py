@@ -4,12 +4,15 @@ As in ZeRO-1 (Rajbhandari et al., https://arxiv.org/abs/1910.02054), but within 
 dealt out whole: the machine's memory holds all parked state and masters once, and not once for each rank.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+from torch.optim import Optimizer
 
+from hift_lightning.engine.elementwise import probe
+from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
 
 _Value = TypeVar("_Value")
@@ -42,10 +45,24 @@ class Shares:
         """Whether the state of a parameter is kept, and the parameter updated, by this rank."""
         return self._keeper[parameter] == self._ranks.rank
 
-    def spread(self, parameters: Iterable[nn.Parameter]) -> None:
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise unless the optimizer comes to the same when ranks step a share of the parameters each; it is tried.
+
+        Raises:
+            ConfigurationError: if it does not treat parameters one by one.
+        """
+        for group in optimizer.param_groups:
+            kept = next((p for p in group["params"] if p in self._keeper), None)
+            if kept is not None and not probe(optimizer, kept, kept.dtype).separate:
+                raise ConfigurationError(
+                    f"The optimizer `{type(optimizer).__name__}` does not treat parameters one by one, so ranks that "
+                    "each update a share of them would change the result; use `shard_parked_state=False`."
+                )
+
+    def spread(self, parameters: Collection[nn.Parameter]) -> None:
         """Give all ranks the weights of the ranks that have updated them; called by all of them together."""
-        for rank, kept in self._by_keeper(parameters).items():
-            self._ranks.send_from(rank, [parameter.detach() for parameter in kept])
+        for rank in range(self._ranks.size):
+            self._ranks.send_from(rank, [p.detach() for p in parameters if self._keeper[p] == rank])
 
     def gather(
         self, parameters: Iterable[nn.Parameter], value_of: Callable[[nn.Parameter], _Value]
@@ -72,8 +89,30 @@ class Shares:
                 dist.recv_object_list(received, group=group, group_src=keeper)
                 yield parameter, received[0]
 
-    def _by_keeper(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
-        kept: dict[int, list[nn.Parameter]] = {rank: [] for rank in range(self._ranks.size)}
-        for parameter in parameters:
-            kept[self._keeper[parameter]].append(parameter)
-        return kept
+    def gather_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Make an optimizer's state dict whole on the first rank; called by all together.
+
+        Args:
+            optimizer: of this rank.
+            state_dict: what its ``state_dict()`` gave.
+        """
+        state, ids = dict(state_dict["state"]), _saved_ids(optimizer, state_dict)
+        for parameter, value in self.gather(self._keeper, lambda p: state.get(ids[p])):
+            if value is not None:
+                state[ids[parameter]] = value
+        return {**state_dict, "state": state}
+
+    def own_part(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A whole state dict without the state that other ranks keep; arguments as of :meth:`gather_state`."""
+        ids = _saved_ids(optimizer, state_dict)
+        kept_elsewhere = {ids[parameter] for parameter in self._keeper if not self.keeps(parameter)}
+        state = {key: value for key, value in state_dict["state"].items() if key not in kept_elsewhere}
+        return {**state_dict, "state": state}
+
+
+def _saved_ids(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[nn.Parameter, Any]:
+    """By which number an optimizer's state dict knows a parameter."""
+    ids: dict[nn.Parameter, Any] = {}
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        ids.update(zip(group["params"], saved["params"], strict=True))
+    return ids

@@ -333,11 +333,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         Raises:
             NonfiniteError: see :meth:`HiFT.after_backward`.
         """
-        engine.after_backward(loss, scaled=self._scales_gradients)
-
-    @property
-    def _scales_gradients(self) -> bool:
-        return getattr(self.precision_plugin, "scaler", None) is not None
+        engine.after_backward(loss, scaled=getattr(self.precision_plugin, "scaler", None) is not None)
 
     @override
     def optimizer_step(

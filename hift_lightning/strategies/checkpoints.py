@@ -70,9 +70,8 @@ class BlockwiseCheckpoints(_Base):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        engine = self.engine_of(optimizer)
-        engine.residency.synchronize()
-        return engine.gather_optimizer_state(super().optimizer_state(optimizer))
+        self.engine_of(optimizer).residency.synchronize()
+        return super().optimizer_state(optimizer)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -92,6 +91,20 @@ class BlockwiseCheckpoints(_Base):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _complete(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["hift"] = {
+            "held_lr_steps": [
+                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
+            ],
+        }
+        self._make_ready(checkpoint)
+        checkpoint["hift"]["engines"] = [engine.state_dict() for engine in self.engines]
+
+    def _make_ready(self, checkpoint: dict[str, Any]) -> None:
+        """Find out whether a run can go on from what is in memory, and write down where.
+
+        Raises:
+            ParkedStateError: if it cannot.
+        """
         for engine in self.engines:
             engine.residency.check_files()
             if (told := engine.half_updated) is None:
@@ -99,12 +112,6 @@ class BlockwiseCheckpoints(_Base):
             if self._ending or engine.active:
                 raise ParkedStateError(told)
             rank_zero_warn(f"A checkpoint is saved of weights that are updated in part: {told}")
-        checkpoint["hift"] = {
-            "engines": [engine.state_dict() for engine in self.engines],
-            "held_lr_steps": [
-                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
-            ],
-        }
         if not self._resume.complete(checkpoint):
             raise ParkedStateError(
                 "The run stopped between an update and the end of its batch, so weights and the Trainer's counters do "
@@ -139,7 +146,7 @@ class BlockwiseCheckpoints(_Base):
         super().load_model_state_dict(checkpoint, strict)
 
     @override
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states = checkpoint["optimizer_states"]
         if len(states) != len(self.engines):
             raise ConfigurationError(

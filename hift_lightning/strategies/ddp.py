@@ -1,24 +1,24 @@
 """``Trainer(strategy="hift_ddp")``: HiFT on several devices, each with the whole model and its own batches."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_arguments_of_ddp, refuse_wrapped_modules
+from hift_lightning.strategies.several_ranks import SeveralRanks
 
 
-class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
+class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
     """Data-parallel HiFT: every device trains the same block on its own batches, and only that block is averaged.
 
     The module is not wrapped in ``DistributedDataParallel``, whose buckets have the size of the model and whose set of
@@ -50,13 +50,25 @@ class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
         super().__init__(**arguments)
         self._shard_parked_state = shard_parked_state
         self._bucket_bytes = int(bucket_cap_mb * 2**20)
-        self._ranks: Ranks | None = None
         self._of_machine: Ranks | None = None
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="Data-parallel HiFT")
+
+    @property
+    @override
+    def _needs_all_ranks(self) -> bool:
+        return self._of_machine is not None
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self._shard_parked_state and self._of_machine is None:
+            first = self.node_rank * self.num_processes
+            members = list(range(first, first + self.num_processes))
+            self._of_machine = Ranks(dist.new_group(members, use_local_synchronization=True))
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -74,11 +86,9 @@ class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
         assert self.model is not None
         if self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
-        self._ranks = Ranks()
-        if self._shard_parked_state:
-            self._of_machine = self._ranks_of_machine()
         # before masters are taken from the weights
-        self._ranks.send_from(0, [tensor.detach() for tensor in _states(self.model)])
+        states = itertools.chain(self.model.parameters(), self.model.buffers())
+        self._ranks.send_from(0, [tensor.detach() for tensor in states])
 
     @override
     def engine_arguments(self) -> dict[str, Any]:
@@ -90,7 +100,6 @@ class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._ranks is not None
         assert self.lightning_module is not None
         if all(engine.averages_gradients for engine in self.engines):
             self._ranks.send_from(0, self.lightning_module.buffers())
@@ -108,42 +117,10 @@ class HiFTDDPStrategy(BlockwiseTraining, DDPStrategy):
                 engine.averages_gradients = True
 
     @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        self._refuse_to_gather_alone()
-        return super().optimizer_state(optimizer)
-
-    @override
     def _complete(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse_to_gather_alone()
         super()._complete(checkpoint)
-        if not self._ending:  # otherwise other ranks may be elsewhere
-            assert self._ranks is not None
-            record = checkpoint["hift"]["resume"]
-            states: list[Any] = [None] * self.world_size
-            dist.all_gather_object(states, record["random_state"], group=self._ranks.telling)
-            record["random_states_of_ranks"] = states
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        record = checkpoint.get("hift", {}).get("resume", {})
-        states = record.get("random_states_of_ranks", [])
-        if len(states) == self.world_size:
-            record["random_state"] = states[self.global_rank]
-        super().load_optimizer_state_dict(checkpoint)
-
-    def _refuse_to_gather_alone(self) -> None:
-        if self._ending and self._of_machine is not None:
-            raise ParkedStateError(
-                "Parked state is split over the ranks (`shard_parked_state=True`), and they may not have failed "
-                "together; go on from the last checkpoint."
-            )
-
-    def _ranks_of_machine(self) -> Ranks:
-        first = self.node_rank * self.num_processes
-        members = list(range(first, first + self.num_processes))
-        return Ranks(dist.new_group(members, use_local_synchronization=True))
-
-
-def _states(model: Module) -> Iterator[Any]:
-    yield from model.parameters()
-    yield from model.buffers()
+        if "optimizer_states" in checkpoint:  # not with `save_weights_only`
+            checkpoint["optimizer_states"] = [
+                engine.gather_optimizer_state(state)
+                for engine, state in zip(self.engines, checkpoint["optimizer_states"], strict=True)
+            ]

@@ -39,7 +39,7 @@ _PRIMITIVES = int | float | str | bool | None
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStrategy):  # type: ignore[misc]
+class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStrategy):
     """HiFT with weights, gradients, optimizer state and masters sharded over the devices, of an unchanged module.
 
     The strategy itself calls :func:`~torch.distributed.fsdp.fully_shard` on each layer. All layers are gathered for the

@@ -91,9 +91,10 @@ def refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> N
 
 def refuse_arguments_of_ddp(arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that assume the wrapper of `DistributedDataParallel`, which HiFT does without."""
-    known = {field.name for field in dataclasses.fields(HiFTSettings)} | set(inspect.signature(DDPStrategy).parameters)
+    of_ddp = inspect.signature(DDPStrategy).parameters.keys() - {"kwargs", *_NOT_WITH_BLOCKS}
+    known = of_ddp | {field.name for field in dataclasses.fields(HiFTSettings)}
     for name, value in arguments.items():
-        if name in known and name not in _NOT_WITH_BLOCKS:
+        if name in known:
             continue
         why = _NOT_WITH_BLOCKS.get(name, "neither HiFT nor `DDPStrategy` has such an argument that is of use here")
         raise MisconfigurationException(f"`HiFTDDPStrategy({name}={value!r})` cannot be: {why}; leave it out.")

@@ -12,12 +12,10 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
@@ -34,12 +32,9 @@ from typing_extensions import override
 
 from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
-from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
-from hift_lightning.engine.reduction import Ranks
+from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import in_ranks_mesh, local, own_rows, whole_on_first_rank
-from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
-
-_PATIENCE = timedelta(seconds=30)
+from hift_lightning.strategies.several_ranks import SeveralRanks
 
 _Change = Callable[[str, Tensor, DTensor], Any]
 """``(name in a folder, tensor, parameter) -> what stands for the tensor``."""
@@ -47,33 +42,25 @@ _When = Callable[[Mapping[Any, Any], Callable[[Any, Any], Any]], Mapping[Any, An
 """``(mapping, function of key and value) -> mapping of what it gives``."""
 
 
-class ShardedCheckpoints(BlockwiseCheckpoints):
+class ShardedCheckpoints(SeveralRanks):
     """Mixed into a strategy for sharded modules, it saves and loads without putting parked state on the device."""
 
     _save_distributed_checkpoint: bool
-    _ranks: Ranks
     _host_mesh: DeviceMesh
     """The ranks, with tensors in host memory."""
     _folder: "_Folder | None" = None
     """Which tensors are read from that a loaded checkpoint only tells of."""
-    _alone = False
-    """Whether this rank has failed and others have not."""
+    _needs_all_ranks = True
 
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._ranks = Ranks()
         self._host_mesh = DeviceMesh.from_group(self._ranks.telling, "cpu")
 
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
         return True  # by `load_optimizer_state_dict`, as on one device
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if not self._alone:  # the Trainer would wait for the others after a checkpoint that was not saved
-            super().barrier(name)  # type: ignore[safe-super]
 
     # Until a checkpoint is written each rank has its own shards in it, as if it were alone.
 
@@ -101,35 +88,6 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         return weights
 
     # --- saving -----------------------------------------------------------------------------------------------------
-
-    @override
-    def _complete(self, checkpoint: dict[str, Any]) -> None:
-        if self._ending:
-            self._meet_others()
-        problem: ParkedStateError | None = None
-        try:
-            super()._complete(checkpoint)
-        except ParkedStateError as error:
-            problem = error
-        told: list[str | None] = [None] * self._ranks.size
-        dist.all_gather_object(told, problem and str(problem), group=self._ranks.telling)
-        if problem is not None:
-            raise problem
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise ParkedStateError(f"On rank {rank}: {text}")
-        record = checkpoint["hift"]["resume"]
-        record["random_states_of_ranks"] = [None] * self._ranks.size
-        dist.all_gather_object(record["random_states_of_ranks"], record["random_state"], group=self._ranks.telling)
-
-    def _meet_others(self) -> None:
-        try:
-            dist.monitored_barrier(self._ranks.telling, _PATIENCE)
-        except RuntimeError as error:
-            self._alone = True
-            raise ParkedStateError(
-                "Each rank has a part of it, and not all have come to the same error; go on from the last checkpoint."
-            ) from error
 
     @override
     def _write(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None) -> None:
@@ -223,11 +181,7 @@ class ShardedCheckpoints(BlockwiseCheckpoints):
         self.lightning_module.load_state_dict(others, strict=False)
 
     @override
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:  # type: ignore[override]
-        record = checkpoint.get("hift", {}).get("resume", {})
-        states = record.get("random_states_of_ranks", [])
-        if len(states) == self._ranks.size:
-            record["random_state"] = states[self._ranks.rank]
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         rest = {**checkpoint, "state_dict": {}}
         super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard, _Later))
 

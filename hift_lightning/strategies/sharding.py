@@ -77,8 +77,7 @@ def same_on_all_ranks(module: nn.Module, ranks: Ranks, device: torch.device) -> 
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
             on_device = tensor.detach().to(device)
-            # not every backend sends booleans
-            ranks.send_from(0, [on_device.view(torch.uint8) if on_device.dtype == torch.bool else on_device])
+            ranks.send_from(0, [on_device])
             tensor.detach().copy_(on_device)
 
 

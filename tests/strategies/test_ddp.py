@@ -356,6 +356,7 @@ class Normalized(L.LightningModule):
         torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # ranks begin with different weights
         self.layers = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 1)])
         self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("mask", torch.rand(3, 2).T > 0.5)  # neither contiguous nor of numbers
         self.frozen = frozen
         self.kinds: set[type] = set()
 
@@ -441,7 +442,7 @@ def go_on(case: Case, batches: Any, ckpt_path: Path | None, saved: Path, steps: 
     return weights(module)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "split"])
+@pytest.mark.parametrize("name", [pytest.param("AdamW", marks=pytest.mark.slow), "split"])
 def test_a_run_goes_on_with_another_number_of_ranks_and_back_again(name: str, tmp_path: Path) -> None:
     case, batches = CASES[name], batches_of(Case(), 2)
     paths = [tmp_path / f"{i}.ckpt" for i in range(3)]
@@ -515,6 +516,50 @@ def test_a_killed_rank_ends_the_others_and_the_last_checkpoint_is_whole(tmp_path
     resumed = run(go_on, 2, Case(), batches, newest, tmp_path / "end.ckpt", STEPS)
     one, _ = alone(Case(), batches)
     assert_close(resumed[0], weights(one), 1e-10)
+
+
+class FailsInABatch(SmallTransformer):
+    def __init__(self, ranks: set[int]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 5 and dist.get_rank() in self.ranks:
+            raise ZeroDivisionError("in a batch")
+        return super().training_step(batch, batch_idx)
+
+
+def failed_in_the_middle(folder: Path, ranks: set[int], arguments: dict[str, Any]) -> None:
+    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_on_exception=True)
+    fit(
+        Case(),
+        HiFTDDPStrategy(**arguments),
+        share(batches_of(Case(), 2)),
+        FailsInABatch(ranks),
+        callbacks=[checkpoints],
+        enable_checkpointing=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "saved"),
+    [
+        ({0, 1}, {}, [2, 4, 5]),
+        ({0, 1}, {"shard_parked_state": True}, [2, 4, 5]),
+        pytest.param({0}, {}, [2, 4, 5], marks=pytest.mark.slow),
+        pytest.param({0}, {"shard_parked_state": True}, [2, 4], marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_fail_end_with_their_error_and_save_what_is_whole(
+    ranks: set[int], arguments: dict[str, Any], saved: list[int], tmp_path: Path
+) -> None:
+    # of a rank that fails alone the others may tell first
+    with pytest.raises(RankError, match="in a batch" if len(ranks) == 2 else "in a batch|Connection closed"):
+        run(failed_in_the_middle, 2, tmp_path, ranks, arguments)
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [f"step={step}.ckpt" for step in saved]
+    end = tmp_path / "end.ckpt"
+    resumed = run(go_on, 2, Case(arguments), batches_of(Case(), 2), tmp_path / f"step={saved[-1]}.ckpt", end, STEPS)
+    assert_close(resumed[0], weights(alone(Case(), batches_of(Case(), 2))[0]), 1e-10)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
