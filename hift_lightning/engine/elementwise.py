@@ -99,7 +99,7 @@ def raw_step(optimizer: Optimizer) -> None:
 @contextlib.contextmanager
 def _numbers_where(like: Tensor) -> Iterator[torch.device]:
     """The device on which the trial can run: that of a parameter, but the CPU while planning on fake tensors."""
-    if not isinstance(like, FakeTensor):
+    if not isinstance(local(like), FakeTensor):
         yield like.device
         return
     with _disable_current_modes():

@@ -376,7 +376,6 @@ class HiFT:
             ConfigurationError: see :meth:`check_state_dict`.
         """
         self.check_state_dict(state_dict)
-        self.updates = state_dict["updates"] if self.has_plan_of(state_dict) else 0
         self.skipped_steps = state_dict["skipped_steps"]
         if self.reduction is not None and self.has_plan_of(state_dict):
             self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
@@ -389,6 +388,11 @@ class HiFT:
                     self.residency.keep_master(parameter, state_dict["masters"][name])
                 else:  # not updated yet, or a checkpoint without masters: its weights are all there is
                     self.residency.make_master_when_updated(parameter)
+        self.move_to(state_dict["updates"] if self.has_plan_of(state_dict) else 0)
+
+    def move_to(self, updates: int) -> None:
+        """Give the turn to the block that has it after so many updates; nothing else changes."""
+        self.updates = updates
         if self.active:
             self._activate()
 

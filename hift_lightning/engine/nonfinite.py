@@ -82,7 +82,7 @@ class NonfiniteSearch:
         here = self._first_here()
         found_any = torch.tensor(here is not None, dtype=torch.int32, device=self._mesh.device_type)
         dist.all_reduce(found_any, dist.ReduceOp.MAX, self._mesh.get_group())
-        if not found_any.item():
+        if isinstance(found_any, FakeTensor) or not found_any.item():  # as in `_first_here`
             return None
         found: list[tuple[str, str] | None] = [None] * self._mesh.size()
         dist.all_gather_object(found, here, self._mesh.get_group())

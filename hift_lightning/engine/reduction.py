@@ -258,7 +258,7 @@ class GradientReduction:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)
-            if parameter.grad.data_ptr() != average.data_ptr():
+            if parameter.grad is not bucket.flat:
                 parameter.grad.copy_(average.view_as(parameter))
             self._deliver(parameter)
         bucket.flat = bucket.work = None

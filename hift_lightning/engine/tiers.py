@@ -71,13 +71,13 @@ class HostMemory(Tier):
 
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`."""
-        pin = _can_pin(device.type)
+        pin = can_pin(device.type)
         return _HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""
         fits = tensor.device.type == "cpu" and tensor.dtype == dtype
-        if fits and (tensor.is_pinned() or not _can_pin(device.type)):
+        if fits and (tensor.is_pinned() or not can_pin(device.type)):
             return _HostBuffer(tensor)
         return super().adopt(tensor, dtype, device)
 
@@ -224,7 +224,7 @@ class _FileBuffer(Buffer):
 _pinning: dict[str, bool] = {}
 
 
-def _can_pin(device_type: str) -> bool:
+def can_pin(device_type: str) -> bool:
     """Whether host memory can be pinned for this kind of device; asked of the device once, by trying."""
     if device_type not in _pinning:
         accelerator = torch.accelerator.current_accelerator()

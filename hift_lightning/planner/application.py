@@ -27,10 +27,12 @@ from hift_lightning.planner.findings import Findings, write_json
 from hift_lightning.planner.gpus import GPUS
 from hift_lightning.planner.picture import draw
 from hift_lightning.planner.planning import StepPlanner
+from hift_lightning.planner.ranks import PlannedRanks
 from hift_lightning.planner.result import Plan
 from hift_lightning.planner.tables import print_tables
 from hift_lightning.report import one_sentence_errors, write_metrics
-from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.strategies import HiFTDDPStrategy, HiFTFSDP2Strategy
+from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
 
 CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "plan"
@@ -54,15 +56,19 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
     check_targets(cfg, trusted_targets)
     check_writable("output_dir", cfg.output_dir)
     bandwidth = parse_bytes("bandwidth", cfg.bandwidth)
+    interconnect = parse_bytes("interconnect", cfg.interconnect)
+    network = parse_bytes("network", cfg.network)
     strategy = instantiate(cfg.strategy) if OmegaConf.is_dict(cfg.strategy) else cfg.strategy
-    if not isinstance(strategy, HiFTStrategy) and strategy != "auto":
+    if not isinstance(strategy, BlockwiseTraining) and strategy != "auto":
         raise ConfigurationError(
-            f"`strategy={cfg.strategy}` cannot be planned; give `strategy=hift` or `strategy=full`."
+            f"`strategy={cfg.strategy}` cannot be planned; give `strategy=hift`, `strategy=hift_ddp`, "
+            "`strategy=hift_fsdp2` or `strategy=full`."
         )
-    settings = strategy.settings if isinstance(strategy, HiFTStrategy) else None
+    settings = strategy.settings if isinstance(strategy, BlockwiseTraining) else None
+    ranks = _ranks(strategy, cfg.trainer)
 
     with _Progress() as progress:
-        run = _Run(cfg, _build_module(cfg), progress)
+        run = _Run(cfg, _build_module(cfg), progress, ranks)
         reason = None
         if settings is not None and settings.group_size == "auto":
             progress.says("looking for the largest group of layers that fits")
@@ -85,7 +91,7 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
             )
 
     findings = Findings(
-        title=_title(cfg, settings),
+        title=_title(cfg, settings, ranks),
         plan=planned,
         settings=settings,
         full=full,
@@ -94,6 +100,7 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
         largest_batches=None if batches is None else {gpu.name: batches.largest(gpu.nbytes) for gpu in GPUS},
         batch=(cfg.data.batch_size, cfg.data.max_length),
         bandwidth=bandwidth,
+        sending=interconnect if planned.ranks == planned.ranks_of_machine else min(interconnect, network),
         reason=reason,
     )
     folder = Path(cfg.output_dir)
@@ -126,6 +133,7 @@ class _Run:
     cfg: DictConfig
     module: Any
     progress: "_Progress"
+    ranks: PlannedRanks | None
 
     def step(self, batch: int) -> StepPlanner:
         trainer = self.cfg.trainer
@@ -137,6 +145,7 @@ class _Run:
             trainer.gradient_clip_val,
             trainer.get("gradient_clip_algorithm"),
             self.progress.step_done,
+            self.ranks,
         )
 
     def plan(self, settings: HiFTSettings | None, batch: int | None = None) -> Plan:
@@ -177,6 +186,18 @@ def _build_module(cfg: DictConfig) -> L.LightningModule:
     return module
 
 
+def _ranks(strategy: Any, trainer: DictConfig) -> PlannedRanks | None:
+    devices, num_nodes = trainer.devices, trainer.num_nodes
+    if isinstance(strategy, (HiFTDDPStrategy, HiFTFSDP2Strategy)):
+        return PlannedRanks(strategy, devices, num_nodes)
+    if (devices, num_nodes) not in ((1, 1), ("auto", 1)):
+        raise ConfigurationError(
+            f"`trainer.devices={devices}` and `trainer.num_nodes={num_nodes}` want a strategy of several devices; give "
+            "`strategy=hift_ddp` or `strategy=hift_fsdp2`."
+        )
+    return None
+
+
 def _memory_budget(settings: HiFTSettings) -> int:
     if settings.memory_budget is None:
         raise ConfigurationError(
@@ -196,7 +217,7 @@ def _ways(settings: HiFTSettings, may_fuse: bool) -> dict[str, HiFTSettings]:
     }
 
 
-def _title(cfg: DictConfig, settings: HiFTSettings | None) -> str:
+def _title(cfg: DictConfig, settings: HiFTSettings | None, ranks: PlannedRanks | None) -> str:
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     model = chosen.get("model", cfg.model.network.config.get("model_type"))
     how = "full fine-tuning"
@@ -204,5 +225,7 @@ def _title(cfg: DictConfig, settings: HiFTSettings | None) -> str:
         how = f"HiFT, group_size={settings.group_size}, update={settings.update}"
         how += ", checkpointing" if settings.activation_checkpointing else ""
         how += ", fp32 masters" if settings.master_weights else ""
+    if ranks is not None:
+        how += f", {ranks.strategy.strategy_name} on {ranks.num_nodes} x {ranks.devices} devices"
     optimizer = str(cfg.optimizer.get("optimizer", cfg.optimizer.get("_target_"))).rpartition(".")[2]
     return f"{model}, {optimizer}, {cfg.trainer.precision}, {cfg.data.batch_size} x {cfg.data.max_length} tokens, {how}"

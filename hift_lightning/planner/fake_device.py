@@ -57,12 +57,12 @@ class FakeAccelerator(Accelerator):
     @staticmethod
     @override
     def parse_devices(devices: Any) -> int:
-        return 1
+        return int(devices)
 
     @staticmethod
     @override
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [DEVICE]
+        return [DEVICE] * devices  # one of them is planned
 
     @staticmethod
     @override
@@ -83,9 +83,7 @@ class FakeAccelerator(Accelerator):
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
     """Within it, every new tensor is fake, and attention is that of CUDA."""
-    module = ModuleType(f"torch.{DEVICE.type}")  # activation checkpointing asks torch for the module of a device
-    module.synchronize = lambda device=None: None  # type: ignore[attr-defined]
-    setattr(torch, DEVICE.type, module)
+    setattr(torch, DEVICE.type, _device_module())
     only_on_cpu = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` is made on the CPU, and fake then
     try:
@@ -94,6 +92,27 @@ def fake_tensors() -> Iterator[None]:
     finally:
         torch._C._set_only_lift_cpu_tensors(only_on_cpu)
         delattr(torch, DEVICE.type)
+
+
+def _device_module() -> ModuleType:
+    """What activation checkpointing and FSDP2 ask torch for by a device's name: the CPU's, which has no streams."""
+    module = ModuleType(f"torch.{DEVICE.type}")
+    names = ("Event", "StreamContext", "device_count", "is_available", "is_initialized", "stream", "synchronize")
+    vars(module).update({name: getattr(torch.cpu, name) for name in names if hasattr(torch.cpu, name)})
+    module.Stream = _NoStream  # type: ignore[attr-defined]
+    module.current_stream = lambda device=None: _NoStream()  # type: ignore[attr-defined]
+    module.current_device = lambda: DEVICE.index  # type: ignore[attr-defined]
+    return module
+
+
+class _NoStream(torch.cpu.Stream):
+    """All ops come one after the other."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+
+    def wait_event(self, event: Any) -> None:
+        pass
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ class Findings:
     """Rows and tokens in a row."""
     bandwidth: int
     """Bytes that are copied between host and device in a second."""
+    sending: int
+    """Bytes that a device sends to others in a second."""
     reason: str | None = None
     """Why `group_size="auto"` came to these settings."""
 
@@ -45,6 +47,11 @@ class Findings:
         """Milliseconds that copying takes in a step, mean over a cycle."""
         return self.plan.moved_bytes / self.bandwidth * 1000
 
+    @property
+    def sending_ms(self) -> float:
+        """Milliseconds that sending takes in a step, mean over a cycle."""
+        return self.plan.sent_bytes / self.sending * 1000
+
     def numbers(self) -> dict[str, float]:
         """The main ones under the flat names of `metrics.json`."""
         return {
@@ -54,6 +61,7 @@ class Findings:
             "memory/moved_bytes_mean": self.plan.moved_bytes,
             "flops/step_mean": self.plan.flops,
             "hift/blocks": len(self.plan.blocks),
+            **({} if self.plan.ranks == 1 else {"memory/sent_bytes_mean": self.plan.sent_bytes}),
         }
 
 
@@ -79,7 +87,16 @@ def write_json(findings: Findings, folder: Path) -> Path:
         "bandwidth_bytes_per_second": findings.bandwidth,
         "moving_ms_mean": findings.moving_ms,
         "flops_mean": plan.flops,
-        "full_fine_tuning": {"peak_bytes": findings.full.peak_bytes, "flops": findings.full.flops},
+        "ranks": plan.ranks,
+        "ranks_of_machine": plan.ranks_of_machine,
+        "sent_bytes_mean": plan.sent_bytes,
+        "sent_bytes_per_second": findings.sending,
+        "sending_ms_mean": findings.sending_ms,
+        "full_fine_tuning": {
+            "peak_bytes": findings.full.peak_bytes,
+            "flops": findings.full.flops,
+            "sent_bytes": findings.full.sent_bytes,
+        },
         "ways": {
             name: {
                 "peak_bytes": way.peak_bytes,
@@ -117,6 +134,7 @@ def _block(block: BlockPlan) -> dict[str, Any]:
         "to_host_bytes": block.to_host_bytes,
         "parked_bytes": block.parked_bytes,
         "flops": block.trace.flops,
+        "bytes_by_collective": block.trace.collectives,
     }
 
 

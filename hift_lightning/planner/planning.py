@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -24,6 +25,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.partition import Block
 from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.shards import local
 from hift_lightning.planner.fake_device import (
     DEVICE,
     FakeAccelerator,
@@ -32,9 +34,11 @@ from hift_lightning.planner.fake_device import (
     fake_copy,
     fake_tensors,
 )
+from hift_lightning.planner.ranks import ALL_LAYERS, PlannedRanks, follow_gathered_weights
 from hift_lightning.planner.result import BlockPlan, Plan, Stretch
 from hift_lightning.planner.trace import DeviceTrace
-from hift_lightning.strategies import HiFTStrategy
+from hift_lightning.strategies import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTStrategy
+from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import needs_gradients, not_with_fused
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -48,9 +52,11 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 def plan(
     module: L.LightningModule,
-    strategy: HiFTStrategy | Literal["hift", "full"],
+    strategy: HiFTStrategy | HiFTDDPStrategy | HiFTFSDP2Strategy | Literal["hift", "full"],
     batch: Any,
     *,
+    devices: int = 1,
+    num_nodes: int = 1,
     precision: str = "32-true",
     accumulate_grad_batches: int = 1,
     gradient_clip_val: float | None = None,
@@ -67,8 +73,10 @@ def plan(
     Args:
         module: the module to train, on any device, "meta" among them; it is left as it is.
         strategy: a `HiFTStrategy` (whose device and plugins do not matter), or `"hift"` for one with defaults, or
-            `"full"` for full fine-tuning.
-        batch: a training batch; its tensors may be on "meta", since only shapes and dtypes count.
+            `"full"` for full fine-tuning; or a strategy of several devices, of which the first rank is planned.
+        batch: a training batch of one device; its tensors may be on "meta", since only shapes and dtypes count.
+        devices: of each machine.
+        num_nodes: machines.
         precision: Lightning's name of it: `32-true`, `bf16-true`, `16-true`, `bf16-mixed` or `16-mixed` (without the
             scaler).
         accumulate_grad_batches: batches in a step.
@@ -80,8 +88,23 @@ def plan(
         ConfigurationError: if the precision cannot be planned, or not with `update="fused"`, or the shape of a tensor
             depends on values while the module trains.
     """
+    ranks = None
+    if isinstance(strategy, (HiFTDDPStrategy, HiFTFSDP2Strategy)):
+        ranks = PlannedRanks(strategy, devices, num_nodes)
+    elif (devices, num_nodes) != (1, 1):
+        raise ConfigurationError(
+            f"`devices={devices}` and `num_nodes={num_nodes}` want a strategy of several devices; give "
+            "`HiFTDDPStrategy(...)` or `HiFTFSDP2Strategy(...)`."
+        )
     step = StepPlanner(
-        module, batch, precision, accumulate_grad_batches, gradient_clip_val, gradient_clip_algorithm, progress
+        module,
+        batch,
+        precision,
+        accumulate_grad_batches,
+        gradient_clip_val,
+        gradient_clip_algorithm,
+        progress,
+        ranks,
     )
     if isinstance(strategy, str):
         return step.plan(None if strategy == "full" else HiFTSettings())
@@ -103,6 +126,8 @@ class StepPlanner:
     gradient_clip_val: float | None = None
     gradient_clip_algorithm: str | None = None
     progress: Callable[[int, int], None] | None = None
+    ranks: PlannedRanks | None = None
+    """Where there are several devices."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -123,17 +148,25 @@ class StepPlanner:
     def plan(self, settings: HiFTSettings | None) -> Plan:
         """Follow a cycle under HiFT, or a step of full fine-tuning where `settings` is `None`.
 
+        With several devices, full fine-tuning has all layers in one block under the same strategy.
+
         Raises:
             ConfigurationError: as in `plan`.
         """
         if settings is not None and settings.update == "fused" and self.why_not_fused:
             raise ConfigurationError(not_with_fused(self.why_not_fused))
+        if settings is None and self.ranks is not None:
+            settings = HiFTSettings(group_size=ALL_LAYERS, offload="none")
         dtype = PRECISIONS[self.precision]
         mixed = self.precision.endswith("mixed")
         with contextlib.ExitStack() as stack:
             stack.enter_context(_no_info())
+            if self.ranks is not None:
+                stack.enter_context(self.ranks.process_group())
             stack.enter_context(fake_tensors())
             trace = stack.enter_context(DeviceTrace(DEVICE, _vocabulary(self.module)))
+            if self.ranks is not None:
+                stack.enter_context(follow_gathered_weights(trace))
             module = fake_copy(self.module, None if mixed else dtype)
             trace.mark([*module.parameters(), *module.buffers()], "weights")
             watch = _Watch(
@@ -142,11 +175,14 @@ class StepPlanner:
                 micro_batches=self.accumulate_grad_batches,
                 progress=self.progress,
             )
+            precision = _MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)
             trainer = L.Trainer(
                 accelerator=FakeAccelerator(),
-                strategy=_strategy(settings),
-                devices=1,
-                plugins=[_MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)],
+                strategy=_strategy(settings, self.ranks),
+                devices=1 if self.ranks is None else self.ranks.devices,
+                num_nodes=1 if self.ranks is None else self.ranks.num_nodes,
+                use_distributed_sampler=False,
+                plugins=[precision] if self.ranks is None else [precision, self.ranks.environment()],
                 callbacks=[watch],
                 max_steps=_MOST_STEPS,
                 limit_val_batches=0,
@@ -172,6 +208,8 @@ class StepPlanner:
             numel=sum(p.numel() for p in self.module.parameters()),
             trained_numel=sum(block.numel for block in blocks),
             blocks=blocks,
+            ranks=1 if self.ranks is None else self.ranks.count,
+            ranks_of_machine=1 if self.ranks is None else self.ranks.devices,
         )
 
 
@@ -201,12 +239,14 @@ def _true_precision(precision: str) -> Precision:
     return Precision() if precision == "32-true" else HalfPrecision(precision)  # type: ignore[arg-type]
 
 
-def _strategy(settings: HiFTSettings | None) -> Strategy:
+def _strategy(settings: HiFTSettings | None, ranks: PlannedRanks | None) -> Strategy:
     if settings is None:
         return SingleDeviceStrategy(device=DEVICE)
     # each block has its turn once; parked state counts as in host memory, wherever it will lie
     offload = settings.offload if settings.offload == "none" else "cpu"
     planned = dataclasses.replace(settings, steps_per_block=1, offload=offload)
+    if ranks is not None:
+        return ranks.planned_strategy(planned)
     return HiFTStrategy(device=DEVICE, **vars(planned))
 
 
@@ -276,6 +316,8 @@ class _Watch(Callback):
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers):
             if group.get("foreach", True) is None and not group.get("fused"):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors
+        self._training_step = pl_module.training_step  # FSDP2 has wrapped it
+        self._trace.mark(map(local, pl_module.parameters()), "weights")  # which FSDP2 has made anew
         engine = _engine(trainer)
         if engine is None:
             self._turns, self._names = [0], ["all"]
@@ -300,14 +342,14 @@ class _Watch(Callback):
         if batch_idx % self._micro_batches == 0:
             engine = _engine(trainer)
             if engine is not None:
-                engine.load_state_dict({**engine.state_dict(), "updates": self._turns.index(step.block)})
+                engine.move_to(self._turns.index(step.block))
                 self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
             if not step.made_up:
                 self._trace.begin_step()
         if step.made_up:
             pl_module.training_step = functools.partial(_made_up_loss, pl_module)  # type: ignore[method-assign]
             return
-        pl_module.__dict__.pop("training_step", None)
+        pl_module.training_step = self._training_step  # type: ignore[method-assign]
         if self._autocast is not None:
             self._autocasting.enter_context(self._autocast)
 
@@ -322,6 +364,8 @@ class _Watch(Callback):
         if self._autocast is not None:
             self._autocast.forget_casts()
         self._autocasting.close()
+        gradients = [local(p.grad) for p in pl_module.parameters() if p.grad is not None]
+        self._trace.mark(gradients, "gradients")
         self._trace.phase = "update"
 
     @override
@@ -370,7 +414,7 @@ class _Watch(Callback):
 
 
 def _engine(trainer: L.Trainer) -> HiFT | None:
-    return trainer.strategy.hift if isinstance(trainer.strategy, HiFTStrategy) else None
+    return trainer.strategy.hift if isinstance(trainer.strategy, BlockwiseTraining) else None
 
 
 def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype]]:
@@ -381,4 +425,5 @@ def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype
 
 def _made_up_loss(module: nn.Module, batch: Any, *_: Any) -> Tensor:
     """A loss from which every parameter that requires a gradient gets one, without a forward pass."""
-    return torch.stack([p.float().sum() for p in module.parameters() if p.requires_grad]).sum()
+    trained = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters() if p.requires_grad]
+    return torch.stack([p.float().sum() for p in trained]).sum()

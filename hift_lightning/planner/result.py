@@ -25,6 +25,25 @@ class BlockPlan:
     parked_bytes: int = 0
     """The block's state and masters in host memory or files, once it has been updated."""
 
+    def sent_bytes(self, ranks: int) -> float:
+        """Bytes that each of so many ranks sends in the step (see `ring_bytes`)."""
+        return ring_bytes(self.trace.collectives, ranks)
+
+
+def ring_bytes(collectives: Mapping[str, int], ranks: int) -> float:
+    """Bytes that each rank sends, if collectives go round a ring.
+
+    Of a tensor with S bytes that is S (n-1)/n for an all-gather and a reduce-scatter, twice as much for an all-reduce,
+    and at most S for a broadcast (Patarasuk and Yuan, https://doi.org/10.1016/j.jpdc.2008.09.002).
+
+    Args:
+        collectives: bytes of whole tensors by the kind of the collective, as a `StepTrace` has them.
+        ranks: n.
+    """
+    share = (ranks - 1) / ranks
+    factors = {"all-reduce": 2 * share, "all-gather": share, "reduce-scatter": share, "broadcast": 1.0}
+    return sum(factors[kind] * nbytes for kind, nbytes in collectives.items())
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,6 +54,9 @@ class Plan:
     trained_numel: int
     blocks: tuple[BlockPlan, ...]
     """In the order of their turns; a single one, the model, under full fine-tuning."""
+    ranks: int = 1
+    """Devices that train together; all other numbers are those of one, the first."""
+    ranks_of_machine: int = 1
 
     @property
     def peak(self) -> BlockPlan:
@@ -55,6 +77,11 @@ class Plan:
     def flops(self) -> float:
         """FLOPs of a step (matrix products and attention), mean over a cycle."""
         return sum(block.trace.flops for block in self.blocks) / len(self.blocks)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that a rank sends to others in a step, mean over a cycle (see `BlockPlan.sent_bytes`)."""
+        return sum(block.sent_bytes(self.ranks) for block in self.blocks) / len(self.blocks)
 
     @property
     def moved_bytes(self) -> float:
@@ -129,5 +156,6 @@ class Stretch:
             else near.timeline,
             bytes_after=mix(low.trace.bytes_after, high.trace.bytes_after),
             flops=mix(low.trace.flops, high.trace.flops),
+            collectives=mix_all(low.trace.collectives, high.trace.collectives),
         )
         return dataclasses.replace(low, trace=trace)

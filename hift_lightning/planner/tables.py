@@ -54,15 +54,22 @@ def _at_peak(plan: Plan) -> Table:
 
 def _step(findings: Findings) -> Table:
     plan = findings.plan
-    table = Table(title="A step", title_justify="left", show_header=False)
+    title = "A step" if plan.ranks == 1 else f"A step of one of {plan.ranks} devices"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row(
         "peak of full fine-tuning in this precision, without masters", f"{_gib(findings.full.peak_bytes)} GiB"
     )
     table.add_row("parked in host memory or files", f"{_gib(plan.parked_bytes)} GiB")
+    if plan.ranks > 1:
+        table.add_row("by all devices of a machine, at most", f"{_gib(plan.ranks_of_machine * plan.parked_bytes)} GiB")
     table.add_row("moved between host and device, mean", f"{_gib(plan.moved_bytes)} GiB")
     table.add_row(f"which takes, at {findings.bandwidth / 1e9:g} GB/s", f"{findings.moving_ms:.0f} ms")
+    if plan.ranks > 1:
+        table.add_row("sent to other devices, mean", f"{_gib(plan.sent_bytes)} GiB")
+        table.add_row("of that of full fine-tuning", f"{plan.sent_bytes / findings.full.sent_bytes:.0%}")
+        table.add_row(f"which takes, at {findings.sending / 1e9:g} GB/s", f"{findings.sending_ms:.0f} ms")
     table.add_row("FLOPs, mean", f"{plan.flops / 1e12:.2f} TFLOP")
     table.add_row("of those of full fine-tuning", f"{plan.flops / findings.full.flops:.0%}")
     return table

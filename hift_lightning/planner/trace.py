@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 Phase = Literal["forward", "backward", "update"]
 
 ROLES = (
     "weights",
+    "gathered weights",
     "gradients",
     "optimizer state",
     "masters",
@@ -26,9 +28,9 @@ ROLES = (
     "logits",
     "temporary",
 )
-"""What bytes on the device are for. ``window``: the memory through which `streamed` and `fused` page state and masters;
-``logits``: floating-point tensors as wide as the vocabulary; ``temporary``: what ops of backward and of the optimizer
-make for the moment."""
+"""What bytes on the device are for. ``gathered weights``: put together from the shards of all ranks; ``window``: the
+memory through which `streamed` and `fused` page state and masters; ``logits``: floating-point tensors as wide as the
+vocabulary; ``temporary``: what ops of backward and of the optimizer make for the moment."""
 
 
 @dataclass(eq=False)
@@ -51,6 +53,19 @@ class StepTrace:
     """Bytes of each role at the highest moment of each of some equal stretches of each phase, in order."""
     bytes_after: int = 0
     flops: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    """Bytes of the whole tensors that ranks have reduced, gathered or sent together, by the kind of the collective."""
+
+
+COLLECTIVES = {
+    "allreduce_": ("all-reduce", 0),
+    "broadcast_": ("broadcast", 0),
+    "allgather_": ("all-gather", 0),
+    "_allgather_base_": ("all-gather", 0),
+    "reduce_scatter_": ("reduce-scatter", 1),
+    "_reduce_scatter_base_": ("reduce-scatter", 1),
+}
+"""By the name of torch's op its kind, and which of its arguments is the whole tensor."""
 
 
 class DeviceTrace(TorchDispatchMode):
@@ -69,26 +84,37 @@ class DeviceTrace(TorchDispatchMode):
         self._vocabulary = vocabulary
         self._alive: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}
         self._events: list[tuple[int, _Allocation, Phase]] = []
-        self._at_begin: list[_Allocation] = []
+        self._at_begin: list[tuple[int, _Allocation]] = []
         self._flops = 0
+        self._collectives: Counter[str] = Counter()
         self._role: str | None = None
         self.phase: Phase = "forward"
 
     def begin_step(self) -> None:
         """From here on an optimizer step runs."""
         self._events = []
-        self._at_begin = [allocation for _, allocation in self._alive.values()]
+        self._at_begin = [(allocation.nbytes, allocation) for _, allocation in self._alive.values()]
         self._flops = 0
+        self._collectives = Counter()
 
     def end_step(self) -> StepTrace:
         """What has been seen since `begin_step`."""
-        return _replay(self._at_begin, self._events, self._flops)
+        trace = _replay(self._at_begin, self._events, self._flops)
+        trace.collectives = dict(self._collectives)
+        return trace
 
     def mark(self, tensors: Iterable[Tensor], role: str) -> None:
         """Say what tensors on the device are for, whenever they were made."""
         for tensor in tensors:
             if tensor.device == self._device:
                 self._allocation(tensor).role = role
+
+    def resized(self, tensor: Tensor) -> None:
+        """Say that a tensor's memory has been given another size."""
+        allocation = self._allocation(tensor)
+        change = tensor.untyped_storage().nbytes() - allocation.nbytes
+        allocation.nbytes += change
+        self._events.append((change, allocation, self.phase))
 
     @contextlib.contextmanager
     def made_as(self, role: str) -> Iterator[None]:
@@ -112,6 +138,11 @@ class DeviceTrace(TorchDispatchMode):
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
             return 1.0 if args[0].is_floating_point() else 1
+        if func.namespace == "c10d" and (kind := COLLECTIVES.get(func._opname)):
+            name, position = kind
+            whole = [leaf for leaf in tree_leaves(args[position]) if isinstance(leaf, Tensor)]
+            if any(tensor.device == self._device for tensor in whole):
+                self._collectives[name] += sum(tensor.nbytes for tensor in whole)
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self._flops += formula(*args, **kwargs, out_val=result)
@@ -147,14 +178,16 @@ _STRETCHES = 12
 """In which the timeline divides each phase."""
 
 
-def _replay(at_begin: list[_Allocation], events: list[tuple[int, _Allocation, Phase]], flops: int) -> StepTrace:
+def _replay(
+    at_begin: list[tuple[int, _Allocation]], events: list[tuple[int, _Allocation, Phase]], flops: int
+) -> StepTrace:
     """Go through a step again, now that the role of each allocation is known."""
     trace = StepTrace(flops=flops)
-    in_use = sum(allocation.nbytes for allocation in at_begin)
+    in_use = sum(nbytes for nbytes, _ in at_begin)
     ends = _ends_of_stretches(events)
     roles: Counter[str] = Counter()
-    for allocation in at_begin:
-        roles[allocation.role] += allocation.nbytes
+    for nbytes, allocation in at_begin:
+        roles[allocation.role] += nbytes
     role_peaks = roles.copy()
     highest, roles_at_highest = 0, roles.copy()
     for i, (change, allocation, phase) in enumerate(events):

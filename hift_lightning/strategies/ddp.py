@@ -58,6 +58,11 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
         strategy_registry.register(cls.strategy_name, cls, description="Data-parallel HiFT")
 
     @property
+    def arguments_of_ranks(self) -> dict[str, Any]:
+        """What it was made with that concerns several ranks, for another one like it."""
+        return {"shard_parked_state": self._shard_parked_state, "bucket_cap_mb": self._bucket_bytes / 2**20}
+
+    @property
     @override
     def _needs_all_ranks(self) -> bool:
         return self._of_machine is not None

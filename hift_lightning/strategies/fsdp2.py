@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
+from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_wrapped_modules
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
@@ -110,6 +111,11 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
     def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register(cls.strategy_name, cls, description="Sharded HiFT")
 
+    @property
+    def arguments_of_ranks(self) -> dict[str, Any]:
+        """What it was made with that concerns several ranks, for another one like it."""
+        return {"mp_policy": self._mp_policy, "offload_params": self._offload_params, "whole": self._whole}
+
     @override
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
@@ -157,8 +163,8 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         names = [name for name, _ in module.named_parameters()]  # also those that are never trained
         plan = partition(module, layers=self.settings.layers, trainable=names)
         mesh = self.device_mesh["data_parallel"]
-        on_cpu = self.root_device.type == "cpu"
-        offload = CPUOffloadPolicy(pin_memory=not on_cpu) if self._offload_params else OffloadPolicy()
+        pin = can_pin(self.root_device.type)
+        offload = CPUOffloadPolicy(pin_memory=pin) if self._offload_params else OffloadPolicy()
         for part in [*modules_to_shard(module, plan, self._whole), module]:
             # one after the other, so that the device never holds more than one of them whole
             same_on_all_ranks(part, self._ranks, self.root_device)
