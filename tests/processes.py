@@ -30,7 +30,7 @@ def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 1
         RankError: a rank raised (the others are ended at once), died, or ran longer than `timeout` seconds.
     """
     context = torch.multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     processes, pipes = [], []
     for rank in range(ranks):
         receiving, sending = context.Pipe(duplex=False)
@@ -102,7 +102,7 @@ def _rank(
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return int(listening.getsockname()[1])

@@ -11,12 +11,35 @@ from pathlib import Path
 import torch
 
 from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application, start_application
+from tests.processes import free_port
 
 TWO = [*TINY, "trainer.devices=2"]
 
 
-def test_lightnings_launcher_and_torchrun_make_one_output_folder_and_the_same_weights(tmp_path: Path) -> None:
-    folders = [tmp_path / "launched", tmp_path / "torchrun"]
+def run_under_slurm(folder: Path) -> None:
+    """Start the two tasks of a job on this machine, with the variables that `srun` sets for each."""
+    job = {
+        "SLURM_JOB_ID": "15000", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": "1",
+        "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODEID": "0", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "train.py"), *TWO, "strategy=hift_ddp"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**ENVIRONMENT, **job, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for task in tasks:
+        _, errors = task.communicate(timeout=300)
+        assert task.returncode == 0, errors
+
+
+def test_lightnings_launcher_torchrun_and_slurm_make_one_output_folder_and_the_same_weights(tmp_path: Path) -> None:
+    folders = [tmp_path / "launched", tmp_path / "torchrun", tmp_path / "slurm"]
     for folder in folders:
         folder.mkdir()
     run = run_application(folders[0], *TWO, "strategy=hift_ddp")
@@ -26,6 +49,7 @@ def test_lightnings_launcher_and_torchrun_make_one_output_folder_and_the_same_we
     run = subprocess.run(command, cwd=folders[1], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("all numbers") == 1
+    run_under_slurm(folders[2])
     saved = []
     for folder in folders:
         (outputs,) = folder.glob("outputs/*/*")
@@ -34,7 +58,7 @@ def test_lightnings_launcher_and_torchrun_make_one_output_folder_and_the_same_we
         assert metrics["hift/cycles"] == 2
         (checkpoint,) = (outputs / "checkpoints").iterdir()
         saved.append(torch.load(checkpoint, weights_only=True)["state_dict"])
-    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert all(torch.equal(first, other[name]) for other in saved[1:] for name, first in saved[0].items())
 
 
 def test_a_sweep_that_would_start_itself_anew_is_refused(tmp_path: Path) -> None:
