@@ -1,8 +1,10 @@
 """What an experiment has measured, kept as CSV."""
 
 import csv
+import os
+import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,24 +30,41 @@ class Table:
             known = {row["name"]: row for row in csv.DictReader(file)}
         return {name: known[name] for name in self.rows if name in known}
 
-    def complete(self, chosen: Collection[str], again: bool) -> None:
-        """Measure the rows that are missing and chosen, or all that are chosen, and write after each."""
+    def complete(self, chosen: Collection[str], again: bool, jobs: int = 1) -> None:
+        """Measure the rows that are missing and chosen, or all that are chosen, and write after each.
+
+        Threads may call it at one time.
+
+        Args:
+            chosen: names of rows.
+            again: measure also those that are there.
+            jobs: rows that are measured at one time.
+        """
         known = self.load()
-        for name in self.rows:
-            if name not in chosen or (name in known and not again):
-                continue
-            print(f"{self.path.name}: {name}", flush=True)
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                values = pool.submit(self.measure, name).result()
-            known[name] = {"name": name, **{key: str(value) for key, value in values.items()}}
-            self._write([known[each] for each in self.rows if each in known])
+        missing = [name for name in self.rows if name in chosen and (again or name not in known)]
+        with ThreadPoolExecutor(jobs) as threads:
+            for _ in threads.map(self._complete_row, missing):
+                pass
+
+    def _complete_row(self, name: str) -> None:
+        print(f"{self.path.name}: {name}", flush=True)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            values = pool.submit(self.measure, name).result()
+        with _WRITING:
+            rows = {**self.load(), name: {"name": name, **{key: str(value) for key, value in values.items()}}}
+            self._write([rows[each] for each in self.rows if each in rows])
 
     def _write(self, rows: list[Row]) -> None:
         columns = dict.fromkeys(key for row in rows for key in row)
-        with self.path.open("w", newline="") as file:
+        whole = self.path.with_suffix(".new")
+        with whole.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(columns), restval="")
             writer.writeheader()
             writer.writerows(rows)
+        os.replace(whole, self.path)
+
+
+_WRITING = threading.Lock()
 
 
 def markdown(head: Collection[str], rows: Collection[Collection[str]]) -> str:
