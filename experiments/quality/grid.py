@@ -1,0 +1,106 @@
+"""Which runs there are: the search for each method's learning rate, and the final runs with it."""
+
+import threading
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.quality.data_sets import DATA_SETS
+from experiments.quality.methods import CONTESTANTS, STEPS, rate_of
+from experiments.quality.training import run
+from experiments.table import Row, Table
+
+HERE = Path(__file__).parent
+EXPONENTS = range(-12, 13)
+SEARCH_SEED = 0
+SEEDS = (1, 2, 3, 4, 5)
+
+
+class Run(NamedTuple):
+    """A run."""
+
+    data_set: str
+    method: str
+    exponent: int
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data_set}, {self.method}, rate 2^{self.exponent}, {self.steps} steps, seed {self.seed}"
+
+
+def _measure(name: str) -> dict[str, object]:
+    chosen = RUNS[name]
+    values = run(
+        chosen.data_set, CONTESTANTS[chosen.method].method, rate_of(chosen.exponent), chosen.steps, chosen.seed
+    )
+    return {**chosen._asdict(), "rate": rate_of(chosen.exponent), **values}
+
+
+def _runs(seeds: Collection[int]) -> dict[str, Run]:
+    """All that there could be, in the order of the table."""
+    runs = [
+        Run(data_set, method, exponent, steps, seed)
+        for data_set in DATA_SETS
+        for method, contestant in CONTESTANTS.items()
+        for exponent in EXPONENTS
+        for steps in sorted({STEPS, contestant.steps_in_time})
+        for seed in seeds
+    ]
+    return {each.name: each for each in runs}
+
+
+_SEARCH, _FINAL = _runs((SEARCH_SEED,)), _runs(SEEDS)
+RUNS = {**_SEARCH, **_FINAL}
+SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
+FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
+
+
+def best_exponent(data_set: str, method: str, again: bool = False) -> int:
+    """The exponent of the rate with the highest validation accuracy, of equal ones that with the lower loss.
+
+    From the guess the grid is climbed until both neighbours of the best rate have been tried.
+    """
+    contestant = CONTESTANTS[method]
+
+    def tried(exponent: int) -> Row:
+        name = Run(data_set, method, exponent, contestant.steps_in_time, SEARCH_SEED).name
+        SEARCH.complete([name], again and name not in done)
+        done.add(name)
+        return SEARCH.load()[name]
+
+    done: set[str] = set()
+    best = contestant.guess
+    while True:
+        near = [exponent for exponent in (best, best - 1, best + 1) if exponent in EXPONENTS]
+        winner = max(near, key=lambda exponent: _merit(tried(exponent)))
+        if winner == best:
+            return best
+        best = winner
+
+
+def _merit(row: Row) -> tuple[float, float]:
+    return float(row["validation_accuracy"]), -float(row["validation_loss"])
+
+
+def complete(data_sets: Collection[str], methods: Collection[str], again: bool, jobs: int) -> None:
+    """Search and do the final runs that are missing, so many at one time; the first failure ends it."""
+    failed = threading.Event()
+
+    def one(data_set: str, method: str) -> None:
+        if failed.is_set():
+            return
+        try:
+            exponent = best_exponent(data_set, method, again)
+            lengths = {CONTESTANTS[method].steps_in_time, STEPS}
+            FINAL.complete([Run(data_set, method, exponent, n, seed).name for n in lengths for seed in SEEDS], again)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as threads:
+        pairs = [(data_set, method) for data_set in data_sets for method in methods]
+        for _ in threads.map(lambda pair: one(*pair), pairs):
+            pass

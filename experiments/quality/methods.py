@@ -1,0 +1,259 @@
+"""The methods, each in a plain loop over the same batches, with AdamW, the same schedule and the same clipping.
+
+BAdam, GaLore, LoRA and DoRA are the packages from PyPI as they are. LISA and MeZO, which are no packages, are written
+after their papers.
+"""
+
+import contextlib
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+
+from hift_lightning import HiFT, HiFTSettings
+from hift_lightning.models.optimization import parameter_groups
+from hift_lightning.models.sentence_classifier import SentenceClassifier
+from hift_lightning.schedule import linear
+
+Batch = dict[str, Tensor]
+CLIP_NORM = 1.0
+WARMUP = 0.1
+
+
+@dataclass
+class Training:
+    """A network on its way: `step` does an optimizer step on a batch and returns the loss."""
+
+    network: nn.Module
+    step: Callable[[Batch], float]
+    finish: Callable[[], None] = lambda: None
+
+
+Method = Callable[[SentenceClassifier, float, int, int], Training]
+"""Called with the pretrained network, the highest learning rate, the number of steps and a seed."""
+
+
+def loss_of(network: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross entropy of a batch."""
+    return cross_entropy(network(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+
+def adamw(network: nn.Module, rate: float) -> AdamW:
+    """Over what requires a gradient; no weight decay of biases and norms."""
+    named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    return AdamW(parameter_groups(named), lr=rate, weight_decay=0.01, fused=True)
+
+
+def _by_gradient(
+    network: nn.Module,
+    optimizer: Optimizer,
+    steps: int,
+    begin: Callable[[], None] = lambda: None,
+    delay: Callable[[Any], Any] = lambda scheduler: scheduler,
+    finish: Callable[[], None] = lambda: None,
+) -> Training:
+    scheduler = delay(linear(optimizer, steps, WARMUP))
+
+    def step(batch: Batch) -> float:
+        begin()
+        loss = loss_of(network, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        return loss.item()
+
+    return Training(network, step, finish)
+
+
+def full(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+    """All weights at each step."""
+    return _by_gradient(network, adamw(network, rate), steps)
+
+
+def hift(**settings: Any) -> Method:
+    """This project's engine with these settings."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        optimizer = adamw(network, rate)
+        engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}))
+        engine.start()
+        return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
+
+    return method
+
+
+def lisa(layers: int, period: int) -> Method:
+    """https://arxiv.org/abs/2403.17919, algorithm 1: so many layers drawn anew each period; the rest always trained."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        stack = list(network.body.encoder.layer)  # type: ignore[union-attr, arg-type]
+        draw = random.Random(seed)
+        done = 0
+
+        def begin() -> None:
+            nonlocal done
+            if done % period == 0:
+                chosen = draw.sample(stack, layers)
+                for layer in stack:
+                    layer.requires_grad_(layer in chosen)
+            done += 1
+
+        return _by_gradient(network, adamw(network, rate), steps, begin)
+
+    return method
+
+
+def badam(period: int) -> Method:
+    """The `badam` package with embeddings, each layer and the head as blocks, a new block each period."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        from badam import BlockOptimizer
+
+        count = len(network.body.encoder.layer)  # type: ignore[union-attr, arg-type]
+        blocks = [["embeddings"], *([f"encoder.layer.{number}."] for number in range(count)), ["head"]]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints the block at every switch
+            optimizer = BlockOptimizer(
+                base_optimizer=AdamW(network.parameters(), lr=rate, weight_decay=0.01, fused=True),
+                named_parameters_list=list(network.named_parameters()),
+                block_prefix_list=blocks,
+                switch_block_every=period,
+                switch_mode="descending",
+                verbose=0,
+            )
+        return _by_gradient(network, optimizer, steps)
+
+    return method
+
+
+def lora(rank: int, dora: bool = False) -> Method:
+    """`peft` on all linear layers of the body; the new head is trained whole."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_layers(network.body), use_dora=dora)
+        inject_adapter_in_model(config, network.body)
+        network.requires_grad_(False)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_("lora_" in name or name.startswith("head."))
+        return _by_gradient(network, adamw(network, rate), steps)
+
+    return method
+
+
+def _linear_layers(body: nn.Module) -> list[str]:
+    return [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
+
+
+def galore(rank: int) -> Method:
+    """The `galore-torch` package on the matrices of the layers; embeddings, norms and head by plain AdamW."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        from galore_torch import GaLoreAdamW
+
+        projected = [m.weight for m in network.body.encoder.modules() if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
+        taken = set(projected)
+        groups = [
+            *parameter_groups((name, p) for name, p in network.named_parameters() if p not in taken),
+            {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
+        ]
+        return _by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
+
+    return method
+
+
+def only(chosen: Callable[[str], bool]) -> Method:
+    """Full fine-tuning of the chosen parameters, and the head."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith("head.") or chosen(name))
+        return _by_gradient(network, adamw(network, rate), steps)
+
+    return method
+
+
+def mezo(scale: float = 1e-3) -> Method:
+    """https://arxiv.org/abs/2305.17333, algorithm 1: two forward passes, no gradient; plain SGD."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        parameters = list(network.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=rate)
+        scheduler = linear(optimizer, steps, WARMUP)
+        draw = torch.Generator(device=parameters[0].device)
+        done = 0
+
+        def move(number: int, by: float) -> None:
+            draw.manual_seed(seed * 1_000_003 + number)
+            for parameter in parameters:
+                parameter.add_(torch.randn(parameter.shape, generator=draw, device=parameter.device), alpha=by)
+
+        @torch.no_grad()
+        def step(batch: Batch) -> float:
+            nonlocal done
+            move(done, scale)
+            up = loss_of(network, batch).item()
+            move(done, -2 * scale)
+            down = loss_of(network, batch).item()
+            move(done, scale)
+            move(done, -optimizer.param_groups[0]["lr"] * (up - down) / (2 * scale))
+            done += 1
+            with contextlib.suppress(StopIteration):
+                scheduler.step()
+            return (up + down) / 2
+
+        return Training(network, step)
+
+    return method
+
+
+STEPS = 200
+"""Steps of full fine-tuning; the others have as many, and as many as they do in its time."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method in the comparison.
+
+    Args:
+        method: the method.
+        guess: exponent of the learning rate at which its search begins (see `rate_of`).
+        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`).
+        cycle: steps after which every weight has had its turn.
+        remark: for the page.
+    """
+
+    method: Method
+    guess: int
+    steps_in_time: int
+    cycle: int = 1
+    remark: str = ""
+
+
+CONTESTANTS = {
+    "full AdamW": Contestant(full, 0, STEPS),
+    "HiFT": Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
+    "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 350, 8),
+    "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
+    "LISA": Contestant(lisa(layers=2, period=10), 0, 245, 10, "2 layers, drawn every 10 steps; embeddings always"),
+    "BAdam": Contestant(badam(period=20), 2, 430, 160, "20 steps a block"),
+    "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
+    "DoRA": Contestant(lora(rank=16, dora=True), 3, 195, 1, "rank 16"),
+    "GaLore": Contestant(galore(rank=32), 0, 175, 1, "rank 32"),
+    "BitFit": Contestant(only(lambda name: name.endswith("bias")), 4, 300),
+    "head only": Contestant(only(lambda name: False), 7, 560),
+    "MeZO": Contestant(mezo(), -3, 132),
+}
+
+
+def rate_of(exponent: int) -> float:
+    """The learning rates of the grid that all methods share: 1e-4 times a power of 2."""
+    return 1e-4 * 2.0**exponent
