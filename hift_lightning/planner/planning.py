@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -425,5 +424,18 @@ def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype
 
 def _made_up_loss(module: nn.Module, batch: Any, *_: Any) -> Tensor:
     """A loss from which every parameter that requires a gradient gets one, without a forward pass."""
-    trained = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters() if p.requires_grad]
-    return torch.stack([p.float().sum() for p in trained]).sum()
+    return torch.stack([_MadeUpLoss.apply(p) for p in module.parameters() if p.requires_grad]).sum()  # type: ignore[no-untyped-call]
+
+
+class _MadeUpLoss(torch.autograd.Function):
+    """The gradient is where the parameter is; that of `DTensor.to_local` would be on the mesh's kind of device."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return torch.empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        (parameter,) = ctx.saved_tensors
+        return torch.empty_like(parameter)

@@ -36,13 +36,14 @@ def rank_0_of_4(monkeypatch):
     dist.destroy_process_group()
 
 
-def counted_peak(strategy, blocks):
+def counted_peak(strategy, blocks, precision):
     module, before, peak = Module("llama"), sim.memory_allocated(), Peak(after=blocks)
     trainer = L.Trainer(
         accelerator="sim",
         devices=1,
         num_nodes=4,
         strategy=strategy,
+        precision=precision,
         max_steps=2 * blocks,
         callbacks=[peak],
         logger=False,
@@ -65,6 +66,10 @@ CASES = {
         HiFTFSDP2Strategy, {"update": "streamed", "window": "64KiB", "activation_checkpointing": True}
     ),
     "hift_fsdp2 offloaded": (HiFTFSDP2Strategy, {"offload_params": True}),
+    "hift_fsdp2 offloaded bf16": (
+        HiFTFSDP2Strategy,
+        {"offload_params": True, "master_weights": True, "update": "streamed", "activation_checkpointing": True},
+    ),
 }  # fmt: skip
 
 
@@ -72,9 +77,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_planned_peak_of_a_rank_is_that_on_the_simulated_accelerator(case, request):
     kind, arguments = CASES[case]
-    planned = plan(Module("llama"), kind(**arguments), batch_of("llama"), devices=2, num_nodes=2)
+    precision = "bf16-true" if "bf16" in case else "32-true"
+    batch = batch_of("llama")
+    planned = plan(Module("llama"), kind(**arguments), batch, devices=2, num_nodes=2, precision=precision)
     request.getfixturevalue("rank_0_of_4")
-    assert planned.peak_bytes == pytest.approx(counted_peak(kind(**arguments), len(planned.blocks)), rel=0.001)
+    counted = counted_peak(kind(**arguments), len(planned.blocks), precision)
+    assert planned.peak_bytes == pytest.approx(counted, rel=0.001)
 
 
 def test_a_rank_of_hift_ddp_sends_the_active_block_and_with_split_state_its_new_weights_too():

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return 1e-6 if self.precision == "32-true" else 1e-10
+        return {"32-true": 1e-6, "64-true": 1e-10, "bf16-true": 5e-2}[self.precision]
 
 
 CASES = {
@@ -54,6 +54,9 @@ CASES = {
     "split": Case({"shard_parked_state": True}),
     "split and clipping, Adagrad": Case({"shard_parked_state": True}, "Adagrad", clip=0.1),
     "split, fused": Case({"shard_parked_state": True, "update": "fused"}),
+    "split, in files": Case({"shard_parked_state": True, "offload": "files"}),
+    "masters": Case({"master_weights": True}, precision="bf16-true"),
+    "split, masters": Case({"shard_parked_state": True, "master_weights": True}, precision="bf16-true"),
 }
 
 
@@ -72,7 +75,7 @@ def fit(case: Case, strategy: Any, batches: Any, module: Any = None, **arguments
 
 
 def alone(case: Case, batches: Any, **arguments: Any) -> tuple[Any, Any]:
-    settings = {k: v for k, v in case.strategy.items() if k not in ("bucket_cap_mb", "shard_parked_state")}
+    settings = {k: v for k, v in case.strategy.items() if k not in ("bucket_cap_mb", "shard_parked_state", "offload")}
     return fit(case, HiFTStrategy(**settings), batches, **arguments)
 
 
@@ -98,11 +101,12 @@ def assert_close(left: Any, right: Any, tolerance: float) -> None:
 # --- what is trained -----------------------------------------------------------------------------------------------
 
 
-def train_cases(names: list[str]) -> dict[str, Any]:
+def train_cases(names: list[str], folder: Path) -> dict[str, Any]:
     found = {}
     for name in names:
         case = CASES[name]
-        module, trainer_ = fit(case, HiFTDDPStrategy(**case.strategy), share(batches_of(case, dist.get_world_size())))
+        settings = {**case.strategy, **({"offload": folder} if "offload" in case.strategy else {})}
+        module, trainer_ = fit(case, HiFTDDPStrategy(**settings), share(batches_of(case, dist.get_world_size())))
         engine = trainer_.strategy.hift
         parked = {block.index: block.parked_bytes for block in engine.report().blocks}
         found[name] = weights(module), engine.reduction.bytes_sent, parked, module.rates
@@ -110,8 +114,8 @@ def train_cases(names: list[str]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks() -> list[dict[str, Any]]:
-    return run(train_cases, 2, list(CASES))
+def on_two_ranks(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    return run(train_cases, 2, list(CASES), tmp_path_factory.mktemp("parked"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,9 +128,9 @@ def test_two_ranks_equal_one_process_with_all_their_batches_and_each_other(name:
     assert_close(first, first, 0.0)
 
 
-def test_four_ranks_do_too() -> None:
+def test_four_ranks_do_too(tmp_path: Path) -> None:
     names = ["AdamW", "split"]
-    results = run(train_cases, 4, names)
+    results = run(train_cases, 4, names, tmp_path)
     for name in names:
         one, _ = alone(CASES[name], batches_of(CASES[name], 4))
         for rank in results:
@@ -142,6 +146,30 @@ def test_split_state_is_held_once_by_the_ranks_together(on_two_ranks: Any) -> No
     shares = [sum(rank["split"][2].values()) for rank in on_two_ranks]
     assert sum(shares) == whole
     assert max(shares) < 0.6 * whole
+
+
+def test_split_masters_are_the_same_and_held_once_by_the_ranks_together(on_two_ranks: Any) -> None:
+    whole, split = ([rank[name] for rank in on_two_ranks] for name in ("masters", "split, masters"))
+    assert_same(whole[0][0], split[0][0])
+    shares = [sum(rank[2].values()) for rank in split]
+    assert sum(shares) == sum(whole[0][2].values())
+    assert max(shares) < 0.6 * sum(shares)
+
+
+def choose_a_group() -> Any:
+    case = Case(precision="32-true")
+    rows = 2 + 2 * dist.get_rank()  # so that each would choose for itself
+    batches = [tuple(tensor[:rows] for tensor in batch) for batch in share(batches_of(case, 2))]
+    strategy = HiFTDDPStrategy(group_size="auto", memory_budget="2GiB")
+    module, _ = fit(case, strategy, batches)
+    return strategy.settings, weights(module)
+
+
+def test_ranks_take_the_group_size_that_the_first_one_chooses() -> None:
+    (settings, first), (same_settings, second) = run(choose_a_group, 2)
+    assert settings == same_settings
+    assert settings.group_size == LAYERS
+    assert_same(first, second)
 
 
 # --- what is sent --------------------------------------------------------------------------------------------------

@@ -154,6 +154,11 @@ CASES = {
         {"precision": "bf16-true"},
         5e-2,
     ),
+    "masters, weights in host memory": (
+        {"master_weights": True, "offload_params": True, "update": "streamed", "activation_checkpointing": True},
+        {"precision": "bf16-true"},
+        5e-2,
+    ),
 }
 
 
