@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -394,12 +395,17 @@ class _Watch(Callback):
             return BlockPlan(self._names[0], numel, trace)
         block, residency = engine.plan.blocks[index], engine.residency
         paged_in, parked = self._moved_before
+        to_device, to_host = residency.bytes_paged_in - paged_in, residency.bytes_parked - parked
+        if any(local(parameter).device != DEVICE for parameter in module.parameters()):
+            # FSDP2 brings this rank's shard to the device for each gathering, and its reduced gradient back
+            to_device += trace.collectives["all-gather"] // dist.get_world_size()
+            to_host += trace.collectives["reduce-scatter"] // dist.get_world_size()
         return BlockPlan(
             block.name,
             block.numel,
             trace,
-            to_device_bytes=residency.bytes_paged_in - paged_in,
-            to_host_bytes=residency.bytes_parked - parked,
+            to_device_bytes=to_device,
+            to_host_bytes=to_host,
             parked_bytes=engine.report().blocks[index].parked_bytes,
         )
 

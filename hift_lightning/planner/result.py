@@ -19,9 +19,9 @@ class BlockPlan:
     numel: int
     trace: StepTrace
     to_device_bytes: int = 0
-    """State and masters paged in."""
+    """State and masters paged in, and weights that are in host memory."""
     to_host_bytes: int = 0
-    """State and masters parked."""
+    """State and masters parked, and gradients of weights that are in host memory."""
     parked_bytes: int = 0
     """The block's state and masters in host memory or files, once it has been updated."""
 
@@ -85,7 +85,8 @@ class Plan:
 
     @property
     def moved_bytes(self) -> float:
-        """Bytes of state and masters moved in a step, both ways together, mean over a cycle."""
+        """Bytes moved in a step, both ways together, mean over a cycle: state and masters, or where weights are in
+        host memory, these and gradients."""
         return sum(block.to_device_bytes + block.to_host_bytes for block in self.blocks) / len(self.blocks)
 
 

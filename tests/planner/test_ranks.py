@@ -122,6 +122,13 @@ def test_a_rank_of_hift_fsdp2_reduces_the_active_block_and_gathers_what_is_above
     assert planned.parked_bytes == 2 * (sum(layers) + loose + head) / ranks + counts
 
 
+def test_weights_in_host_memory_come_to_the_device_for_each_gathering_and_gradients_go_back():
+    planned = plan(SmallTransformer(), HiFTFSDP2Strategy(offload_params=True), make_batches(1)[0], devices=2)
+    for block in planned.blocks:
+        assert block.to_device_bytes == block.trace.collectives["all-gather"] / 2
+        assert block.to_host_bytes == block.trace.collectives["reduce-scatter"] / 2
+
+
 def test_full_fine_tuning_of_several_ranks_sends_all_gradients():
     full = StepPlanner(SmallTransformer(), make_batches(1)[0], ranks=PlannedRanks(HiFTDDPStrategy(), devices=4)).plan(
         None
