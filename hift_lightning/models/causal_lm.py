@@ -35,7 +35,8 @@ def causal_lm(
 
     Raises:
         ConfigurationError: the weights cannot be found, or lack tensors of the model or have others; the
-            configuration cannot be used; the tokenizer has more tokens than the model; or transformers is not installed.
+            configuration cannot be used; the tokenizer has more tokens than the model; or transformers is not
+            installed.
     """
     check_transformers()
     from transformers import AutoModelForCausalLM
