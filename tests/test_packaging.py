@@ -8,11 +8,12 @@ import sys
 import tarfile
 import venv
 import zipfile
-from importlib.metadata import metadata, version
+from importlib.metadata import metadata, requires, version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import hift_lightning
 
@@ -76,6 +77,18 @@ def test_the_version_is_told_once():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert "version" not in citation
     assert citation["license"] == metadata("hift-lightning")["License-Expression"] == "Apache-2.0"
+
+
+def test_the_lowest_versions_that_are_tried_are_the_lowest_admitted():
+    admitted = {
+        f"{requirement.name}=={bound.version}"
+        for requirement in map(Requirement, requires("hift-lightning"))
+        for bound in requirement.specifier
+        if bound.operator == ">=" and (requirement.marker is None or requirement.marker.evaluate({"extra": "demo"}))
+    }
+    tried = {line for line in (ROOT / ".ci" / "lowest.txt").read_text().splitlines() if not line.startswith("#")}
+    zeros = r"(\.0)+$"
+    assert {re.sub(zeros, "", pin) for pin in tried} >= {re.sub(zeros, "", pin) for pin in admitted}
 
 
 def test_an_import_brings_nothing_but_the_engine_and_the_strategies(tmp_path):
