@@ -10,19 +10,19 @@ from typing import Any
 
 from hift_lightning.engine.errors import ConfigurationError
 
-Order = Callable[[int, int], list[int]]
+Order = Callable[[int, int | None], list[int]]
 """``(number of blocks, seed) -> block indices in the order of their turns``; index 0 is the bottom block."""
 
 
-def _bottom2up(blocks: int, seed: int) -> list[int]:
+def _bottom2up(blocks: int, seed: int | None) -> list[int]:
     return list(range(blocks))
 
 
-def _top2down(blocks: int, seed: int) -> list[int]:
+def _top2down(blocks: int, seed: int | None) -> list[int]:
     return list(reversed(range(blocks)))
 
 
-def _random(blocks: int, seed: int) -> list[int]:
+def _random(blocks: int, seed: int | None) -> list[int]:
     turns = list(range(blocks))
     random.Random(seed).shuffle(turns)
     return turns
@@ -78,7 +78,7 @@ class Rotation:
     blocks: int
     order: str = "top2down"
     steps_per_block: int = 1
-    seed: int = 0
+    seed: int | None = 0
     turns: tuple[int, ...] = field(init=False)
     """Block indices in the order of their turns."""
 

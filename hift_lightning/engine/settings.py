@@ -57,15 +57,15 @@ class HiFTSettings:
     """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
     frozen: Sequence[str] | None = None
     """Shell-style patterns on parameter names that are never trained."""
-    seed: int = 0
-    """Seed of the ``random`` order."""
+    seed: int | None = 0
+    """Seed of the ``random`` order; with the others it may be ``None``, as it is in projects that do not seed."""
 
     def __post_init__(self) -> None:
         if self.group_size != "auto":
             self._check_group_size()
         if self.memory_budget is not None:
             parse_bytes("memory_budget", self.memory_budget)
-        if not isinstance(self.seed, int):
+        if not isinstance(self.seed, int) and (self.seed is not None or self.order == "random"):
             raise ConfigurationError(f"`seed={self.seed!r}` must be an integer: it decides the `random` order.")
         check_order(self.order)
         check_lr_update(self.lr_update)

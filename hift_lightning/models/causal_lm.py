@@ -7,7 +7,7 @@ import torch
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
-from hift_lightning.models.pretrained import pretrained_model
+from hift_lightning.models.pretrained import check_transformers, pretrained_model
 
 
 def causal_lm(
@@ -35,8 +35,10 @@ def causal_lm(
 
     Raises:
         ConfigurationError: the weights cannot be found, or lack tensors of the model or have others; the
-            configuration cannot be used; or the tokenizer has more tokens than the model.
+            configuration cannot be used; the tokenizer has more tokens than the model; or transformers is not
+            installed.
     """
+    check_transformers()
     from transformers import AutoModelForCausalLM
 
     if not weights:

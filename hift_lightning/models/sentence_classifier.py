@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
-from hift_lightning.models.pretrained import pretrained_model
+from hift_lightning.models.pretrained import check_transformers, pretrained_model
 
 Pooling = Literal["mean", "first", "last"]
 Head = Literal["linear", "mlp"]
@@ -86,9 +86,10 @@ def sentence_classifier(
         weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
 
     Raises:
-        ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used, or
-            the tokenizer has more tokens than the model.
+        ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used,
+            the tokenizer has more tokens than the model, or transformers is not installed.
     """
+    check_transformers()
     from transformers import AutoModel
 
     for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):

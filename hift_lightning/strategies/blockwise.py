@@ -76,7 +76,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             passed on at the end of the new cycle, together with its own.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
-        seed: seed of the ``"random"`` order.
+        seed: seed of the ``"random"`` order; with the others it may be ``None``.
         arguments: of the Lightning strategy.
 
     Raises:
@@ -101,7 +101,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         resume_plan: str = "same",
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
-        seed: int = 0,
+        seed: int | None = 0,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = ROOT / "conf"
+# what the application shares with every other Hydra application
+SHARED_CONFIGURATION = ROOT / "hydra_plugins" / "hift_lightning" / "conf"
 
 # an encoder with random weights that trains in no time
 TINY = [

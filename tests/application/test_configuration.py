@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from tests.application.running import CONFIGURATION
+from tests.application.running import CONFIGURATION, SHARED_CONFIGURATION
 
 GROUPS = (
     "model",
@@ -25,7 +25,8 @@ GROUPS = (
 OPTIONS = [
     f"{group}={path.stem}"
     for group in GROUPS
-    for path in sorted((CONFIGURATION / group).glob("*.yaml"))
+    for folder in (CONFIGURATION, SHARED_CONFIGURATION)
+    for path in sorted((folder / group).glob("*.yaml"))
     if group != "model/kind"  # parts of the files in `model`
 ]
 # what an option cannot be without
@@ -54,7 +55,9 @@ def test_every_option_of_every_group_composes(option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(CONFIGURATION.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGURATION))
+    "path",
+    [path for folder in (CONFIGURATION, SHARED_CONFIGURATION) for path in sorted(folder.rglob("*.yaml"))],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_every_value_has_a_comment(path: Path) -> None:
     before = ""
