@@ -18,30 +18,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
 from hift_lightning.engine.streams import device_module
-from hift_lightning.engine.tiers import ALL_ROWS, Buffer, Files, HostMemory, Tier
+from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
 
 # fp16 is not among them: its smallest number is far above Adam's second moments
 PARKED_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Place = Callable[[Tensor, torch.dtype], Tensor]
 """Puts a host tensor on the device, in a dtype."""
-
-
-def check_offload(offload: str | Path) -> None:
-    """Raise if parked state cannot be kept there.
-
-    Args:
-        offload: ``"none"`` keeps all state on the device, ``"cpu"`` parks it in host memory, the path of a folder in
-            files.
-
-    Raises:
-        ConfigurationError: for any other value.
-    """
-    if offload not in ("none", "cpu") and not Path(offload).is_dir():
-        raise ConfigurationError(
-            f"`offload={str(offload)!r}` is no place to park optimizer state; choose `none`, `cpu` or the path of a "
-            "folder that exists."
-        )
 
 
 def check_parked_dtype(parked_dtype: str | None) -> None:
@@ -77,7 +60,7 @@ class Residency:
     Args:
         optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of it in its
             constructor) or that is loaded later counts as parked.
-        offload: see :func:`check_offload`.
+        offload: see :func:`~hift_lightning.engine.tiers.check_offload`.
         parked_dtype: see :func:`check_parked_dtype`; zero-dimensional and integer state keeps its own.
 
     Raises:
@@ -85,7 +68,6 @@ class Residency:
     """
 
     def __init__(self, optimizer: Optimizer, offload: str | Path = "cpu", parked_dtype: str | None = None) -> None:
-        check_offload(offload)
         check_parked_dtype(parked_dtype)
         self.optimizer = optimizer
         self.offload = offload
@@ -93,7 +75,7 @@ class Residency:
         """Bytes copied from host to device so far."""
         self.bytes_parked = 0
         """Bytes copied from device to host so far."""
-        self._tier: Tier = HostMemory() if offload in ("none", "cpu") else Files(offload)
+        self._tier = make_tier(offload)
         self.parked_dtype = PARKED_DTYPES[parked_dtype]
         """Of moments in :attr:`~torch.optim.Optimizer.state` while they are parked; ``None``: their own."""
         self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}

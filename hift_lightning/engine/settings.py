@@ -8,8 +8,9 @@ from hift_lightning.engine.compatibility import check_resume_plan
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.nonfinite import check_nonfinite
-from hift_lightning.engine.residency import check_offload, check_parked_dtype
+from hift_lightning.engine.residency import check_parked_dtype
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
+from hift_lightning.engine.tiers import check_offload
 from hift_lightning.engine.update import check_update, parse_bytes
 
 
@@ -26,15 +27,15 @@ class HiFTSettings:
     memory_budget: str | int | None = None
     """Bytes of the device's memory that ``group_size="auto"`` may take; ``None`` for all that the device has."""
     order: str = "top2down"
-    """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
+    """Order of the blocks' turns: ``bottom2up``, ``top2down``, ``random``, or the name of a registered one."""
     lr_update: str = "cycle"
     """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
     had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
     steps_per_block: int = 1
     """Optimizer steps before the next block has its turn."""
     offload: str | Path = "cpu"
-    """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), or ``none`` (it stays on
-    the device)."""
+    """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), ``none`` (it stays on the
+    device), or a registered tier."""
     update: str = "block"
     """How the active block is stepped. ``block``: all its state paged in, one optimizer step. ``streamed``: piece by
     piece through a window. ``fused``: streamed inside backward, each gradient freed as soon as it has been used; then
