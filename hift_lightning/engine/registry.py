@@ -37,8 +37,8 @@ class Registry(Mapping[str, T]):
         """
         if not isinstance(name, str) or re.fullmatch(_NAME, name) is None:
             raise ConfigurationError(
-                f"`{self._decorator}` was given the name {name!r}; write `@{self._decorator}('a_name')`, with a name of "
-                "letters, digits, `_`, `.` and `-`."
+                f"`{self._decorator}` was given {name!r} as name; write `@{self._decorator}('a_name')`, with letters, "
+                "digits, `_`, `.` and `-`."
             )
 
         def decorate(registered: Registered) -> Registered:
