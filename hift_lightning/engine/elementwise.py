@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_tensors import flatten_state
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
+
+MORE_ROWS = 512
+"""With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def probe(
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
     changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
-    weights and state, and every state tensor has the shape of the weights or none.
+    weights and state, and every state tensor has the shape of the weights or none, also those of a larger matrix.
 
     Args:
         optimizer: is left as it is.
@@ -59,17 +63,18 @@ def _probe(
     weights = (count * 0.7).sin()
     gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
 
-    def run(*parts: slice) -> list[list[Any]] | None:
-        split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
-        split_weights = [weights[p] for p in parts]
+    def attempt(weights: list[Tensor], gradients: list[list[Tensor]]) -> list[list[Any]] | None:
         try:
-            return _run(optimizer, like, dtype, split_weights, split_gradients, None)
+            return _run(optimizer, like, dtype, weights, gradients, None)
         except Exception:
             if not (state := optimizer.state.get(like)):
                 raise
         # its `step` expects what its constructor built (Adagrad)
         make_state = functools.partial(_state_like, state, like, parked_dtype)
-        return _run(optimizer, like, dtype, split_weights, split_gradients, make_state)
+        return _run(optimizer, like, dtype, weights, gradients, make_state)
+
+    def run(*parts: slice) -> list[list[Any]] | None:
+        return attempt([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -82,6 +87,12 @@ def _probe(
         and len(whole[0]) == len(alone[0])
         and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
     )
+    if elementwise:
+        large = torch.ones(MORE_ROWS, COLUMNS, device=device)
+        after = attempt([large], [[large]])
+        elementwise = after is not None and all(
+            leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
+        )
     shaped = [leaf for leaf in whole[0][1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
 
@@ -131,7 +142,7 @@ def _run(
     after = trial.param_groups[0]
     if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
         return None
-    return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
+    return [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
 
 
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_tensors import flatten_state, is_quantized, state_tensors
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
 
@@ -61,7 +61,7 @@ class Residency:
         optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of it in its
             constructor) or that is loaded later counts as parked.
         offload: see :func:`~hift_lightning.engine.tiers.check_offload`.
-        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional and integer state keeps its own.
+        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional, integer and quantized state keeps its own.
 
     Raises:
         ConfigurationError: if a value cannot work.
@@ -149,23 +149,23 @@ class Residency:
         *,
         loaded: bool = False,
     ) -> None:
-        leaves, spec = tree_flatten(self.optimizer.state[parameter])
-        leaves = [local(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves, put_together = flatten_state(self.optimizer.state[parameter])
+        quantized = is_quantized(leaves)
         on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
-            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0:
+            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
                 dtype = parameter.dtype  # saved as it was parked
-            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
+            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
                 goes = leaf.dim() > 0 or scalars_on_device
                 leaves[i] = leaf.to(parameter.device if goes else "cpu", dtype, copy=loaded)
             elif leaf.dim() > 0 or scalars_on_device:
-                kept = self._kept_dtype(leaf, dtype)
+                kept = self._kept_dtype(leaf, dtype, quantized)
                 if loaded:
                     buffer = _fitting(known_before[i : i + 1], leaf, kept) or self._tier.allocate(
                         leaf, kept, parameter.device
@@ -178,7 +178,7 @@ class Residency:
                 leaves[i] = buffer.tensor
             else:
                 leaves[i] = leaf.to("cpu", copy=loaded)
-        self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+        self.optimizer.state[parameter] = put_together(leaves)
         if self.offload != "none":
             self._leaves[parameter] = known
             self._parked.add(parameter)
@@ -197,8 +197,7 @@ class Residency:
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Bytes of the parameter's optimizer state, wherever it is."""
-        leaves = tree_leaves(self.optimizer.state.get(parameter, {}))
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(tensor.nbytes for tensor in state_tensors(self.optimizer.state.get(parameter, {})))
 
     def device_bytes(self, parameter: Tensor) -> int:
         """Bytes on the device of the parameter's parked state, once it is paged in."""
@@ -270,7 +269,7 @@ class Residency:
         if not self.copies(parameter):
             return self.optimizer.state[parameter]
         place = place or _own_memory_on(parameter.device)
-        leaves, spec = tree_flatten(self.optimizer.state[parameter])
+        leaves, put_together = flatten_state(self.optimizer.state[parameter])
         for i, known in enumerate(self._leaves[parameter]):
             if known is not None:
                 source = known.buffer.read(rows if leaves[i].dim() else ALL_ROWS)
@@ -278,7 +277,7 @@ class Residency:
                 self.bytes_paged_in += source.nbytes
             elif isinstance(leaves[i], Tensor):
                 leaves[i] = leaves[i].clone()
-        return tree_unflatten(leaves, spec)
+        return put_together(leaves)
 
     def store(self, parameter: Tensor, state: Any, rows: slice = ALL_ROWS, *, last: bool = True) -> None:
         """Park state that was loaded, or made by the optimizer.
@@ -294,7 +293,8 @@ class Residency:
             if self.offload != "none":
                 self._parked.add(parameter)
             return
-        leaves, spec = tree_flatten(state)
+        leaves, put_together = flatten_state(state)
+        quantized = is_quantized(leaves)
         known = self._leaves.get(parameter, [])
         if len(known) != len(leaves):
             known = self._leaves[parameter] = [None for _ in leaves]
@@ -305,7 +305,8 @@ class Residency:
             whole = torch.empty((local(parameter).shape[0], *leaf.shape[1:]), device="meta") if split else leaf
             kept = known[i]
             if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
-                buffer = self._tier.allocate(whole, self._kept_dtype(leaf, leaf.dtype), parameter.device)
+                dtype = self._kept_dtype(leaf, leaf.dtype, quantized)
+                buffer = self._tier.allocate(whole, dtype, parameter.device)
                 kept = known[i] = _ParkedLeaf(buffer, leaf.dtype)
             if split or last:
                 kept.buffer.write(leaf, rows if split else ALL_ROWS)
@@ -313,7 +314,7 @@ class Residency:
             leaves[i] = kept.buffer.tensor
         self._copying_from.add(parameter.device)
         if last:
-            self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+            self.optimizer.state[parameter] = put_together(leaves)
             self._parked.add(parameter)
 
     def window(self, nbytes: int, device: torch.device) -> Tensor:
@@ -407,9 +408,9 @@ class Residency:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
 
-    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype) -> torch.dtype:
+    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""
-        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
+        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0 and not quantized
         return self.parked_dtype if narrow and self.parked_dtype is not None else dtype
 
 
