@@ -1,7 +1,6 @@
 """What an optimizer does to parameters one by one and element by element, found out by trying it."""
 
 import contextlib
-import copy
 import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -129,7 +128,8 @@ def _run(
     group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
     settings = {key: value for key, value in group.items() if key != "params"}
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
-    trial = copy.copy(optimizer)
+    trial = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)  # `copy.copy` would leave out what torch's own class does not know
     trial.state = defaultdict(dict)
     if make_state is not None:
         for parameter in parameters:
