@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
@@ -39,6 +41,19 @@ def check_parked_dtype(parked_dtype: str | None) -> None:
     if parked_dtype not in PARKED_DTYPES:
         names = ", ".join(str(name) for name in PARKED_DTYPES)
         raise ConfigurationError(f"`parked_dtype={parked_dtype!r}` is not a dtype to park in; choose one of {names}.")
+
+
+class _StandIn:
+    """Goes through an optimizer's ``load_state_dict`` in place of a tensor, which is neither copied nor moved."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        return self
 
 
 class _ParkedLeaf(NamedTuple):
@@ -122,6 +137,7 @@ class Residency:
         Raises:
             ValueError: if the param groups do not match (raised by torch).
         """
+        state_dict = self._in_own_form(state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
         known_before, self._leaves = self._leaves, {}
         self._parked.clear()
@@ -139,6 +155,25 @@ class Residency:
         # an optimizer may keep things under keys that are no parameters
         ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
         self.optimizer.state.update(copy.deepcopy({key: state[key] for key in state.keys() - ids}))
+
+    def _in_own_form(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state dict with the state in the form in which the optimizer keeps it.
+
+        An optimizer with a ``load_state_dict`` of its own may save another form (bitsandbytes packs 8-bit state), so it
+        is called, with something in place of the tensors that it cannot cast or move.
+        """
+        if type(self.optimizer).load_state_dict is Optimizer.load_state_dict:
+            return state_dict
+        stand_ins = tree_map_only(Tensor, _StandIn, state_dict["state"])
+        self.optimizer.load_state_dict({**state_dict, "state": stand_ins})
+        loaded = tree_map_only(_StandIn, lambda stand_in: stand_in.tensor, dict(self.optimizer.state))
+        self.optimizer.state.clear()
+        id_of = {
+            parameter: saved_id
+            for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True)
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+        }
+        return {**state_dict, "state": {id_of.get(key, key): state for key, state in loaded.items()}}
 
     def _adopt(
         self,

@@ -112,7 +112,8 @@ def test_loaded_codes_are_copied_and_keep_their_form(tmp_path):
     parameters = [nn.Parameter(parameter.detach().clone()) for parameter in hift.model.parameters()]
     optimizer = Momentum8bit(parameters)
     Residency(optimizer, tmp_path).load_state_dict(saved)
-    for loaded, original in zip(optimizer.state.values(), saved["state"].values(), strict=True):
+    for index, parameter in enumerate(parameters):
+        loaded, original = optimizer.state[parameter], saved["state"][index]
         assert type(loaded["average"]) is type(original["average"])
         for tensor, other in zip(state_tensors(loaded), state_tensors(original), strict=True):
             assert torch.equal(tensor, other)

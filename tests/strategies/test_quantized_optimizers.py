@@ -61,6 +61,10 @@ def fit(make_optimizer, strategy, epochs=2, ckpt_path=None, **arguments):
     return module, trainer_
 
 
+def states_of(module, trainer_):
+    return [trainer_.optimizers[0].state[parameter] for parameter in module.parameters()]
+
+
 @pytest.mark.parametrize("settings", [{}, {"update": "fused"}, {"offload": "files"}], ids=str)
 def test_state_pages_as_it_is_and_training_equals_the_plain_loop(make_optimizer, settings, tmp_path):
     if "offload" in settings:
@@ -82,8 +86,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(make_optimizer, tmp_path):
     resumed, resumed_trainer = fit(make_optimizer, "hift", ckpt_path=tmp_path / "stopped.ckpt")
     straight, straight_trainer = fit(make_optimizer, "hift")
     assert_same(dict(resumed.state_dict()), dict(straight.state_dict()))
-    states = [list(t.optimizers[0].state.values()) for t in (resumed_trainer, straight_trainer)]
-    assert_same(*([state_tensors(state) for state in kept] for kept in states))
+    for kept, other in zip(states_of(resumed, resumed_trainer), states_of(straight, straight_trainer), strict=True):
+        assert kept.keys() == other.keys()
+        assert_same(state_tensors(kept), state_tensors(other))
 
 
 def test_a_device_holds_the_codes_of_one_block(make_optimizer, sim_device):
@@ -97,7 +102,9 @@ def test_a_device_holds_the_codes_of_one_block(make_optimizer, sim_device):
         return dict(model.state_dict()), hift.residency
 
     weights, residency = train()
-    assert residency.bytes_paged_in == residency.parked_bytes  # in the second of two cycles
+    scalars = 4 * 2 * BLOCKS  # may stay in host memory
+    # in the second of two cycles
+    assert residency.parked_bytes - scalars <= residency.bytes_paged_in <= residency.parked_bytes
     assert_same(weights, train(update="streamed")[0])
     assert_same(weights, train(offload="none")[0])
     with pytest.raises(ConfigurationError, match="cannot be stepped on parts of a tensor"):
