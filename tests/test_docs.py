@@ -9,7 +9,7 @@ from tests.docs_blocks import blocks_of, run_page
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.parametrize("page", ["extending.md"])
+@pytest.mark.parametrize("page", ["extending.md", "works_with.md"])
 def test_the_blocks_of_a_page_run_and_print_what_it_says(page, tmp_path):
     run_page(DOCS / page, tmp_path)
 

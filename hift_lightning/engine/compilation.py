@@ -44,7 +44,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
 def _call(layer: nn.Module) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return layer._call_impl(*args, **kwargs)
+        return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     return call
 

@@ -58,6 +58,6 @@ def _open(leaf: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         remaining = iter(parts)
         inner = [close_one([next(remaining) for _ in inside]) for inside, close_one in opened]
         tensors = dict(zip(names, inner, strict=True))
-        return type(leaf).__tensor_unflatten__(tensors, context, leaf.shape, leaf.stride())  # type: ignore[attr-defined]
+        return type(leaf).__tensor_unflatten__(tensors, context, leaf.shape, leaf.stride())
 
     return [part for inside, _ in opened for part in inside], close
