@@ -19,8 +19,12 @@ from hift_lightning.engine.state_tensors import flatten_state
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
 
-MORE_ROWS = 512
+MOST_ROWS = 512
 """With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
+
+
+_WHOLE_BLOCKS = 64
+"""So many rows are a whole number of the blocks in which 8-bit state is scaled; what is not may be kept in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ def probe(
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
     changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
-    weights and state, and every state tensor has the shape of the weights or none, also those of a larger matrix.
+    weights and state, and every state tensor has the shape of the weights or none, also those of a larger matrix (but
+    no larger than the largest tensor of the param group, since it takes memory).
 
     Args:
         optimizer: is left as it is.
@@ -86,8 +91,11 @@ def _probe(
         and len(whole[0]) == len(alone[0])
         and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
     )
-    if elementwise:
-        large = torch.ones(MORE_ROWS, COLUMNS, device=device)
+    group = _group_of(optimizer, like)
+    rows = min(MOST_ROWS, max(local(p).numel() for p in group["params"]) // COLUMNS)
+    rows -= rows % _WHOLE_BLOCKS
+    if elementwise and rows > 0:
+        large = torch.ones(rows, COLUMNS, device=device)
         after = attempt([large], [[large]])
         elementwise = after is not None and all(
             leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
@@ -125,7 +133,7 @@ def _run(
     make_state: Callable[[Tensor], Any] | None,
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
-    group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
+    group = _group_of(optimizer, like)
     settings = {key: value for key, value in group.items() if key != "params"}
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = object.__new__(type(optimizer))
@@ -143,6 +151,10 @@ def _run(
     if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
         return None
     return [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:

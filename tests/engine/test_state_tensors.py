@@ -122,7 +122,7 @@ def test_loaded_codes_are_copied_and_keep_their_form(tmp_path):
 
 @pytest.mark.parametrize(("least", "elementwise"), [(1, False), (64, False), (4096, False), (10**6, True)])
 def test_an_optimizer_that_keeps_codes_of_large_tensors_is_not_stepped_on_rows(least, elementwise):
-    parameter = nn.Parameter(torch.ones(8, 8))
-    trial = probe(Momentum8bit([parameter], least=least), parameter, torch.float32)
+    parameter, large = nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(128, 64))
+    trial = probe(Momentum8bit([parameter, large], least=least), parameter, torch.float32)
     assert trial.separate
     assert trial.elementwise is elementwise
