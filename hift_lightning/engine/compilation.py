@@ -75,4 +75,6 @@ def warn_of_compiled_blocks(model: nn.Module, plan: Plan) -> None:
 
 def _is_compiled(module: nn.Module) -> bool:
     # a module in `torch.compile(...)`, and a LightningModule that Lightning took out of it, have a compiled `forward`
-    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+    forward = module.forward
+    wrapped = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    return module._compiled_call_impl is not None or wrapped

@@ -126,6 +126,14 @@ def test_of_nested_compiled_modules_the_outermost_is_named_once():
     assert len(told) == 1
 
 
+def test_a_forward_that_is_kept_from_compilation_is_not_taken_for_compiled():
+    model = Net(2)
+    model.forward = torch.compiler.disable(model.forward)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiFT(model, torch.optim.SGD(model.parameters()))
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_under_lightning(whole):
     """``trainer.fit(torch.compile(module))`` gives the strategy the module itself, with compiled methods."""
