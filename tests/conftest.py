@@ -10,6 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores, and 
 
 import torch
 
+from hift_lightning.engine.partition import LAYOUTS
+from hift_lightning.engine.rotation import ORDERS
+from hift_lightning.engine.tiers import TIERS
 from tests.devices import DEVICES, Device
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -39,6 +42,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The CPU too, which needs nothing; it keeps no count of its memory."""
     yield from _device(request.param)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test registers is gone after it."""
+    for registry in (ORDERS, TIERS, LAYOUTS):
+        monkeypatch.setattr(registry, "_registered", dict(registry._registered))
 
 
 def _device(name: str) -> Iterator[Device]:

@@ -18,7 +18,7 @@ RESUME_PLANS = ("same", "rebuild")
 # schedulers write these into param groups
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 
-_PLAN = ("group_size", "turns", "steps_per_block", "plan")
+_PLAN = ("group_size", "rotation", "steps_per_block", "plan")
 
 
 def check_resume_plan(resume_plan: str) -> None:
@@ -41,7 +41,9 @@ def record_of_plan(plan: Plan, rotation: Rotation) -> dict[str, Any]:
     """What a checkpoint keeps of a plan, in primitives."""
     return {
         "group_size": plan.group_size,
+        "order": rotation.order,
         "turns": list(rotation.turns),
+        "rotation": rotation.fingerprint,
         "steps_per_block": rotation.steps_per_block,
         "plan": plan.fingerprint(),
         "blocks": [{"name": block.name, "parameters": list(block.parameters)} for block in plan.blocks],
@@ -166,7 +168,7 @@ def _in_words(record: dict[str, Any]) -> str:
     shown = ", ".join(first) + (", …" if len(turns) > 3 else "")
     return (
         f"{len(turns)} blocks of group_size={record.get('group_size')} with "
-        f"steps_per_block={record.get('steps_per_block')} and the turns {shown}"
+        f"steps_per_block={record.get('steps_per_block')} and the turns {shown} (order={record.get('order')})"
     )
 
 

@@ -1,7 +1,6 @@
 """What an optimizer does to parameters one by one and element by element, found out by trying it."""
 
 import contextlib
-import copy
 import functools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
@@ -13,11 +12,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_tensors import flatten_state
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
+
+MOST_ROWS = 512
+"""With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
+
+
+_WHOLE_BLOCKS = 64
+"""So many rows are a whole number of the blocks in which 8-bit state is scaled; what is not may be kept in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ def probe(
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
     changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
-    weights and state, and every state tensor has the shape of the weights or none.
+    weights and state, and every state tensor has the shape of the weights or none, also those of a larger matrix (but
+    no larger than the largest tensor of the param group, since it takes memory).
 
     Args:
         optimizer: is left as it is.
@@ -59,17 +67,18 @@ def _probe(
     weights = (count * 0.7).sin()
     gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
 
-    def run(*parts: slice) -> list[list[Any]] | None:
-        split_gradients = [[gradient[p] for p in parts] for gradient in gradients]
-        split_weights = [weights[p] for p in parts]
+    def attempt(weights: list[Tensor], gradients: list[list[Tensor]]) -> list[list[Any]] | None:
         try:
-            return _run(optimizer, like, dtype, split_weights, split_gradients, None)
+            return _run(optimizer, like, dtype, weights, gradients, None)
         except Exception:
             if not (state := optimizer.state.get(like)):
                 raise
         # its `step` expects what its constructor built (Adagrad)
         make_state = functools.partial(_state_like, state, like, parked_dtype)
-        return _run(optimizer, like, dtype, split_weights, split_gradients, make_state)
+        return _run(optimizer, like, dtype, weights, gradients, make_state)
+
+    def run(*parts: slice) -> list[list[Any]] | None:
+        return attempt([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
     together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
@@ -82,6 +91,15 @@ def _probe(
         and len(whole[0]) == len(alone[0])
         and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
     )
+    group = _group_of(optimizer, like)
+    rows = min(MOST_ROWS, max(local(p).numel() for p in group["params"]) // COLUMNS)
+    rows -= rows % _WHOLE_BLOCKS
+    if elementwise and rows > 0:
+        large = torch.ones(rows, COLUMNS, device=device)
+        after = attempt([large], [[large]])
+        elementwise = after is not None and all(
+            leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
+        )
     shaped = [leaf for leaf in whole[0][1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
 
@@ -115,10 +133,11 @@ def _run(
     make_state: Callable[[Tensor], Any] | None,
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
-    group = next(group for group in optimizer.param_groups if any(p is like for p in group["params"]))
+    group = _group_of(optimizer, like)
     settings = {key: value for key, value in group.items() if key != "params"}
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
-    trial = copy.copy(optimizer)
+    trial = object.__new__(type(optimizer))
+    trial.__dict__.update(optimizer.__dict__)  # `copy.copy` would leave out what torch's own class does not know
     trial.state = defaultdict(dict)
     if make_state is not None:
         for parameter in parameters:
@@ -131,7 +150,11 @@ def _run(
     after = trial.param_groups[0]
     if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
         return None
-    return [[p.detach(), *tree_leaves(trial.state[p])] for p in parameters]
+    return [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
 
 
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:

@@ -37,6 +37,7 @@ from hift_lightning.engine.compatibility import (
     record_of_plan,
     refuse_other_plan,
 )
+from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
@@ -159,6 +160,7 @@ class HiFT:
         governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
         self._governed = list(governed.values())
         self._warn_of_unoptimized(governed.keys() - {name for b in self.plan.blocks for name in b.parameters})
+        warn_of_compiled_blocks(model, self.plan)
         self.reduction: GradientReduction | None = None
         """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
         if ranks is not None and ranks.size > 1:

@@ -21,6 +21,8 @@ are read from the module tree, never from the name of an architecture:
 *Nearest* means: the longest common module path, then the one registered before, then the shortest distance.
 A placement that misses what the forward pass does costs time, not correctness: whatever the order, each
 trainable parameter is in exactly one block. The `layers` patterns override what was found.
+
+Rules 2 and 3 are the layout "stacks", rule 4 is "modules"; a layout of one's own (`register_layout`) is asked before.
 """
 
 from __future__ import annotations
@@ -32,15 +34,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
 _TOP_WORDS = {"final", "out", "head", "classifier", "logit", "logits"}
 
@@ -57,6 +60,28 @@ class Layer:
 
     name: str
     parameters: tuple[str, ...]
+
+
+Layout: TypeAlias = "Callable[[nn.Module], Sequence[Layer] | None]"
+"""A function from a model to its layers, bottom first; `None` where it has nothing to say about this model."""
+
+LAYOUTS: Registry[Layout] = Registry("register_layout")
+"""The layouts by name. The one registered last is asked first, and the first answer counts."""
+
+
+def register_layout(name: str) -> Callable[[Layout], Layout]:
+    """A decorator that makes a function a layout, which is asked before all that are there.
+
+    The function is given the model as it is trained (under Lightning the LightningModule) and returns its layers,
+    bottom first, with each of its parameters in one of them; or `None`, and the next layout is asked.
+
+    Args:
+        name: for messages.
+
+    Raises:
+        ConfigurationError: if another layout has this name.
+    """
+    return LAYOUTS.register(name)
 
 
 @dataclass(frozen=True)
@@ -176,7 +201,7 @@ def partition(
                 "model before it is partitioned."
             )
 
-    placed = _override(_find_layers(model), _matched("layers", layers, aliases))
+    placed = _override(_lay_out(model, aliases), _matched("layers", layers, aliases))
     kept = [Layer(layer.name, tuple(name for name in layer.parameters if name in chosen)) for layer in placed]
     kept = [layer for layer in kept if layer.parameters]
     blocks = []
@@ -252,12 +277,68 @@ class _Place(NamedTuple):
     name: str
 
 
-def _find_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a model, bottom first, over all its parameters."""
-    names = [name for name, _ in model.named_parameters()]
-    modules = dict(model.named_modules())
+def _lay_out(model: nn.Module, aliases: dict[str, list[str]]) -> list[Layer]:
+    """The layers of a model, bottom first, over all its parameters, as the first layout that knows it says."""
+    for name in reversed(list(LAYOUTS)):
+        if (layers := LAYOUTS[name](model)) is not None:
+            return _checked(name, layers, aliases)
+    raise AssertionError("the layout `modules` knows every model")
+
+
+def _checked(layout: str, layers: Sequence[Layer], aliases: dict[str, list[str]]) -> list[Layer]:
+    """The layers, under the first names of tied weights; raises unless every parameter is in one of them."""
+    first_name = {alias: first for first, names in aliases.items() for alias in names}
+    layer_of: dict[str, str] = {}
+    checked = []
+    for layer in layers:
+        if not isinstance(layer, Layer) or isinstance(layer.parameters, str):
+            raise ConfigurationError(
+                f"The layout `{layout}` gave {layer!r}; let it return `Layer(name, parameters)`, with the names of "
+                "parameters as in `model.named_parameters()`."
+            )
+        parameters = []
+        for name in layer.parameters:
+            if name not in first_name:
+                raise ConfigurationError(
+                    f"The layout `{layout}` puts `{name}` into layer `{layer.name}`, and the model has no parameter of "
+                    "that name; take the names of `model.named_parameters()`."
+                )
+            first = first_name[name]
+            if first in layer_of:
+                raise ConfigurationError(
+                    f"The layout `{layout}` puts parameter `{name}` into layer `{layer.name}`, and it is in "
+                    f"`{layer_of[first]}` already; a parameter, by whatever name, belongs to one layer."
+                )
+            layer_of[first] = layer.name
+            parameters.append(first)
+        checked.append(Layer(layer.name, tuple(parameters)))
+    if forgotten := [name for name in aliases if name not in layer_of]:
+        raise ConfigurationError(
+            f"The layout `{layout}` puts {len(forgotten)} parameters into no layer: "
+            f"{', '.join(f'`{name}`' for name in forgotten[:3])}{', …' if len(forgotten) > 3 else ''}; put every "
+            "parameter into one, and leave out what shall not train with `frozen`."
+        )
+    return checked
+
+
+@register_layout("modules")
+def _modules(model: nn.Module) -> list[Layer]:
+    names, modules = _names_and_modules(model)
+    return _in_places(model, names, _without_stacks(names, modules))
+
+
+@register_layout("stacks")
+def _stacks(model: nn.Module) -> list[Layer] | None:
+    names, modules = _names_and_modules(model)
     inside = _inside_stacks(names, modules)
-    places = _around_stacks(names, modules, inside) if inside else _without_stacks(names, modules)
+    return _in_places(model, names, _around_stacks(names, modules, inside)) if inside else None
+
+
+def _names_and_modules(model: nn.Module) -> tuple[list[str], dict[str, nn.Module]]:
+    return [name for name, _ in model.named_parameters()], dict(model.named_modules())
+
+
+def _in_places(model: nn.Module, names: list[str], places: dict[str, _Place]) -> list[Layer]:
     groups: dict[_Place, list[str]] = {}
     for name in names:
         groups.setdefault(places[name], []).append(name)

@@ -13,35 +13,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_map_only
+from typing_extensions import Self
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_tensors import flatten_state, is_quantized, state_tensors
 from hift_lightning.engine.streams import device_module
-from hift_lightning.engine.tiers import ALL_ROWS, Buffer, Files, HostMemory, Tier
+from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
 
 # fp16 is not among them: its smallest number is far above Adam's second moments
 PARKED_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Place = Callable[[Tensor, torch.dtype], Tensor]
 """Puts a host tensor on the device, in a dtype."""
-
-
-def check_offload(offload: str | Path) -> None:
-    """Raise if parked state cannot be kept there.
-
-    Args:
-        offload: ``"none"`` keeps all state on the device, ``"cpu"`` parks it in host memory, the path of a folder in
-            files.
-
-    Raises:
-        ConfigurationError: for any other value.
-    """
-    if offload not in ("none", "cpu") and not Path(offload).is_dir():
-        raise ConfigurationError(
-            f"`offload={str(offload)!r}` is no place to park optimizer state; choose `none`, `cpu` or the path of a "
-            "folder that exists."
-        )
 
 
 def check_parked_dtype(parked_dtype: str | None) -> None:
@@ -56,6 +41,19 @@ def check_parked_dtype(parked_dtype: str | None) -> None:
     if parked_dtype not in PARKED_DTYPES:
         names = ", ".join(str(name) for name in PARKED_DTYPES)
         raise ConfigurationError(f"`parked_dtype={parked_dtype!r}` is not a dtype to park in; choose one of {names}.")
+
+
+class _StandIn:
+    """Goes through an optimizer's ``load_state_dict`` in place of a tensor, which is neither copied nor moved."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        return self
 
 
 class _ParkedLeaf(NamedTuple):
@@ -77,15 +75,14 @@ class Residency:
     Args:
         optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of it in its
             constructor) or that is loaded later counts as parked.
-        offload: see :func:`check_offload`.
-        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional and integer state keeps its own.
+        offload: see :func:`~hift_lightning.engine.tiers.check_offload`.
+        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional, integer and quantized state keeps its own.
 
     Raises:
         ConfigurationError: if a value cannot work.
     """
 
     def __init__(self, optimizer: Optimizer, offload: str | Path = "cpu", parked_dtype: str | None = None) -> None:
-        check_offload(offload)
         check_parked_dtype(parked_dtype)
         self.optimizer = optimizer
         self.offload = offload
@@ -93,7 +90,7 @@ class Residency:
         """Bytes copied from host to device so far."""
         self.bytes_parked = 0
         """Bytes copied from device to host so far."""
-        self._tier: Tier = HostMemory() if offload in ("none", "cpu") else Files(offload)
+        self._tier = make_tier(offload)
         self.parked_dtype = PARKED_DTYPES[parked_dtype]
         """Of moments in :attr:`~torch.optim.Optimizer.state` while they are parked; ``None``: their own."""
         self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
@@ -140,6 +137,7 @@ class Residency:
         Raises:
             ValueError: if the param groups do not match (raised by torch).
         """
+        state_dict = self._in_own_form(state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
         known_before, self._leaves = self._leaves, {}
         self._parked.clear()
@@ -158,6 +156,25 @@ class Residency:
         ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
         self.optimizer.state.update(copy.deepcopy({key: state[key] for key in state.keys() - ids}))
 
+    def _in_own_form(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """A saved state dict with the state in the form in which the optimizer keeps it.
+
+        An optimizer with a ``load_state_dict`` of its own may save another form (bitsandbytes packs 8-bit state), so it
+        is called, with something in place of the tensors that it cannot cast or move.
+        """
+        if type(self.optimizer).load_state_dict is Optimizer.load_state_dict:
+            return state_dict
+        stand_ins = tree_map_only(Tensor, _StandIn, state_dict["state"])
+        self.optimizer.load_state_dict({**state_dict, "state": stand_ins})
+        loaded = tree_map_only(_StandIn, lambda stand_in: stand_in.tensor, dict(self.optimizer.state))
+        self.optimizer.state.clear()
+        id_of = {
+            parameter: saved_id
+            for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True)
+            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
+        }
+        return {**state_dict, "state": {id_of.get(key, key): state for key, state in loaded.items()}}
+
     def _adopt(
         self,
         parameter: Tensor,
@@ -167,23 +184,23 @@ class Residency:
         *,
         loaded: bool = False,
     ) -> None:
-        leaves, spec = tree_flatten(self.optimizer.state[parameter])
-        leaves = [local(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves, put_together = flatten_state(self.optimizer.state[parameter])
+        quantized = is_quantized(leaves)
         on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
             dtype = on_device.get(id(leaf), leaf.dtype)
-            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0:
+            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
                 dtype = parameter.dtype  # saved as it was parked
-            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point:
+            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
                 goes = leaf.dim() > 0 or scalars_on_device
                 leaves[i] = leaf.to(parameter.device if goes else "cpu", dtype, copy=loaded)
             elif leaf.dim() > 0 or scalars_on_device:
-                kept = self._kept_dtype(leaf, dtype)
+                kept = self._kept_dtype(leaf, dtype, quantized)
                 if loaded:
                     buffer = _fitting(known_before[i : i + 1], leaf, kept) or self._tier.allocate(
                         leaf, kept, parameter.device
@@ -196,7 +213,7 @@ class Residency:
                 leaves[i] = buffer.tensor
             else:
                 leaves[i] = leaf.to("cpu", copy=loaded)
-        self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+        self.optimizer.state[parameter] = put_together(leaves)
         if self.offload != "none":
             self._leaves[parameter] = known
             self._parked.add(parameter)
@@ -215,8 +232,7 @@ class Residency:
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Bytes of the parameter's optimizer state, wherever it is."""
-        leaves = tree_leaves(self.optimizer.state.get(parameter, {}))
-        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return sum(tensor.nbytes for tensor in state_tensors(self.optimizer.state.get(parameter, {})))
 
     def device_bytes(self, parameter: Tensor) -> int:
         """Bytes on the device of the parameter's parked state, once it is paged in."""
@@ -288,7 +304,7 @@ class Residency:
         if not self.copies(parameter):
             return self.optimizer.state[parameter]
         place = place or _own_memory_on(parameter.device)
-        leaves, spec = tree_flatten(self.optimizer.state[parameter])
+        leaves, put_together = flatten_state(self.optimizer.state[parameter])
         for i, known in enumerate(self._leaves[parameter]):
             if known is not None:
                 source = known.buffer.read(rows if leaves[i].dim() else ALL_ROWS)
@@ -296,7 +312,7 @@ class Residency:
                 self.bytes_paged_in += source.nbytes
             elif isinstance(leaves[i], Tensor):
                 leaves[i] = leaves[i].clone()
-        return tree_unflatten(leaves, spec)
+        return put_together(leaves)
 
     def store(self, parameter: Tensor, state: Any, rows: slice = ALL_ROWS, *, last: bool = True) -> None:
         """Park state that was loaded, or made by the optimizer.
@@ -312,7 +328,8 @@ class Residency:
             if self.offload != "none":
                 self._parked.add(parameter)
             return
-        leaves, spec = tree_flatten(state)
+        leaves, put_together = flatten_state(state)
+        quantized = is_quantized(leaves)
         known = self._leaves.get(parameter, [])
         if len(known) != len(leaves):
             known = self._leaves[parameter] = [None for _ in leaves]
@@ -323,7 +340,8 @@ class Residency:
             whole = torch.empty((local(parameter).shape[0], *leaf.shape[1:]), device="meta") if split else leaf
             kept = known[i]
             if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
-                buffer = self._tier.allocate(whole, self._kept_dtype(leaf, leaf.dtype), parameter.device)
+                dtype = self._kept_dtype(leaf, leaf.dtype, quantized)
+                buffer = self._tier.allocate(whole, dtype, parameter.device)
                 kept = known[i] = _ParkedLeaf(buffer, leaf.dtype)
             if split or last:
                 kept.buffer.write(leaf, rows if split else ALL_ROWS)
@@ -331,7 +349,7 @@ class Residency:
             leaves[i] = kept.buffer.tensor
         self._copying_from.add(parameter.device)
         if last:
-            self.optimizer.state[parameter] = tree_unflatten(leaves, spec)
+            self.optimizer.state[parameter] = put_together(leaves)
             self._parked.add(parameter)
 
     def window(self, nbytes: int, device: torch.device) -> Tensor:
@@ -425,9 +443,9 @@ class Residency:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
 
-    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype) -> torch.dtype:
+    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""
-        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0
+        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0 and not quantized
         return self.parked_dtype if narrow and self.parked_dtype is not None else dtype
 
 

@@ -3,33 +3,59 @@
 Because the rotation keeps no state, resuming a run is setting a number.
 """
 
+import functools
+import hashlib
+import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.registry import Registry
 
-Order = Callable[[int, int | None], list[int]]
-"""``(number of blocks, seed) -> block indices in the order of their turns``; index 0 is the bottom block."""
+Order = Callable[[int, int, int | None], Sequence[int]]
+"""``(number of blocks, cycle, seed) -> block indices in the order of their turns``; index 0 is the bottom block, and
+cycles count from 0. A seed is always given to orders that are not built in."""
+
+ORDERS: Registry[Order] = Registry("register_order")
+"""The orders by name. Those built in are fixed once before training (HiFT, arXiv 2401.15207)."""
+
+_COMPARED_CYCLES = 16
+"""In a checkpoint an order is known by its turns in so many cycles."""
 
 
-def _bottom2up(blocks: int, seed: int | None) -> list[int]:
-    return list(range(blocks))
+def register_order(name: str) -> Callable[[Order], Order]:
+    """A decorator that makes a function an order of the blocks' turns.
+
+    The function is given the number of blocks, the cycle (from 0) and the seed, and returns each of
+    ``range(blocks)`` once, 0 being the bottom block. It must return the same whenever it is asked the same, since a
+    resumed run asks it again.
+
+    Args:
+        name: for ``order=``.
+
+    Raises:
+        ConfigurationError: if another order has this name.
+    """
+    return ORDERS.register(name)
 
 
-def _top2down(blocks: int, seed: int | None) -> list[int]:
-    return list(reversed(range(blocks)))
+@register_order("bottom2up")
+def _bottom2up(blocks: int, cycle: int, seed: int | None) -> Sequence[int]:
+    return range(blocks)
 
 
-def _random(blocks: int, seed: int | None) -> list[int]:
+@register_order("top2down")
+def _top2down(blocks: int, cycle: int, seed: int | None) -> Sequence[int]:
+    return range(blocks)[::-1]
+
+
+@register_order("random")
+def _random(blocks: int, cycle: int, seed: int | None) -> Sequence[int]:
     turns = list(range(blocks))
     random.Random(seed).shuffle(turns)
     return turns
-
-
-ORDERS: dict[str, Order] = {"bottom2up": _bottom2up, "top2down": _top2down, "random": _random}
-"""The orders by name. The order is fixed once before training (HiFT, arXiv 2401.15207)."""
 
 
 def check_order(order: str) -> None:
@@ -43,7 +69,8 @@ def check_order(order: str) -> None:
     """
     if order not in ORDERS:
         raise ConfigurationError(
-            f"`order={order!r}` is not an order of the blocks; choose one of {', '.join(sorted(ORDERS))}."
+            f"`order={order!r}` is not an order of the blocks; choose one of {ORDERS.names()}, or register one with "
+            "`register_order`."
         )
 
 
@@ -72,7 +99,11 @@ class Rotation:
         order: a key of :data:`ORDERS`; blocks are cut from the bottom whatever the order, which only
             permutes their turns.
         steps_per_block: updates that a block makes before the next one has its turn.
-        seed: decides the ``random`` order; the others ignore it.
+        seed: decides the ``random`` order; the others that are built in ignore it.
+
+    Raises:
+        ConfigurationError: if a value cannot work, or the order does not give every block one turn a cycle, or gives
+            other turns when it is asked again.
     """
 
     blocks: int
@@ -80,27 +111,44 @@ class Rotation:
     steps_per_block: int = 1
     seed: int | None = 0
     turns: tuple[int, ...] = field(init=False)
-    """Block indices in the order of their turns."""
+    """Block indices in the order of their turns in the first cycle."""
+    fingerprint: str = field(init=False)
+    """The SHA-256, in hexadecimal, of the turns in the first cycles, which tells equal orders from others."""
 
     def __post_init__(self) -> None:
         check_order(self.order)
         check_steps_per_block(self.steps_per_block)
-        turns = tuple(ORDERS[self.order](self.blocks, self.seed))
+        first, again = ([self._ask(cycle) for cycle in range(_COMPARED_CYCLES)] for _ in range(2))
+        if first != again:
+            raise ConfigurationError(
+                f"`order={self.order!r}` gives other turns when it is asked again, so a resumed run could not go on; "
+                "let the function registered under that name depend on its arguments alone, as "
+                "`random.Random(f'{seed} {cycle}')` does."
+            )
+        object.__setattr__(self, "turns", first[0])
+        object.__setattr__(self, "fingerprint", hashlib.sha256(json.dumps(first).encode()).hexdigest())
+
+    def _ask(self, cycle: int) -> tuple[int, ...]:
+        turns = tuple(ORDERS[self.order](self.blocks, cycle, self.seed))
         if sorted(turns) != list(range(self.blocks)):
             raise ConfigurationError(
-                f"`order={self.order!r}` gave the turns {turns}, but each of the {self.blocks} blocks must "
-                "have exactly one turn a cycle; mend the function registered under that name."
+                f"`order={self.order!r}` gave the turns {turns} in cycle {cycle}, but each of the {self.blocks} blocks "
+                "must have exactly one turn a cycle; mend the function registered under that name."
             )
-        object.__setattr__(self, "turns", turns)
+        return turns
 
     @property
     def cycle_length(self) -> int:
         """Updates in one cycle, after which every block has had its turn once."""
         return self.blocks * self.steps_per_block
 
+    def turns_in(self, cycle: int) -> tuple[int, ...]:
+        """Block indices in the order of their turns in a cycle, the first of which is 0."""
+        return _turns_in(self, cycle)
+
     def block_at(self, updates: int) -> int:
         """Index of the block that is active after ``updates`` updates have been performed."""
-        return self.turns[updates % self.cycle_length // self.steps_per_block]
+        return self.turns_in(self.cycle_at(updates))[updates % self.cycle_length // self.steps_per_block]
 
     def cycle_at(self, updates: int) -> int:
         """Number of whole cycles contained in ``updates`` updates."""
@@ -109,5 +157,10 @@ class Rotation:
     def visits(self, block: int, updates: int) -> int:
         """Number of the first ``updates`` updates that went to ``block`` (an index)."""
         cycles, rest = divmod(updates, self.cycle_length)
-        own = rest - self.turns.index(block) * self.steps_per_block
+        own = rest - self.turns_in(cycles).index(block) * self.steps_per_block
         return cycles * self.steps_per_block + min(max(own, 0), self.steps_per_block)
+
+
+@functools.lru_cache(maxsize=16)
+def _turns_in(rotation: Rotation, cycle: int) -> tuple[int, ...]:
+    return rotation._ask(cycle)

@@ -8,8 +8,9 @@ from hift_lightning.engine.compatibility import check_resume_plan
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.nonfinite import check_nonfinite
-from hift_lightning.engine.residency import check_offload, check_parked_dtype
+from hift_lightning.engine.residency import check_parked_dtype
 from hift_lightning.engine.rotation import check_order, check_steps_per_block
+from hift_lightning.engine.tiers import check_offload
 from hift_lightning.engine.update import check_update, parse_bytes
 
 
@@ -26,15 +27,15 @@ class HiFTSettings:
     memory_budget: str | int | None = None
     """Bytes of the device's memory that ``group_size="auto"`` may take; ``None`` for all that the device has."""
     order: str = "top2down"
-    """Order of the blocks' turns: ``bottom2up``, ``top2down`` or ``random``."""
+    """Order of the blocks' turns: ``bottom2up``, ``top2down``, ``random``, or the name of a registered one."""
     lr_update: str = "cycle"
     """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
     had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
     steps_per_block: int = 1
     """Optimizer steps before the next block has its turn."""
     offload: str | Path = "cpu"
-    """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), or ``none`` (it stays on
-    the device)."""
+    """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), ``none`` (it stays on the
+    device), or a registered tier."""
     update: str = "block"
     """How the active block is stepped. ``block``: all its state paged in, one optimizer step. ``streamed``: piece by
     piece through a window. ``fused``: streamed inside backward, each gradient freed as soon as it has been used; then
@@ -58,14 +59,15 @@ class HiFTSettings:
     frozen: Sequence[str] | None = None
     """Shell-style patterns on parameter names that are never trained."""
     seed: int | None = 0
-    """Seed of the ``random`` order; with the others it may be ``None``, as it is in projects that do not seed."""
+    """Seed of the order; ``bottom2up`` and ``top2down`` have no use for it, and with them it may be ``None``, as it is
+    in projects that do not seed."""
 
     def __post_init__(self) -> None:
         if self.group_size != "auto":
             self._check_group_size()
         if self.memory_budget is not None:
             parse_bytes("memory_budget", self.memory_budget)
-        if not isinstance(self.seed, int) and (self.seed is not None or self.order == "random"):
+        if not isinstance(self.seed, int) and (self.seed is not None or self.order not in ("bottom2up", "top2down")):
             raise ConfigurationError(f"`seed={self.seed!r}` must be an integer: it decides the `random` order.")
         check_order(self.order)
         check_lr_update(self.lr_update)

@@ -1,9 +1,10 @@
-"""Where parked tensors lie: in host memory or in files.
+"""Where parked tensors lie: in host memory, in files, or in a tier that a user registers.
 
 A tier hands out buffers. A buffer is read and written a range of rows at a time, so that a large tensor need never be
 in memory whole.
 """
 
+import inspect
 import os
 import shutil
 import sys
@@ -12,12 +13,14 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
+from hift_lightning.engine.registry import Registry
 
 ALL_ROWS = slice(None)
 
@@ -26,7 +29,7 @@ class Buffer(ABC):
     """A parked tensor."""
 
     tensor: Tensor
-    """The parked tensor as a host tensor, for whoever reads it whole (a checkpoint)."""
+    """The parked tensor as a host tensor, for whoever reads it whole (a checkpoint); always the same one."""
 
     @abstractmethod
     def read(self, rows: slice = ALL_ROWS) -> Tensor:
@@ -64,6 +67,70 @@ class Tier(ABC):
         return buffer
 
 
+MakeTier = Callable[..., Tier]
+_AnyMakeTier = TypeVar("_AnyMakeTier", bound=MakeTier)
+
+TIERS: Registry[MakeTier] = Registry("register_tier")
+"""What makes the tiers, by name."""
+
+
+def register_tier(name: str) -> Callable[[_AnyMakeTier], _AnyMakeTier]:
+    """A decorator that makes a class (or a function that returns a :class:`Tier`) a place to park.
+
+    ``offload="name"`` calls it without arguments, ``offload="name:where"`` with the string ``where``; once for each
+    optimizer.
+
+    Args:
+        name: for ``offload=``.
+
+    Raises:
+        ConfigurationError: if another tier has this name.
+    """
+    return TIERS.register(name)
+
+
+def check_offload(offload: str | Path) -> None:
+    """Raise if parked state cannot be kept there.
+
+    Args:
+        offload: ``"none"`` keeps all state on the device, ``"cpu"`` parks it in host memory, the path of a folder
+            (``"files:path"`` in full) in files; or what :func:`register_tier` says.
+
+    Raises:
+        ConfigurationError: for any other value.
+    """
+    _tier_of(offload)
+
+
+def make_tier(offload: str | Path) -> Tier:
+    """Make the place to park that a setting names; see :func:`check_offload`."""
+    name, where = _tier_of(offload)
+    return TIERS[name](*where)
+
+
+def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
+    """The name of a tier, and the arguments to make it with."""
+    name, colon, where = str(offload).partition(":")
+    if name not in TIERS:
+        if not Path(offload).is_dir():
+            raise ConfigurationError(
+                f"`offload={str(offload)!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the "
+                "path of a folder that exists, or register a place with `register_tier`."
+            )
+        return "files", [str(offload)]
+    arguments = [where] if colon else []
+    try:
+        inspect.signature(TIERS[name]).bind(*arguments)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"`offload={str(offload)!r}` does not fit the tier `{name}` ({error}); write `{name}` if it takes no "
+            f"argument, `{name}:where` if it takes one."
+        ) from error
+    return name, arguments
+
+
+@register_tier("none")  # state stays on the device, and what has to be parked all the same (masters) lies here
+@register_tier("cpu")
 class HostMemory(Tier):
     """Host memory, pinned where the device can use that."""
 
@@ -72,30 +139,39 @@ class HostMemory(Tier):
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`."""
         pin = can_pin(device.type)
-        return _HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
+        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""
         fits = tensor.device.type == "cpu" and tensor.dtype == dtype
         if fits and (tensor.is_pinned() or not can_pin(device.type)):
-            return _HostBuffer(tensor)
+            return HostBuffer(tensor)
         return super().adopt(tensor, dtype, device)
 
 
-class _HostBuffer(Buffer):
+class HostBuffer(Buffer):
+    """A tensor in host memory.
+
+    Args:
+        tensor: the memory.
+    """
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     def read(self, rows: slice = ALL_ROWS) -> Tensor:
+        """See :meth:`Buffer.read`."""
         return self.tensor if rows == ALL_ROWS else self.tensor[rows]
 
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
+        """See :meth:`Buffer.write`."""
         self.read(rows).copy_(values, non_blocking=True)
 
     def check(self) -> None:
         """Does nothing, since memory is not lost."""
 
 
+@register_tier("files")
 class Files(Tier):
     """Files in a folder, one a tensor, read and written directly.
 

@@ -50,14 +50,15 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             there is no such method, with the first training batch.
         memory_budget: bytes of the device's memory that ``"auto"`` may take, such as ``"24GiB"``; by default all that
             the device has.
-        order: order of the blocks' turns: ``"bottom2up"``, ``"top2down"`` or ``"random"``.
+        order: order of the blocks' turns: ``"bottom2up"``, ``"top2down"``, ``"random"``, or a registered one
+            (:func:`~hift_lightning.engine.rotation.register_order`).
         lr_update: when a scheduler with ``interval="step"`` changes the rate. ``"cycle"``: when every block has had
             its turn, by as many scheduler steps as there were optimizer steps; ``"cycle_once"``: then, by one step,
             as the published code does; ``"step"``: at every optimizer step. Schedulers with ``interval="epoch"`` and
             ReduceLROnPlateau are left as they are.
         steps_per_block: optimizer steps before the next block has its turn.
-        offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), or ``"none"`` (it stays on
-            the device).
+        offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), ``"none"`` (it stays on the
+            device), or a registered tier (:func:`~hift_lightning.engine.tiers.register_tier`).
         update: ``"block"`` pages all state of the block in and makes one optimizer step; ``"streamed"`` takes it piece
             by piece through a window; ``"fused"`` does so inside backward and frees each gradient at once (no norm
             clipping, no accumulation, no GradScaler; hooks that look at gradients after backward see none).

@@ -1,11 +1,13 @@
 """The rotation is a function of the number of updates, and each block has its turn once a cycle."""
 
+import random
+
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.rotation import ORDERS, Rotation
+from hift_lightning.engine.rotation import ORDERS, Rotation, register_order
 
 rotations = st.builds(
     Rotation,
@@ -63,7 +65,49 @@ def test_bad_arguments_are_named(arguments, message):
         Rotation(3, **arguments)
 
 
-def test_a_registered_order_that_is_no_permutation_is_refused(monkeypatch):
-    monkeypatch.setitem(ORDERS, "lazy", lambda blocks, seed: [0] * blocks)
-    with pytest.raises(ConfigurationError, match="exactly one turn a cycle"):
+def test_a_registered_order_that_is_no_permutation_is_refused(registries):
+    register_order("lazy")(lambda blocks, cycle, seed: [0] * blocks if cycle == 3 else range(blocks))
+    with pytest.raises(ConfigurationError, match=r"\(0, 0, 0\) in cycle 3, .* exactly one turn a cycle"):
         Rotation(3, "lazy")
+
+
+def test_a_registered_order_that_gives_other_turns_when_asked_again_is_refused(registries):
+    @register_order("dice")
+    def dice(blocks, cycle, seed):
+        return random.sample(range(blocks), blocks)
+
+    with pytest.raises(ConfigurationError, match="`order='dice'` gives other turns when it is asked again"):
+        Rotation(8, "dice")
+
+
+@given(updates=st.integers(0, 1000), blocks=st.integers(1, 12), steps_per_block=st.integers(1, 3), seed=st.integers())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_order_may_change_from_cycle_to_cycle(reshuffled, updates, blocks, steps_per_block, seed):
+    rotation = Rotation(blocks, reshuffled, steps_per_block, seed)
+    cycle, rest = divmod(updates, blocks * steps_per_block)
+    expected = list(range(blocks))
+    random.Random(f"{seed} {cycle}").shuffle(expected)
+    assert rotation.block_at(updates) == expected[rest // steps_per_block]
+    taken = [rotation.block_at(i) for i in range(updates)]
+    assert [rotation.visits(b, updates) for b in range(blocks)] == [taken.count(b) for b in range(blocks)]
+
+
+def test_orders_with_other_turns_have_other_fingerprints(reshuffled):
+    rotations = [
+        Rotation(4, "top2down"),
+        Rotation(4, "bottom2up"),
+        *(Rotation(2, reshuffled, seed=seed) for seed in range(20)),  # half of them begin alike
+    ]
+    assert len({rotation.fingerprint for rotation in rotations}) == 22
+    assert Rotation(4, "top2down", seed=1).fingerprint == Rotation(4, "top2down", seed=2).fingerprint
+
+
+@pytest.fixture
+def reshuffled(registries):
+    @register_order("reshuffled")
+    def reshuffled(blocks, cycle, seed):
+        turns = list(range(blocks))
+        random.Random(f"{seed} {cycle}").shuffle(turns)
+        return turns
+
+    return "reshuffled"

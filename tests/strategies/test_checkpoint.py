@@ -87,7 +87,7 @@ def test_resuming_with_another_plan_is_refused_and_shows_both(tmp_path):
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     changes = {
         "group_size": (2, "4 blocks of group_size=1 .* 2 blocks of group_size=2"),
-        "order": ("bottom2up", "turns `head`, `layers.1`, `layers.0`, …, .* the turns `embeddings`, `layers.0`"),
+        "order": ("bottom2up", "turns `head`, `layers.1`, `layers.0`, … .* the turns `embeddings`, `layers.0`"),
         "steps_per_block": (3, "steps_per_block=1 .* steps_per_block=3"),
         "layers": (["embedding.*", "layers.*", "*"], "4 blocks .* 3 blocks"),
         "frozen": (["head.*"], r"\(only the checkpoint trains `head.bias`, `head.weight`\)"),

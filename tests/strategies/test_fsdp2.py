@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from hift_lightning import HiFT, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from tests.blocks_seen import layer_of
+from tests.engine.test_state_tensors import Momentum8bit
 from tests.processes import run
 from tests.small_transformer import CLASSES, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
 
@@ -584,12 +585,19 @@ class WithAScalar(SmallTransformer):
         self.scale = nn.Parameter(torch.ones(()))
 
 
-MODELS |= {"sharded": ShardsItself, "meta": WithoutValues, "scalar": WithAScalar}
+class WithALargeMatrix(SmallTransformer):
+    def configure_model(self):
+        self.large = nn.Linear(128, 128)
+
+
+MODELS |= {"sharded": ShardsItself, "meta": WithoutValues, "scalar": WithAScalar, "large": WithALargeMatrix}
+OPTIMIZERS |= {"8 bit": lambda parameters: Momentum8bit(parameters, least=4096)}
 REFUSED = {
     "sharded": ({}, {}, "`fully_shard` has been called on `ShardsItself.layers.0`"),
     "meta": ({}, {}, "`head.weight` of `WithoutValues` has no values yet"),
     "scalar": ({}, {}, "`scale` of `WithAScalar` has no dimension"),
     "small": ({}, {"optimizer": "adafactor"}, "`Adafactor` does not treat each element.*`strategy='hift_ddp'`"),
+    "large": ({}, {"optimizer": "8 bit"}, "`Momentum8bit` does not treat each element"),
     "two": ({}, {}, "There are 2 optimizers.*use `strategy='hift_ddp'`"),
     "loose": ({"data_parallel_size": 1}, {}, "`data_parallel_size=1` is not the number of devices, 2"),
 }
