@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from statistics import fmean
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hift_lightning.callbacks.block_watch import BlockWatch
 
 NOT_KNOWN = "-"
+HEADINGS = ("params", "visits", "gradient\nnorm", "update\n/ weight", "last\nrate", "page-in\nms", "parked\nMiB")
 
 
 def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> Table:
@@ -18,34 +20,35 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> 
         ratio_every: cycles from one in which the update-to-weight ratio was measured to the next; 0: none.
         ranks: processes that trained together.
     """
-    table = Table(title="Blocks", caption=" ".join(_notes(watches, ratio_every, ranks)), caption_justify="left")
-    table.add_column("block", justify="right")
-    table.add_column("layers", overflow="fold")
-    for heading in (
-        "parameters",
-        "visits",
-        "gradient norm",
-        "update / weight",
-        "last rate",
-        "page-in ms",
-        "parked MiB",
-    ):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title="Blocks", caption=" ".join(_notes(watches, ratio_every, ranks)), caption_justify="left", box=SIMPLE_HEAD
+    )
+    table.add_column("", justify="right")
+    table.add_column("layers", overflow="fold", min_width=15)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for watch in watches:
         for block in watch.engine.report().blocks:
             record = watch.records[block.index]
             table.add_row(
                 str(block.index),
                 watch.names[block.index],
-                f"{block.numel:,}",
+                _count(block.numel),
                 str(block.visits),
                 _mean(record.gradient_norms, "{:.3g}"),
                 _mean(record.update_ratios, "{:.1e}"),
-                NOT_KNOWN if record.rate is None else f"{record.rate:.2e}",
+                NOT_KNOWN if record.rate is None else f"{record.rate:.1e}",
                 _mean(record.page_in_ms, "{:.2f}"),
                 f"{block.parked_bytes / 2**20:.1f}",
             )
     return table
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
 
 
 def _mean(values: Sequence[float], form: str) -> str:

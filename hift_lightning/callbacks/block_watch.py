@@ -111,13 +111,20 @@ class BlockWatch:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Leave out the modules that all names begin with: `net.body.layer.0` and `net.head` are `body.layer.0`, `head`."""
-    parts = [name.split(".") for name in names]
+    """Leave out the modules that all names begin with: `net.body.layer.0` becomes `body.layer.0` beside `net.norm`.
+
+    Args:
+        names: of blocks. Those of a single module are left as they are, and do not count.
+    """
+    parts = [name.split(".") for name in names if "." in name]
     shared = 0
-    while all(len(one) > shared + 1 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
+    while parts and all(len(one) > shared + 1 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
         shared += 1
-    prefix = "".join(f"{part}." for part in parts[0][:shared])
-    return [name.replace(prefix, "") if prefix else name for name in names]
+    if not shared:
+        return names
+    prefix = ".".join(parts[0][:shared]) + "."
+    # a block of several layers has the names of the lowest and the highest
+    return [" … ".join(one.removeprefix(prefix) for one in name.split(" … ")) for name in names]
 
 
 def _norm(gradients: list[Tensor]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 BLOCK_PICTURE = "block_timeline.png"
 MEMORY_PICTURE = "memory_timeline.png"
-MOST_LABELS = 40
+MOST_LABELS, MOST_COLUMNS = 40, 1000
 ROLES = (("weights", "weights"), ("gradients", "gradients"), ("optimizer_state", "optimizer state on the device"))
 MIB = 2**20
 
@@ -43,17 +43,21 @@ def draw_blocks(steps: Sequence[StepRecord], names: Sequence[str], folder: Path)
     figure = Figure(figsize=(12, 4 + 0.22 * min(len(names), MOST_LABELS)), layout="constrained")
     loss, blocks = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1 + 0.22 * min(len(names), MOST_LABELS)))
     loss.plot([one.step for one in steps], [one.loss for one in steps], color="tab:gray", linewidth=0.8, label="a step")
-    smooth = _running_means([one.loss for one in steps], len(names))
-    label = f"mean of the last {len(names)} steps"
+    length = len(names) * max(1, len(steps) // (100 * len(names)))  # whole cycles, in which all blocks count alike
+    smooth = _running_means([one.loss for one in steps], length)
+    label = f"mean of the last {length} steps"
     loss.plot([one.step for one in steps], smooth, color="tab:red", linewidth=1.8, label=label)
     loss.set_ylabel("training loss")
     loss.grid(alpha=0.3)
     loss.legend(loc="upper right")
-    loss.set_title("The loss, and the block that was updated in each step")
-    begins = [(one.step - 1, 1) for one in steps]
+    # a bar is a step, or whole cycles where steps would be narrower than a pixel
+    width = 1 if len(steps) <= MOST_COLUMNS else len(names) * -(-len(steps) // (MOST_COLUMNS * len(names)))
+    updated = {((one.step - 1) // width, one.block) for one in steps}
     for index in range(len(names)):
-        bars = [bar for bar, one in zip(begins, steps, strict=True) if one.block == index]
+        bars = [(column * width + 0.5, width) for column, block in sorted(updated) if block == index]
         blocks.broken_barh(bars, (index - 0.45, 0.9), color=f"C{index % 10}", linewidth=0)
+    each = "each step" if width == 1 else f"each {width} steps"
+    loss.set_title(f"The loss, and the blocks that were updated in {each}")
     every = -(-len(names) // MOST_LABELS)
     blocks.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     blocks.set_ylim(-0.6, len(names) - 0.4)
@@ -75,17 +79,16 @@ def draw_memory(steps: Sequence[StepRecord], folder: Path) -> Path:
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots()
-    rows = [[one.nbytes[role] / MIB for one in steps] for role, _ in ROLES]
+    # the edges of bars, so that a run of one step has an area too
+    edges = [steps[0].step - 0.5, *(one.step + 0.5 for one in steps)]
+    rows = [_at_edges([one.nbytes[role] / MIB for one in steps]) for role, _ in ROLES]
     axes.stackplot(
-        [one.step for one in steps],
-        rows,
-        labels=[words for _, words in ROLES],
-        colors=["tab:blue", "tab:orange", "tab:green"],
-        step="mid",
+        edges, rows, labels=[words for _, words in ROLES], colors=["tab:blue", "tab:orange", "tab:green"], step="post"
     )
-    parked = [one.nbytes["parked"] / MIB for one in steps]
+    parked = _at_edges([one.nbytes["parked"] / MIB for one in steps])
     if any(parked):
-        axes.plot([one.step for one in steps], parked, "k--", linewidth=1.2, label="optimizer state elsewhere (parked)")
+        label = "optimizer state elsewhere (parked)"
+        axes.plot(edges, parked, "k--", linewidth=1.2, label=label, drawstyle="steps-post")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
     axes.set_title("Bytes of each step by role, without activations")
@@ -95,12 +98,16 @@ def draw_memory(steps: Sequence[StepRecord], folder: Path) -> Path:
     return _written(figure, folder / MEMORY_PICTURE)
 
 
+def _at_edges(values: list[float]) -> list[float]:
+    return [*values, values[-1]]
+
+
 def _running_means(values: Sequence[float], length: int) -> list[float]:
     return [fmean(values[max(0, end - length) : end]) for end in range(1, len(values) + 1)]
 
 
 def _draw_steps(axes: Any, steps: Sequence[StepRecord]) -> None:
-    axes.set_xlim(steps[0].step - 1, steps[-1].step)
+    axes.set_xlim(steps[0].step - 0.5, steps[-1].step + 0.5)
     axes.set_xlabel("optimizer step")
 
 
