@@ -21,10 +21,16 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> 
         ranks: processes that trained together.
     """
     table = Table(
-        title="Blocks", caption=" ".join(_notes(watches, ratio_every, ranks)), caption_justify="left", box=SIMPLE_HEAD
+        title="Blocks",
+        caption=" ".join(_notes(watches, ratio_every, ranks)),
+        caption_justify="left",
+        # 80 columns are enough
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("", justify="right")
-    table.add_column("layers", overflow="fold", min_width=15)
+    table.add_column("layers", overflow="fold")
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for watch in watches:

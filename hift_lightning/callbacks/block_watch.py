@@ -114,11 +114,11 @@ def short_names(names: list[str]) -> list[str]:
     """Leave out the modules that all names begin with: `net.body.layer.0` becomes `body.layer.0` beside `net.norm`.
 
     Args:
-        names: of blocks. Those of a single module are left as they are, and do not count.
+        names: of blocks. Of each the last two parts stay (`layer.0`); those that have only one do not count.
     """
     parts = [name.split(".") for name in names if "." in name]
     shared = 0
-    while parts and all(len(one) > shared + 1 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
+    while parts and all(len(one) > shared + 2 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
         shared += 1
     if not shared:
         return names

@@ -126,7 +126,7 @@ class HiFTMonitor(L.Callback):
         def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             watch = self._watch_of(optimizer)
             watch.end_update()
-            _log_cycle(trainer, watch.take_cycle())
+            _log_cycle(trainer, watch.take_cycle(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
         # the strategy has started by now, so these hooks run after its own
         for engine in getattr(trainer.strategy, "engines", []):
@@ -181,8 +181,9 @@ class HiFTMonitor(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._remove_hooks()
         self._read_loss()
-        for watch in self._watches:
-            _log_cycle(trainer, watch.take_cycle(unfinished=True))
+        for watch in self._watches:  # a cycle that was cut short counts for the last step
+            last_step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+            _log_cycle(trainer, watch.take_cycle(unfinished=True), last_step)
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -274,10 +275,10 @@ def _most(counts: Mapping[str, int], before: Mapping[str, int]) -> dict[str, int
     return {role: max(count, before.get(role, 0)) for role, count in counts.items()}
 
 
-def _log_cycle(trainer: L.Trainer, numbers: dict[str, float]) -> None:
+def _log_cycle(trainer: L.Trainer, numbers: dict[str, float], step: int) -> None:
     if numbers:
         for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(numbers, step=step)
 
 
 def _scale_of_gradients(trainer: L.Trainer, optimizer: Optimizer) -> float:

@@ -46,10 +46,14 @@ def bytes_by_role(
 
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
     total = 0
-    for tensor in tensors:
+    for tensor in (part for tensor in tensors for part in _parts(tensor)):
         storage = local(tensor).untyped_storage()
         key = (tensor.device, storage.data_ptr())
         if storage.nbytes() and key not in seen:
             seen.add(key)
             total += storage.nbytes()
     return total
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)
