@@ -1,5 +1,6 @@
 """What a training step holds in memory, counted from the tensors that are alive."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -46,9 +47,9 @@ def bytes_by_role(
 
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
     total = 0
-    for tensor in (part for tensor in tensors for part in _parts(tensor)):
-        storage = local(tensor).untyped_storage()
-        key = (tensor.device, storage.data_ptr())
+    for part in itertools.chain.from_iterable(map(_parts, tensors)):
+        storage = local(part).untyped_storage()
+        key = (part.device, storage.data_ptr())
         if storage.nbytes() and key not in seen:
             seen.add(key)
             total += storage.nbytes()
