@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from hift_lightning.callbacks.block_table import block_table
 from hift_lightning.callbacks.block_watch import BlockWatch
-from hift_lightning.callbacks.timelines import StepRecord, draw_blocks, draw_memory
+from hift_lightning.callbacks.timelines import StepRecord, draw
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.measure import ROLES, bytes_by_role
 
@@ -244,16 +245,14 @@ class HiFTMonitor(L.Callback):
 
     def _draw(self, folder: Path) -> None:
         try:
-            pictures = [draw_memory(self._records, folder)]
-            if self._watches:
-                pictures.append(draw_blocks(self._records, self._watches[0].names, folder))
+            pictures = draw(self._records, self._watches[0].names if self._watches else (), folder)
         except ImportError:
             rank_zero_info(
                 "HiFTMonitor draws no pictures, since matplotlib is not installed; they come with "
                 "`pip install 'hift-lightning[plots]'`."
             )
             return
-        print("pictures:", ", ".join(map(str, pictures)))
+        print("pictures:", ", ".join(map(os.path.relpath, pictures)))
 
     def _count_bytes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         engines = getattr(trainer.strategy, "engines", [])

@@ -27,13 +27,27 @@ class StepRecord:
     """The mean over its micro-batches."""
 
 
-def draw_blocks(steps: Sequence[StepRecord], names: Sequence[str], folder: Path) -> Path:
-    """Write `block_timeline.png` into the folder and return its path.
+def draw(steps: Sequence[StepRecord], names: Sequence[str], folder: Path) -> list[Path]:
+    """Write `memory_timeline.png` and, for a run under HiFT, `block_timeline.png`; return their paths.
 
     Args:
-        steps: those of a run under HiFT.
-        names: of the blocks, from the bottom of the model.
+        steps: those of a run, at least one.
+        names: of the blocks, from the bottom of the model; none without HiFT.
         folder: an existing one.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    figures = {MEMORY_PICTURE: memory_timeline(steps)}
+    if names:
+        figures[BLOCK_PICTURE] = block_timeline(steps, names)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+    return [folder / name for name in figures]
+
+
+def block_timeline(steps: Sequence[StepRecord], names: Sequence[str]) -> Any:
+    """Make a figure of which block was updated when, with the loss over it; arguments as of `draw`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -62,15 +76,11 @@ def draw_blocks(steps: Sequence[StepRecord], names: Sequence[str], folder: Path)
     blocks.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     blocks.set_ylim(-0.6, len(names) - 0.4)
     _draw_steps(blocks, steps)
-    return _written(figure, folder / BLOCK_PICTURE)
+    return figure
 
 
-def draw_memory(steps: Sequence[StepRecord], folder: Path) -> Path:
-    """Write `memory_timeline.png` into the folder and return its path.
-
-    Args:
-        steps: those of a run.
-        folder: an existing one.
+def memory_timeline(steps: Sequence[StepRecord]) -> Any:
+    """Make a figure of the bytes of each step by role; arguments as of `draw`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -95,7 +105,7 @@ def draw_memory(steps: Sequence[StepRecord], folder: Path) -> Path:
     axes.grid(alpha=0.3)
     _draw_steps(axes, steps)
     figure.legend(loc="outside lower center", ncols=4)
-    return _written(figure, folder / MEMORY_PICTURE)
+    return figure
 
 
 def _at_edges(values: list[float]) -> list[float]:
@@ -109,8 +119,3 @@ def _running_means(values: Sequence[float], length: int) -> list[float]:
 def _draw_steps(axes: Any, steps: Sequence[StepRecord]) -> None:
     axes.set_xlim(steps[0].step - 0.5, steps[-1].step + 0.5)
     axes.set_xlabel("optimizer step")
-
-
-def _written(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=120)
-    return path
