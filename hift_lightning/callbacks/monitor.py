@@ -120,24 +120,11 @@ class HiFTMonitor(L.Callback):
         self._handles = [optimizer.register_step_post_hook(count) for optimizer in trainer.optimizers]
 
     @override
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._watches:
-            return
-
-        def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            watch = self._watch_of(optimizer)
-            watch.end_update()
-            _log_cycle(trainer, watch.take_cycle(), trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-        # the strategy has started by now, so these hooks run after its own
-        for engine in getattr(trainer.strategy, "engines", []):
-            self._watches.append(BlockWatch(engine, self.update_ratio_every))
-            self._handles.append(engine.optimizer.register_step_post_hook(end_update))
-
-    @override
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        if not self._watches:
+            self._watch(trainer)
         if self._watches:
             hift = self._watches[0].engine
             pl_module.log_dict(
@@ -204,6 +191,17 @@ class HiFTMonitor(L.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def _watch(self, trainer: L.Trainer) -> None:
+        def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            watch = self._watch_of(optimizer)
+            watch.end_update()
+            _log_cycle(trainer, watch.take_cycle(), trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+        # the strategy has started by now, so these hooks run after its own
+        for engine in getattr(trainer.strategy, "engines", []):
+            self._watches.append(BlockWatch(engine, self.update_ratio_every))
+            self._handles.append(engine.optimizer.register_step_post_hook(end_update))
 
     def _watch_of(self, optimizer: Optimizer) -> BlockWatch:
         return next(watch for watch in self._watches if watch.engine.optimizer is optimizer)

@@ -218,6 +218,23 @@ def test_the_table_tells_what_is_not_known_under_fused(capsys):
     assert row[:5] == ["1", "layers.0", "2.22k", "2", "-"]
 
 
+def test_a_run_that_goes_on_within_an_epoch_is_watched_too(tmp_path):
+    batches, straight = make_batches(STEPS), fitted(HiFTStrategy())
+    first = trainer("hift", max_steps=LAYERS + 1)
+    first.fit(SmallTransformer(), loader(batches))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    monitor = HiFTMonitor(update_ratio_every=1)
+    still_to_come = batches[LAYERS + 1 :] + batches[: LAYERS + 1]  # since a plain loader begins anew
+    trainer("hift", devices=1, callbacks=[monitor]).fit(
+        SmallTransformer(), loader(still_to_come), ckpt_path=tmp_path / "last.ckpt"
+    )
+    for index, record in straight._watches[0].records.items():
+        later = 2 if index == LAYERS - 1 else 1  # updates that the first run has made
+        assert monitor._watches[0].records[index].gradient_norms == record.gradient_norms[later:]
+        assert monitor._watches[0].records[index].update_ratios == record.update_ratios[later:]
+    assert [step.step for step in monitor._records] == list(range(LAYERS + 2, STEPS + 1))
+
+
 def test_under_fused_no_gradient_norm_is_logged(tmp_path):
     fitted(HiFTStrategy(update="fused"), **logging_to(tmp_path))
     steps, cycles = rows_of(tmp_path)
