@@ -242,6 +242,7 @@ class HiFTMonitor(L.Callback):
             self._records[-1].loss, self._unread_loss = float(self._unread_loss), None
 
     def _draw(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             pictures = draw(self._records, self._watches[0].names if self._watches else (), folder)
         except ImportError:

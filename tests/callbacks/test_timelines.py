@@ -54,8 +54,8 @@ def test_a_run_under_hift_leaves_both_pictures_and_names_them(tmp_path, monkeypa
 
 
 def test_a_run_without_hift_leaves_that_of_memory(tmp_path):
-    fitted(HiFTMonitor(tmp_path), "auto")
-    assert [path.name for path in tmp_path.iterdir()] == ["memory_timeline.png"]
+    fitted(HiFTMonitor(tmp_path / "made" / "here"), "auto")
+    assert [path.name for path in (tmp_path / "made" / "here").iterdir()] == ["memory_timeline.png"]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"pictures": False}])
