@@ -243,8 +243,10 @@ class HiFTMonitor(L.Callback):
 
     def _draw(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        watch = self._watches[0] if self._watches else None
+        names, update = ([], "block") if watch is None else (watch.names, watch.engine.settings.update)
         try:
-            pictures = draw(self._records, self._watches[0].names if self._watches else (), folder)
+            pictures = draw(self._records, names, update, folder)
         except ImportError:
             rank_zero_info(
                 "HiFTMonitor draws no pictures, since matplotlib is not installed; they come with "

@@ -27,18 +27,19 @@ class StepRecord:
     """The mean over its micro-batches."""
 
 
-def draw(steps: Sequence[StepRecord], names: Sequence[str], folder: Path) -> list[Path]:
+def draw(steps: Sequence[StepRecord], names: Sequence[str], update: str, folder: Path) -> list[Path]:
     """Write `memory_timeline.png` and, for a run under HiFT, `block_timeline.png`; return their paths.
 
     Args:
         steps: those of a run, at least one.
         names: of the blocks, from the bottom of the model; none without HiFT.
+        update: how blocks are stepped; the picture tells what is not counted under "streamed" and "fused".
         folder: an existing one.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figures = {MEMORY_PICTURE: memory_timeline(steps)}
+    figures = {MEMORY_PICTURE: memory_timeline(steps, update)}
     if names:
         figures[BLOCK_PICTURE] = block_timeline(steps, names)
     for name, figure in figures.items():
@@ -79,7 +80,7 @@ def block_timeline(steps: Sequence[StepRecord], names: Sequence[str]) -> Any:
     return figure
 
 
-def memory_timeline(steps: Sequence[StepRecord]) -> Any:
+def memory_timeline(steps: Sequence[StepRecord], update: str) -> Any:
     """Make a figure of the bytes of each step by role; arguments as of `draw`.
 
     Raises:
@@ -101,7 +102,8 @@ def memory_timeline(steps: Sequence[StepRecord]) -> Any:
         axes.plot(edges, parked, "k--", linewidth=1.2, label=label, drawstyle="steps-post")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MiB")
-    axes.set_title("Bytes of each step by role, without activations")
+    moments = "" if update == "block" else f" and what update={update} has on the device inside a step"
+    axes.set_title(f"Bytes of each step by role, without activations{moments}")
     axes.grid(alpha=0.3)
     _draw_steps(axes, steps)
     figure.legend(loc="outside lower center", ncols=4)

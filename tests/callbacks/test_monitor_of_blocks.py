@@ -82,6 +82,7 @@ def test_ratio_and_norm_are_those_of_copies_made_beside_it(any_device, update):
         assert record.update_ratios == close(witness.update_ratios[index])
         assert record.gradient_norms == ([] if update == "fused" else close(witness.gradient_norms[index]))
         assert len(record.page_in_ms) == len(record.update_ratios)
+        assert all(milliseconds > 0 for milliseconds in record.page_in_ms)
         assert record.rate == 0.01
 
 
