@@ -175,7 +175,7 @@ class HiFTMonitor(L.Callback):
 
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # here, and not in `on_train_end`, since the progress bar has let go of the terminal
+        # here, and not in `on_train_end`, since the strategy has parked everything by now
         if not trainer.is_global_zero:
             return
         if self._watches:

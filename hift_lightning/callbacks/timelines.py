@@ -9,7 +9,12 @@ from typing import Any
 BLOCK_PICTURE = "block_timeline.png"
 MEMORY_PICTURE = "memory_timeline.png"
 MOST_LABELS, MOST_COLUMNS = 40, 1000
-ROLES = (("weights", "weights"), ("gradients", "gradients"), ("optimizer_state", "optimizer state on the device"))
+# name in a record, words, color
+ROLES = (
+    ("weights", "weights", "tab:blue"),
+    ("gradients", "gradients", "tab:orange"),
+    ("optimizer_state", "optimizer state on the device", "tab:green"),
+)
 MIB = 2**20
 
 
@@ -71,8 +76,8 @@ def block_timeline(steps: Sequence[StepRecord], names: Sequence[str]) -> Any:
     for index in range(len(names)):
         bars = [(column * width + 0.5, width) for column, block in sorted(updated) if block == index]
         blocks.broken_barh(bars, (index - 0.45, 0.9), color=f"C{index % 10}", linewidth=0)
-    each = "each step" if width == 1 else f"each {width} steps"
-    loss.set_title(f"The loss, and the blocks that were updated in {each}")
+    each = "block that was updated in each step" if width == 1 else f"blocks that were updated in each {width} steps"
+    loss.set_title(f"The loss, and the {each}")
     every = -(-len(names) // MOST_LABELS)
     blocks.set_yticks(range(0, len(names), every), names[::every], fontsize=8)
     blocks.set_ylim(-0.6, len(names) - 0.4)
@@ -92,10 +97,10 @@ def memory_timeline(steps: Sequence[StepRecord], update: str) -> Any:
     axes = figure.subplots()
     # the edges of bars, so that a run of one step has an area too
     edges = [steps[0].step - 0.5, *(one.step + 0.5 for one in steps)]
-    rows = [_at_edges([one.nbytes[role] / MIB for one in steps]) for role, _ in ROLES]
-    axes.stackplot(
-        edges, rows, labels=[words for _, words in ROLES], colors=["tab:blue", "tab:orange", "tab:green"], step="post"
-    )
+    shown = [role for role in ROLES if any(one.nbytes[role[0]] for one in steps)]
+    rows = [_at_edges([one.nbytes[name] / MIB for one in steps]) for name, _, _ in shown]
+    _, labels, colors = zip(*shown, strict=True)
+    axes.stackplot(edges, rows, labels=labels, colors=colors, step="post")
     parked = _at_edges([one.nbytes["parked"] / MIB for one in steps])
     if any(parked):
         label = "optimizer state elsewhere (parked)"
