@@ -220,10 +220,11 @@ class HiFTMonitor(L.Callback):
 
     def _end_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = trainer.global_step
-        if self._peak:
-            pl_module.log("memory/peak_device_bytes", float(self._peak["device"]), batch_size=1)
-            for role in ("weights", "gradients", "optimizer_state"):
-                pl_module.log(f"memory/{role}_bytes", float(self._in_step[role]), batch_size=1)
+        if not self._in_step:  # no optimizer was called
+            self._count_bytes(trainer, pl_module)
+        pl_module.log("memory/peak_device_bytes", float(self._peak["device"]), batch_size=1)
+        for role in ("weights", "gradients", "optimizer_state"):
+            pl_module.log(f"memory/{role}_bytes", float(self._in_step[role]), batch_size=1)
         if self._watches:
             watch = self._watches[0]
             if watch.rate is not None:
