@@ -20,6 +20,7 @@ from hift_lightning.data.loading import TrainingLoader
 from hift_lightning.data.packing import PARTS, PackedRows, write_tokens
 from hift_lightning.data.sentences import Part
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.progress import PreparationBar
 
 MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
 # raised whenever the same files and settings give other tokens
@@ -78,7 +79,10 @@ class TextDataModule(L.LightningDataModule):
 
         def tokenise(folder: Path) -> None:
             rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in paths)}.")
-            write_tokens(read_documents(paths, encoder, split), encoder, folder)
+            with PreparationBar("tokenising") as bar:
+                # of what is no text in the files (keys, quotes) the bar never hears, so it goes before it is full
+                bar.is_at(0, of=sum(one.stat().st_size for one in paths))
+                write_tokens(read_documents(paths, encoder, split), encoder, folder, bar.moves_by)
 
         made_from = [VERSION, encoder.fingerprint, test_fraction, validation_fraction]
         made_from += [(one.suffix.lower(), digest_of_file(one)) for one in paths]

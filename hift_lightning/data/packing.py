@@ -1,7 +1,7 @@
 """Rows of one length out of documents of any: token ids in memory-mapped files, cut where a row is full."""
 
 import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,9 @@ NOT_COUNTED = -100
 BYTES_OF_ID = 4
 
 
-def write_tokens(documents: Iterable[Document], encoder: Encoder, folder: Path) -> None:
+def write_tokens(
+    documents: Iterable[Document], encoder: Encoder, folder: Path, progress: Callable[[int], None] | None = None
+) -> None:
     """Write the tokens of documents, one after the other, into two files for each part.
 
     `<part>.ids` has 4 bytes a token, `<part>.trained` one: whether the model is trained to say it. A document
@@ -29,6 +31,7 @@ def write_tokens(documents: Iterable[Document], encoder: Encoder, folder: Path) 
         documents: in the order in which they are written.
         encoder: makes ids of texts.
         folder: where the files go.
+        progress: called with the bytes of each piece that has been encoded.
 
     Raises:
         ConfigurationError: a document has no token to train on.
@@ -36,7 +39,7 @@ def write_tokens(documents: Iterable[Document], encoder: Encoder, folder: Path) 
     files = {(part, kind): (folder / f"{part}.{kind}").open("wb") for part in PARTS for kind in ("ids", "trained")}
     try:
         for document in documents:
-            ids, trained = _encoded(document, encoder)
+            ids, trained = _encoded(document, encoder, progress)
             ids.tofile(files[document.part, "ids"])
             files[document.part, "trained"].write(trained)
     finally:
@@ -44,13 +47,17 @@ def write_tokens(documents: Iterable[Document], encoder: Encoder, folder: Path) 
             file.close()
 
 
-def _encoded(document: Document, encoder: Encoder) -> tuple["array.array[int]", bytes]:
+def _encoded(
+    document: Document, encoder: Encoder, progress: Callable[[int], None] | None
+) -> tuple["array.array[int]", bytes]:
     ids: array.array[int] = array.array("i")
     trained = bytearray()
     for piece in document.pieces:
         encoded = encoder.encode(piece.text)
         ids.extend(encoded)
         trained += bytes([piece.trained]) * len(encoded)
+        if progress is not None:
+            progress(len(piece.text.encode("utf-8")))
     if not any(trained):
         raise ConfigurationError(
             f"{document.place}: there is nothing to train on, since the tokenizer makes no token of the text; mend or "

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from hift_lightning.data.loading import TrainingLoader
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.progress import PreparationBar
 
+SENTENCES_AT_ONCE = 1000  # between two moves of the progress bar
 FILM_REVIEWS = Path(__file__).parent / "film_reviews" / "film_reviews.tsv"
 
 Part = Literal["train", "validation", "test"]
@@ -214,7 +216,9 @@ class SentenceDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Tokenise all parts, the first time only."""
         if not self._tokenised:
-            self._tokenised = {part: self._tokenise(sentences) for part, sentences in self.sentences.items()}
+            with PreparationBar("tokenising") as bar:
+                bar.is_at(0, of=sum(map(len, self.sentences.values())))
+                self._tokenised = {part: self._tokenise(sentences, bar) for part, sentences in self.sentences.items()}
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Training batches: shuffled anew in each epoch, sentences of about one length together.
@@ -250,10 +254,15 @@ class SentenceDataModule(L.LightningDataModule):
             "labels": torch.tensor([row[1] for row in rows]),
         }
 
-    def _tokenise(self, sentences: list[LabelledSentence]) -> list[TokenisedSentence]:
-        texts = [sentence for sentence, _ in sentences]
-        rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        return [(torch.tensor(row), label) for row, (_, label) in zip(rows, sentences, strict=True)]
+    def _tokenise(self, sentences: list[LabelledSentence], bar: PreparationBar) -> list[TokenisedSentence]:
+        tokenised: list[TokenisedSentence] = []
+        for start in range(0, len(sentences), SENTENCES_AT_ONCE):
+            some = sentences[start : start + SENTENCES_AT_ONCE]
+            texts = [sentence for sentence, _ in some]
+            rows = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+            tokenised += [(torch.tensor(row), label) for row, (_, label) in zip(rows, some, strict=True)]
+            bar.moves_by(len(some))
+        return tokenised
 
     def _eval_dataloader(self, part: Part) -> EVAL_DATALOADERS:
         # sentences of one length together, so that little is padded; the order does not change a metric

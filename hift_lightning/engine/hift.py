@@ -155,7 +155,7 @@ class HiFT:
         self.half_updated: str | None = None
         """A sentence on what a failed step has changed in part, until a step is completed or state is loaded."""
         self.page_in_ms = 0.0
-        """Milliseconds that the host spent in the last page-in."""
+        """Milliseconds that the host spent on paging in the state of the last update; its copies may take longer."""
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
         governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
         self._governed = list(governed.values())
@@ -706,6 +706,8 @@ class HiFT:
         self.residency.discard(self._block_parameters())
 
     def _forget_step(self) -> None:
+        if self._pieces is not None:
+            self.page_in_ms = self._pieces.take_loading_ms()
         self._backward_ran = self._updated = self._searched = self._averaged = False
         if self.reduction is not None:
             self.reduction.give_up()

@@ -1,5 +1,6 @@
 """What a training step holds in memory, counted from the tensors that are alive."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -46,10 +47,14 @@ def bytes_by_role(
 
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
     total = 0
-    for tensor in tensors:
-        storage = local(tensor).untyped_storage()
-        key = (tensor.device, storage.data_ptr())
+    for part in itertools.chain.from_iterable(map(_parts, tensors)):
+        storage = local(part).untyped_storage()
+        key = (part.device, storage.data_ptr())
         if storage.nbytes() and key not in seen:
             seen.add(key)
             total += storage.nbytes()
     return total
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return (tensor._indices(), tensor._values()) if tensor.layout == torch.sparse_coo else (tensor,)

@@ -8,6 +8,7 @@ torch's optimizers treat parameters one by one; rows are cut only where that has
 import contextlib
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,12 @@ class PieceUpdate:
         self.window = window
         self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
+        self._loading_ms = 0.0
+
+    def take_loading_ms(self) -> float:
+        """Milliseconds that the host has spent on paging in since this was last asked."""
+        spent, self._loading_ms = self._loading_ms, 0.0
+        return spent
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
         """Update the parameters from their gradients, which are freed as they are used."""
@@ -197,11 +204,15 @@ class PieceUpdate:
 
     def _load(self, piece: Piece, place: Place | None) -> tuple[nn.Parameter, Any]:
         """The parameter that the optimizer will step, and its state, on the device."""
+        started = time.perf_counter()
         state = self.residency.load(piece.parameter, piece.rows, place)
         if self.residency.has_master(piece.parameter):
-            return nn.Parameter(self.residency.load_master(piece.parameter, piece.rows, place)), state
-        weights = local(piece.parameter).detach()
-        return nn.Parameter(weights if piece.whole else weights[piece.rows]), state
+            weights = self.residency.load_master(piece.parameter, piece.rows, place)
+        else:
+            weights = local(piece.parameter).detach()
+            weights = weights if piece.whole else weights[piece.rows]
+        self._loading_ms += (time.perf_counter() - started) * 1000
+        return nn.Parameter(weights), state
 
     def _step(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
         for piece, weights, state in loaded:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.progress import is_rank_0
 
 HUB_TIMEOUT_SECONDS = 5.0
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "config.json")
@@ -114,6 +115,10 @@ def pretrained_model(
         ConfigurationError: see `locate`; or the weights are missing, broken, incomplete or of another shape than
             config.json tells.
     """
+    from transformers.utils.logging import disable_progress_bar
+
+    if not is_rank_0():
+        disable_progress_bar()  # type: ignore[no-untyped-call]  # that of rank 0 tells how far loading is
     folder = locate(pretrained, WEIGHT_FILES)
     stored = _dtype_of_files(pretrained, folder)
     if dtype is None:

@@ -13,8 +13,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import Progress
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
@@ -30,6 +28,7 @@ from hift_lightning.planner.planning import StepPlanner
 from hift_lightning.planner.ranks import PlannedRanks
 from hift_lightning.planner.result import Plan
 from hift_lightning.planner.tables import print_tables
+from hift_lightning.progress import PreparationBar
 from hift_lightning.report import one_sentence_errors, write_metrics
 from hift_lightning.strategies import HiFTDDPStrategy, HiFTFSDP2Strategy
 from hift_lightning.strategies.blockwise import BlockwiseTraining
@@ -67,7 +66,7 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
     settings = strategy.settings if isinstance(strategy, BlockwiseTraining) else None
     ranks = _ranks(strategy, cfg.trainer)
 
-    with _Progress() as progress:
+    with PreparationBar() as progress:
         run = _Run(cfg, _build_module(cfg), progress, ranks)
         reason = None
         if settings is not None and settings.group_size == "auto":
@@ -132,7 +131,7 @@ def run(cfg: DictConfig) -> float:
 class _Run:
     cfg: DictConfig
     module: Any
-    progress: "_Progress"
+    progress: PreparationBar
     ranks: PlannedRanks | None
 
     def step(self, batch: int) -> StepPlanner:
@@ -144,7 +143,7 @@ class _Run:
             trainer.accumulate_grad_batches,
             trainer.gradient_clip_val,
             trainer.get("gradient_clip_algorithm"),
-            self.progress.step_done,
+            self.progress.is_at,
             self.ranks,
         )
 
@@ -154,23 +153,6 @@ class _Run:
     @property
     def why_not_fused(self) -> str | None:
         return self.step(1).why_not_fused
-
-
-class _Progress(Progress):
-    """A bar for each plan; nothing where the output is no terminal."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        super().__init__(console=console, transient=True, disable=not console.is_terminal)
-        self._task = self.add_task("", total=None)
-
-    def says(self, what: str) -> None:
-        """Tell what is being done."""
-        self.update(self._task, description=what)
-
-    def step_done(self, done: int, of: int) -> None:
-        """Move on by a step of a plan."""
-        self.update(self._task, completed=done, total=of)
 
 
 def _leave_out_what_is_not_read(cfg: DictConfig) -> None:

@@ -26,6 +26,7 @@ from hift_lightning.engine.residency import (
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
+from hift_lightning.progress import PreparationBar
 from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
 from hift_lightning.strategies.exact_resume import ExactResume
 from hift_lightning.strategies.first_batch import first_batch
@@ -174,16 +175,18 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         """
         from hift_lightning.planner import StepPlanner, choose  # stands above the strategies that it plans
 
-        step = StepPlanner(
-            module,
-            batch,
-            trainer.precision,
-            trainer.accumulate_grad_batches,
-            trainer.gradient_clip_val,
-            trainer.gradient_clip_algorithm,
-        )
         rank_zero_info("HiFT: looking for the largest `group_size` that fits.")
-        choice = choose(self.settings, self._memory_budget(), step)
+        with PreparationBar("planning") as bar:
+            step = StepPlanner(
+                module,
+                batch,
+                trainer.precision,
+                trainer.accumulate_grad_batches,
+                trainer.gradient_clip_val,
+                trainer.gradient_clip_algorithm,
+                bar.is_at,
+            )
+            choice = choose(self.settings, self._memory_budget(), step)
         self.settings = choice.settings
         rank_zero_info(f"HiFT: {choice.reason}")
 

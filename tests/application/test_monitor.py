@@ -55,7 +55,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
     import csv
 
     with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["epoch"]]  # those of a cycle have none
 
 
 def test_full_fine_tuning_holds_weights_gradients_and_two_moments_of_everything(tmp_path: Path) -> None:

@@ -98,7 +98,12 @@ def test_a_run_leaves_its_numbers_a_checkpoint_a_log_and_a_table(tmp_path: Path,
     with (tmp_path / "here" / "log" / "metrics.csv").open() as file:
         logged = set(next(csv.reader(file)))
     assert {"train/loss", "val/accuracy", "lr-AdamW/pg1"} <= logged
-    assert ("hift/block" in logged) == (strategy == "hift")
+    watched = {"hift/block", "hift/grad_norm", "hift/lr", "hift/update_ratio", "hift_update_ratio/00_embeddings"}
+    assert logged & watched == (watched if strategy == "hift" else set())
+
+    pictures = {path.name for path in (tmp_path / "here").glob("*_timeline.png")}
+    assert pictures == {"memory_timeline.png"} | ({"block_timeline.png"} if strategy == "hift" else set())
+    assert ("gradient" in run.stdout.partition("peak bytes")[0]) == (strategy == "hift")  # in the table of the blocks
 
 
 def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:

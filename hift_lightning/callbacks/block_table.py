@@ -1,0 +1,78 @@
+"""The table of a run's blocks."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from hift_lightning.callbacks.block_watch import BlockWatch
+
+NOT_KNOWN = "-"
+HEADINGS = ("params", "visits", "gradient\nnorm", "update\n/ weight", "last\nrate", "page-in\nms", "parked\nMiB")
+
+
+def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> Table:
+    """Make a table with a row for each block.
+
+    Args:
+        watches: one for each optimizer.
+        ratio_every: cycles from one in which the update-to-weight ratio was measured to the next; 0: none.
+        ranks: processes that trained together.
+    """
+    table = Table(
+        title="Blocks",
+        caption=" ".join(_notes(watches, ratio_every, ranks)),
+        caption_justify="left",
+        # 80 columns are enough
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("", justify="right")
+    table.add_column("layers", overflow="fold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for watch in watches:
+        for block in watch.engine.report().blocks:
+            record = watch.records[block.index]
+            table.add_row(
+                str(block.index),
+                watch.names[block.index],
+                _count(block.numel),
+                str(block.visits),
+                _mean(record.gradient_norms, "{:.3g}"),
+                _mean(record.update_ratios, "{:.1e}"),
+                NOT_KNOWN if record.rate is None else f"{record.rate:.1e}",
+                _mean(record.page_in_ms, "{:.2f}"),
+                f"{block.parked_bytes / 2**20:.1f}",
+            )
+    return table
+
+
+def _count(number: int) -> str:
+    for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return str(number)
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    return form.format(fmean(values)) if values else NOT_KNOWN
+
+
+def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> list[str]:
+    notes = ["Means over the updates of this run."]
+    if any(watch.fused for watch in watches):
+        notes.append("With update=fused each gradient is used inside backward, so their norm is not known.")
+    else:
+        notes.append("Gradient norms are those before clipping.")
+    if ratio_every:
+        notes.append(f"Update / weight: norm of an update over that of the weights, {_measured(ratio_every)}.")
+    if ranks > 1:
+        notes.append("Parked bytes are those of rank 0.")
+    return notes
+
+
+def _measured(ratio_every: int) -> str:
+    return "measured in each cycle" if ratio_every == 1 else f"measured in one of {ratio_every} cycles"

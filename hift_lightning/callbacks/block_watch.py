@@ -1,0 +1,133 @@
+"""What is measured of the blocks of one optimizer, update by update."""
+
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hift_lightning.callbacks.update_ratio import UpdateRatio
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.partition import Block
+
+
+@dataclass
+class BlockRecord:
+    """What was measured of a block in this run, a number for each of its updates."""
+
+    gradient_norms: list[float] = field(default_factory=list)
+    """Norms of its gradients; none under `update="fused"`."""
+    update_ratios: list[float] = field(default_factory=list)
+    """Norms of its updates over those of its weights, of the cycles in which they were measured."""
+    page_in_ms: list[float] = field(default_factory=list)
+    """Milliseconds that the host spent on paging its state in."""
+    rate: float | None = None
+    """The last learning rate that it was updated with: the highest where its param groups have several."""
+
+
+class BlockWatch:
+    """Watches the updates of an engine.
+
+    `update="fused"` uses each gradient inside backward, so the norm of all of them is never known.
+
+    Args:
+        engine: has been started.
+        ratio_every: cycles from one in which the update-to-weight ratio is measured to the next; 0: none.
+    """
+
+    def __init__(self, engine: HiFT, ratio_every: int) -> None:
+        self.engine = engine
+        self.records = {block.index: BlockRecord() for block in engine.plan.blocks}
+        self.names = short_names([block.name for block in engine.plan.blocks])
+        self.gradient_norm: float | None = None
+        """Of the last update; `None` if it was left out or the norm cannot be known."""
+        self.rate: float | None = None
+        """Of the last update."""
+        self._ratio_every = ratio_every
+        self._ratio = UpdateRatio(engine.residency, engine.settings.master_weights)
+        self._begun: tuple[Block, int] | None = None
+        self._cycle: dict[str, list[float]] = {}
+        self._logged_cycles = engine.cycle
+
+    @property
+    def fused(self) -> bool:
+        """Whether gradients are used inside backward."""
+        return self.engine.settings.update == "fused"
+
+    def begin_update(self, scale: float = 1.0) -> None:
+        """Take in gradients and weights before an update; with `fused`, the weights before its backward pass.
+
+        Args:
+            scale: what a GradScaler has multiplied the gradients by.
+        """
+        engine = self.engine
+        parameters = [engine.model.get_parameter(name) for name in engine.block.parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._begun = self.gradient_norm = None
+        if not (gradients or self.fused):
+            return  # the step is left out, or no gradient reached the block
+        self._begun = engine.block, engine.updates
+        if gradients:
+            self.gradient_norm = _norm(gradients) / scale
+        if self._ratio_every and engine.cycle % self._ratio_every == 0:
+            self._ratio.begin(parameters)
+
+    def end_update(self) -> None:
+        """Record an update, if there was one since it was begun."""
+        begun, self._begun = self._begun, None
+        if begun is None or self.engine.updates == begun[1]:
+            self.gradient_norm = None
+            return
+        block = begun[0]
+        record = self.records[block.index]
+        name = f"{block.index:02d}_{self.names[block.index]}".replace(" … ", "-")
+        if self.gradient_norm is not None:
+            record.gradient_norms.append(self.gradient_norm)
+            self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(self.gradient_norm)
+        if (ratio := self._ratio.finish()) is not None:
+            record.update_ratios.append(ratio)
+            self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
+            self._cycle.setdefault("hift/update_ratio", []).append(ratio)
+        record.page_in_ms.append(self.engine.page_in_ms)
+        record.rate = self.rate = self._rate_of(block)
+
+    def take_cycle(self, unfinished: bool = False) -> dict[str, float]:
+        """The means over a cycle, by the name that they are logged under, each cycle once.
+
+        Args:
+            unfinished: give what there is of a cycle that has not ended, too.
+        """
+        if self.engine.cycle == self._logged_cycles and not unfinished:
+            return {}
+        self._logged_cycles = self.engine.cycle
+        measured, self._cycle = self._cycle, {}
+        return {name: fmean(values) for name, values in measured.items()}
+
+    def _rate_of(self, block: Block) -> float:
+        parameters = {self.engine.model.get_parameter(name) for name in block.parameters}
+        groups = self.engine.optimizer.param_groups
+        return max(float(group["lr"]) for group in groups if not parameters.isdisjoint(group["params"]))
+
+
+def short_names(names: list[str]) -> list[str]:
+    """Leave out the modules that all names begin with: `net.body.layer.0` becomes `body.layer.0` beside `net.norm`.
+
+    Args:
+        names: of blocks. Of each the last two parts stay (`layer.0`); those that have only one do not count.
+    """
+    parts = [name.split(".") for name in names if "." in name]
+    shared = 0
+    while parts and all(len(one) > shared + 2 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
+        shared += 1
+    if not shared:
+        return names
+    prefix = ".".join(parts[0][:shared]) + "."
+    # a block of several layers has the names of the lowest and the highest
+    return [" … ".join(one.removeprefix(prefix) for one in name.split(" … ")) for name in names]
+
+
+def _norm(gradients: list[Tensor]) -> float:
+    dense = [g.coalesce().values() if g.layout == torch.sparse_coo else g for g in gradients]
+    norm = torch.nn.utils.get_total_norm(dense)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

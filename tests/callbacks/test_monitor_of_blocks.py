@@ -1,0 +1,324 @@
+"""What the monitor measures of each block equals what is measured beside it, and costs no device memory."""
+
+import csv
+import gc
+import math
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from rich.console import Console
+from torch import nn
+
+from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
+from hift_lightning.callbacks import HiFTMonitor
+from hift_lightning.callbacks.block_table import block_table
+from hift_lightning.callbacks.block_watch import short_names
+from hift_lightning.engine.errors import ConfigurationError
+from tests.processes import run
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+STEPS = 2 * LAYERS + 1
+
+
+class Witness(Callback):
+    """Measures the same from copies of all weights (the masters, where there are some) and from plain gradients."""
+
+    def __init__(self):
+        self.gradient_norms, self.update_ratios = {}, {}
+
+    def weights(self, trainer):
+        hift = trainer.strategy.hift
+        state = hift.master_state_dict()
+        return {name: state[name].to("cpu", torch.float64, copy=True) for name in hift.block.parameters}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.block = trainer.strategy.hift.block
+        self.before = self.weights(trainer)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        squares = [p.grad.double().square().sum().item() for p in pl_module.parameters() if p.grad is not None]
+        self.gradient_norms.setdefault(self.block.index, []).append(math.sqrt(sum(squares)))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        state = trainer.strategy.hift.master_state_dict()
+        old = torch.cat([value.flatten() for value in self.before.values()])
+        new = torch.cat([state[name].cpu().double().flatten() for name in self.before])
+        self.update_ratios.setdefault(self.block.index, []).append(((new - old).norm() / old.norm()).item())
+
+
+def fitted(strategy, steps=STEPS, callbacks=(), module=None, update_ratio_every=1, **arguments):
+    monitor = HiFTMonitor(update_ratio_every=update_ratio_every)
+    module = module or SmallTransformer()
+    trainer(strategy, callbacks=[monitor, *callbacks], devices=1, **arguments).fit(module, loader(make_batches(steps)))
+    return monitor
+
+
+def close(numbers):
+    return pytest.approx(numbers, rel=1e-5)
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if row["epoch"]], [row for row in rows if not row["epoch"]]
+
+
+def logging_to(folder):
+    return {"logger": CSVLogger(folder, name="", version=""), "log_every_n_steps": 1}
+
+
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_ratio_and_norm_are_those_of_copies_made_beside_it(any_device, update):
+    witness = Witness()
+    monitor = fitted(
+        HiFTStrategy(update=update), callbacks=[witness], accelerator=any_device.type,
+        gradient_clip_val=None if update == "fused" else 0.01,
+    )  # fmt: skip
+    for index, record in monitor._watches[0].records.items():
+        assert record.update_ratios == close(witness.update_ratios[index])
+        assert record.gradient_norms == ([] if update == "fused" else close(witness.gradient_norms[index]))
+        assert len(record.page_in_ms) == len(record.update_ratios)
+        assert all(milliseconds > 0 for milliseconds in record.page_in_ms)
+        assert record.rate == 0.01
+
+
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_with_masters_the_ratio_is_that_of_the_masters(any_device, update):
+    witness = Witness()
+    monitor = fitted(
+        HiFTStrategy(update=update, master_weights=True), callbacks=[witness], accelerator=any_device.type,
+        precision="bf16-true",
+    )  # fmt: skip
+    for index, record in monitor._watches[0].records.items():
+        assert record.update_ratios == close(witness.update_ratios[index])
+
+
+def test_masters_in_files_are_measured_too(tmp_path):
+    witness = Witness()
+    strategy = HiFTStrategy(master_weights=True, offload=tmp_path)
+    monitor = fitted(strategy, callbacks=[witness], precision="bf16-true")
+    assert monitor._watches[0].records[1].update_ratios == close(witness.update_ratios[1])
+
+
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_measuring_does_not_raise_the_peak(device, update):
+    def peak(*callbacks):
+        gc.collect()
+        before = device.allocated()
+        device.reset_peak()
+        arguments = {"accelerator": device.type, "devices": 1, "callbacks": list(callbacks)}
+        trainer(HiFTStrategy(update=update), **arguments).fit(SmallTransformer(), loader(make_batches(STEPS)))
+        return device.peak() - before
+
+    with_ratio = peak(HiFTMonitor(update_ratio_every=1))
+    assert with_ratio == peak(HiFTMonitor(update_ratio_every=0))
+    assert with_ratio <= peak() + 2 * device.scalars  # Lightning keeps numbers that are logged on the device
+
+
+def test_pieces_of_large_tensors_add_up(monkeypatch):
+    monkeypatch.setattr("hift_lightning.callbacks.update_ratio.PIECE_NUMEL", 40)  # some rows of each matrix
+    witness = Witness()
+    monitor = fitted(HiFTStrategy(), callbacks=[witness])
+    for index, record in monitor._watches[0].records.items():
+        assert record.update_ratios == close(witness.update_ratios[index])
+
+
+def test_norms_under_a_grad_scaler_are_those_without_it():
+    plain = fitted(HiFTStrategy(), steps=LAYERS)
+    # a fused optimizer unscales gradients inside its step
+    for fused in (False, True):
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+        plugin.autocast_context_manager = lambda: torch.autocast("cpu", enabled=False)
+        module = SmallTransformer(lambda parameters, fused=fused: torch.optim.AdamW(parameters, lr=1e-2, fused=fused))
+        scaled = fitted(HiFTStrategy(), steps=LAYERS, module=module, plugins=plugin)
+        for one, other in zip(plain._watches[0].records.values(), scaled._watches[0].records.values(), strict=True):
+            assert one.gradient_norms == close(other.gradient_norms)
+
+
+def test_a_sparse_gradient_has_a_norm():
+    norms = []
+    for sparse in (False, True):
+        module = SmallTransformer(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        module.embedding.sparse = sparse
+        norms.append(fitted(HiFTStrategy(), LAYERS, module=module)._watches[0].records[0].gradient_norms)
+    assert norms[0] == close(norms[1])
+
+
+def test_norm_and_rate_of_each_step_are_logged(tmp_path):
+    witness = Witness()
+    halving = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, LAYERS, 0.5)  # noqa: E731
+    module = SmallTransformer(make_scheduler=halving)
+    fitted(HiFTStrategy(order="bottom2up"), callbacks=[witness], module=module, **logging_to(tmp_path))
+    steps, _ = rows_of(tmp_path)
+    expected = [witness.gradient_norms[step % LAYERS][step // LAYERS] for step in range(STEPS)]
+    assert [float(row["hift/grad_norm"]) for row in steps] == close(expected)
+    assert [float(row["hift/lr"]) for row in steps] == close([0.01 * 0.5 ** (step // LAYERS) for step in range(STEPS)])
+    assert {float(row["memory/weights_bytes"]) for row in steps} == {4.0 * sum(p.numel() for p in module.parameters())}
+    gradients = [float(row["memory/gradients_bytes"]) for row in steps]
+    assert gradients[:LAYERS] == [4.0 * block.numel for block in module.trainer.strategy.hift.plan.blocks]
+
+
+def test_each_cycle_logs_the_means_of_every_block_once(tmp_path):
+    monitor = fitted(HiFTStrategy(steps_per_block=2), steps=3 * LAYERS, **logging_to(tmp_path))
+    _, cycles = rows_of(tmp_path)
+    assert [int(row["step"]) for row in cycles] == [2 * LAYERS - 1, 3 * LAYERS - 1]  # the second one is cut short
+    names = ["00_embeddings", "01_layers.0", "02_layers.1", "03_head"]
+    for index, name in enumerate(names):
+        record = monitor._watches[0].records[index]
+        assert float(cycles[0][f"hift_grad_norm/{name}"]) == close(sum(record.gradient_norms[:2]) / 2)
+        assert float(cycles[0][f"hift_update_ratio/{name}"]) == close(sum(record.update_ratios[:2]) / 2)
+    assert {name for name in cycles[1] if cycles[1][name] and name.startswith("hift_grad_norm")} == {
+        f"hift_grad_norm/{name}" for name in names[2:]
+    }
+    ratios = [float(cycles[0][f"hift_update_ratio/{name}"]) for name in names]
+    assert float(cycles[0]["hift/update_ratio"]) == close(sum(ratios) / LAYERS)
+
+
+@pytest.mark.parametrize(("every", "measured"), [(0, 0), (1, 3), (2, 2), (4, 1)])
+def test_the_ratio_is_measured_in_one_of_so_many_cycles(every, measured):
+    monitor = fitted(HiFTStrategy(), steps=3 * LAYERS, update_ratio_every=every)
+    assert {len(record.update_ratios) for record in monitor._watches[0].records.values()} == {measured}
+
+
+def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):
+    class Spoilt(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 1 else 1.0)
+
+    with pytest.warns(UserWarning, match="A step is left out"):
+        monitor = fitted(
+            HiFTStrategy(nonfinite="skip", order="bottom2up"), LAYERS, module=Spoilt(), **logging_to(tmp_path)
+        )
+    steps, _ = rows_of(tmp_path)
+    assert [math.isnan(float(row["hift/grad_norm"])) for row in steps] == [False, True, False, False]
+    assert [len(monitor._watches[0].records[index].update_ratios) for index in range(LAYERS)] == [1, 1, 1, 0]
+
+
+def test_accumulated_gradients_are_one_update_with_one_loss():
+    witness, module = Witness(), SmallTransformer()
+    monitor = fitted(HiFTStrategy(), 3 * LAYERS, module=module, callbacks=[witness], accumulate_grad_batches=3)
+    for index, record in monitor._watches[0].records.items():
+        assert record.gradient_norms == close(witness.gradient_norms[index])
+    means = [sum(module.losses[i : i + 3]) / 3 for i in range(0, len(module.losses), 3)]
+    assert [step.loss for step in monitor._records] == close(means)
+    assert [step.step for step in monitor._records] == [1, 2, 3, 4]
+    assert [step.block for step in monitor._records] == [3, 2, 1, 0]
+
+
+def test_the_table_tells_what_is_not_known_under_fused(capsys):
+    fitted(HiFTStrategy(update="fused"))
+    printed = capsys.readouterr().out
+    assert "With update=fused each gradient is used inside backward, so their norm is not known." in " ".join(
+        printed.split()
+    )
+    row = next(line.split() for line in printed.splitlines() if "layers.0" in line)
+    assert row[:5] == ["1", "layers.0", "2.22k", "2", "-"]
+
+
+def test_a_run_that_goes_on_within_an_epoch_is_watched_too(tmp_path):
+    batches, straight = make_batches(STEPS), fitted(HiFTStrategy())
+    first = trainer("hift", max_steps=LAYERS + 1)
+    first.fit(SmallTransformer(), loader(batches))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    monitor = HiFTMonitor(update_ratio_every=1)
+    still_to_come = batches[LAYERS + 1 :] + batches[: LAYERS + 1]  # since a plain loader begins anew
+    trainer("hift", devices=1, callbacks=[monitor]).fit(
+        SmallTransformer(), loader(still_to_come), ckpt_path=tmp_path / "last.ckpt"
+    )
+    for index, record in straight._watches[0].records.items():
+        later = 2 if index == LAYERS - 1 else 1  # updates that the first run has made
+        assert monitor._watches[0].records[index].gradient_norms == record.gradient_norms[later:]
+        assert monitor._watches[0].records[index].update_ratios == record.update_ratios[later:]
+    assert [step.step for step in monitor._records] == list(range(LAYERS + 2, STEPS + 1))
+
+
+def test_under_fused_no_gradient_norm_is_logged(tmp_path):
+    fitted(HiFTStrategy(update="fused"), **logging_to(tmp_path))
+    steps, cycles = rows_of(tmp_path)
+    assert not [name for name in steps[0] if "grad_norm" in name]
+    assert float(cycles[0]["hift/update_ratio"]) > 0
+
+
+def test_several_optimizers_have_their_blocks_in_one_table():
+    class Two(HiFTManualMixin, L.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.second = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+        def training_step(self, batch, batch_idx):
+            for optimizer, network in zip(self.optimizers(), (self.first, self.second), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(network(torch.ones(2, 4)).square().mean())
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.first, self.second)]
+
+    monitor = fitted(HiFTStrategy(), steps=4, module=Two())
+    for watch in monitor._watches:
+        assert [len(record.gradient_norms) for record in watch.records.values()] == [2, 2]
+        assert [len(record.update_ratios) for record in watch.records.values()] == [2, 2]
+    console = Console(record=True, width=80)
+    console.print(block_table(monitor._watches, 1, 1))
+    assert len([line for line in console.export_text().splitlines() if "1.0e-01" in line]) == 4
+
+
+RANKS = {
+    "ddp": lambda: HiFTDDPStrategy(),
+    "ddp, shared": lambda: HiFTDDPStrategy(shard_parked_state=True, update="streamed"),
+    "ddp, fused": lambda: HiFTDDPStrategy(update="fused"),
+    "fsdp2": lambda: HiFTFSDP2Strategy(),
+}
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def measured_on_ranks(size):
+    rank, measured = torch.distributed.get_rank(), {}
+    own = slice(rank * size, (rank + 1) * size)
+    batches = [(tokens[own], labels[own]) for tokens, labels in make_batches(STEPS)]
+    for name, strategy in RANKS.items():
+        monitor = HiFTMonitor(update_ratio_every=1)
+        arguments = {"devices": 2, "callbacks": [monitor], "use_distributed_sampler": False}
+        trainer(strategy(), **arguments).fit(SmallTransformer(momentum), loader(batches))
+        records = monitor._watches[0].records.values()
+        measured[name] = [(record.gradient_norms, record.update_ratios) for record in records]
+    return measured
+
+
+def test_ranks_measure_what_one_device_does():
+    alone = fitted(HiFTStrategy(), module=SmallTransformer(momentum))._watches[0].records.values()
+    for of_rank in run(measured_on_ranks, 2, 2):
+        for name, measured in of_rank.items():
+            for record, (norms, ratios) in zip(alone, measured, strict=True):
+                expected = [] if name == "ddp, fused" else record.gradient_norms
+                assert norms == pytest.approx(expected, rel=1e-4)
+                assert ratios == pytest.approx(record.update_ratios, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["net.body.embed", "net.body.layer.0", "head"], ["body.embed", "body.layer.0", "head"]),
+        (["net.a.0 … net.a.1", "net.a.2"], ["a.0 … a.1", "a.2"]),
+        (["layer.0", "layer.1"], ["layer.0", "layer.1"]),
+        (["a.0", "b.0"], ["a.0", "b.0"]),
+        (["head"], ["head"]),
+    ],
+)
+def test_names_leave_out_what_all_share(names, short):
+    assert short_names(names) == short
+
+
+def test_a_negative_number_of_cycles_is_refused():
+    with pytest.raises(ConfigurationError, match="update_ratio_every=-1"):
+        HiFTMonitor(update_ratio_every=-1)
