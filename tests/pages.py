@@ -5,12 +5,15 @@ is a small LightningModule and `batch` one of its batches. A comment above a blo
 
     <!-- test: with trainer=quick -->   the commands of the application get these arguments too
     <!-- test: slow -->                 only with `-m slow`; also `slow with ...`
-    <!-- test: compose -->              not run, as it wants a GPU or files that nobody has here
-    <!-- test: parse -->                likewise, and for what sets an environment up
+    <!-- test: parse -->                not run, as it wants GPUs, another environment or files that nobody has here
 
 Whatever it says, a block is parsed, and of each `train.py` and `plan.py` the configuration is composed and checked.
+A `text` block is part of what the blocks above it have printed; lines may be broken elsewhere. Commands on the pages of
+experiments, which take hours, are not run.
 """
 
+import contextlib
+import io
 import itertools
 import os
 import re
@@ -25,19 +28,19 @@ from typing import Any
 import lightning as L
 import torch
 from hydra import compose, initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from torch import nn
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.targets import check_targets
 
 ROOT = Path(__file__).parent.parent
-LANGUAGES = {"python", "bash", "text", ""}
+LANGUAGES = {"python", "bash", "text", "yaml", ""}
 CONFIGURATIONS = {"train.py": "train", "hift-train": "train", "plan.py": "plan", "hift-plan": "plan"}
 
 _BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>.+) -->\n)?^```(?P<language>.*)\n(?P<code>(?:.*\n)*?)^```$", re.M)
-_MARK = re.compile(r"(?P<kind>slow|compose|parse)?(?: ?with (?P<extra>.+))?")
+_MARK = re.compile(r"(?P<kind>slow|parse)?(?: ?with (?P<extra>.+))?")
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,15 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     found = []
     for match in _BLOCK.finditer(text):
-        place = f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, match.start('code'))}"
+        place = f"{page}:{text.count(chr(10), 0, match.start('code'))}"
         mark = _MARK.fullmatch(match["mark"] or "")
         if mark is None or match["language"] not in LANGUAGES:
             raise ValueError(f"{place}: `{match['mark']}` or `{match['language']}` is not known")
         found.append(
             Block(place, match["language"], match["code"], mark["kind"], tuple(shlex.split(mark["extra"] or "")))
         )
-    if text.count("\n```") + text.startswith("```") != 2 * len(found):
-        raise ValueError(f"{page.relative_to(ROOT)}: a fence is indented, or not closed")
+    if text.count("```") != 2 * len(found):
+        raise ValueError(f"{page}: a fence is indented, or not closed")
     return found
 
 
@@ -98,9 +101,7 @@ def check_application(words: list[str], folder: Path) -> int:
         at = overrides.index("--config-dir")
         search_path = [f"hydra.searchpath=[file://{folder / overrides[at + 1]}]"]
         del overrides[at : at + 2]
-    swept = "-m" in overrides
-    parsed = OverridesParser.create().parse_overrides([word for word in overrides if word != "-m"])
-    runs = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None))) if swept else [overrides]
+    runs = _runs_of_sweep([word for word in overrides if word != "-m"]) if "-m" in overrides else [overrides]
     for run in runs:
         with initialize_config_module("hift_lightning.conf", version_base="1.3"):
             name = CONFIGURATIONS[Path(words[position]).name]
@@ -109,6 +110,16 @@ def check_application(words: list[str], folder: Path) -> int:
         check_configuration(cfg)
         check_targets(cfg, cfg.trusted_targets)
     return len(runs)
+
+
+def _runs_of_sweep(overrides: list[str]) -> list[list[str]]:
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in OverridesParser.create().parse_overrides(overrides)
+    ]
+    return [list(run) for run in itertools.product(*choices)]
 
 
 def run_page(page: Path, folder: Path, *, slow: bool) -> None:
@@ -123,19 +134,27 @@ def run_page(page: Path, folder: Path, *, slow: bool) -> None:
         (folder / name).symlink_to(ROOT / name)
     module = SmallModule()
     namespace: dict[str, Any] = {"__name__": "page", "module": module, "batch": next(iter(module.train_dataloader()))}
+    printed = ""
     for block in blocks_of(page):
-        runs = block.kind is None or (block.kind == "slow" and slow)
+        of_experiment = page.is_relative_to(ROOT / "experiments")
+        runs = not of_experiment and (block.kind is None or (block.kind == "slow" and slow))
         if block.language == "python":
             code = compile(block.code, block.place, "exec")
             if runs:
-                exec(code, namespace)
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    exec(code, namespace)
+                printed += output.getvalue()
+        elif block.language == "yaml":
+            OmegaConf.create(block.code)
         elif block.language == "bash":
             for words in block.commands:
                 check_application([*words, *_extra(block, words)], folder)
-            _run_bash(block, folder, *([] if runs else ["-n"]))
+            printed += _run_bash(block, folder, *([] if runs else ["-n"]))
+        elif block.language == "text":
+            assert " ".join(block.code.split()) in " ".join(printed.split()), f"{block.place} is not in\n{printed}"
 
 
-def _run_bash(block: Block, folder: Path, *options: str) -> None:
+def _run_bash(block: Block, folder: Path, *options: str) -> str:
     script = (
         "\n".join(shlex.join([*words, *_extra(block, words)]) for words in block.commands)
         if block.extra
@@ -154,6 +173,7 @@ def _run_bash(block: Block, folder: Path, *options: str) -> None:
         timeout=600,
     )
     assert done.returncode == 0, f"{block.place}\n{script}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
 
 
 def _extra(block: Block, words: list[str]) -> tuple[str, ...]:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
-from tests.pages import ROOT, blocks_of, run_page
+from tests.pages import ROOT, blocks_of, check_application, run_page
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
-WRITTEN = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page.name != "design.md"]
+WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "design.md"]
+MEASURED = sorted((ROOT / "experiments").rglob("*.md"))
+PAGES = [page for page in [ROOT / "README.md", *WRITTEN, *MEASURED] if blocks_of(page)]
+VERSIONS = {"2.7", "3.10"}
 
 _LOADED = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"]+)"')
 
@@ -19,7 +22,7 @@ def pages(chosen):
     return pytest.mark.parametrize("page", chosen, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pages([page for page in PAGES if blocks_of(page)])
+@pages(PAGES)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page, tmp_path, slow=False)
@@ -37,15 +40,48 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # on a successor of its theme
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    html = {page: page.read_text() for page in tmp_path.rglob("*.html")}
-    assert {path.relative_to(ROOT / "docs").with_suffix(".html") for path in WRITTEN} <= {
-        path.relative_to(tmp_path) for path in html
-    }
+    html = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.html")}
+    for page in WRITTEN:
+        assert page.relative_to(ROOT / "docs").with_suffix(".html").as_posix() in html
     loaded = [link for text in html.values() for link in _LOADED.findall(text)]
     assert loaded
     assert not [link for link in loaded if "//" in link]
     styles = [path.read_text() for path in tmp_path.rglob("*.css")]
-    assert not [link for text in styles for link in re.findall(r"url\(([^)]*)\)", text) if link.startswith("http")]
-    # the arguments come from the README, the measured tables from the experiments
-    assert 'device memory that <code>"auto"</code> may take' in html[tmp_path / "one-line.html"]
-    assert "Tried 2,626 times" in html[tmp_path / "experiments" / "faults" / "summary.html"]
+    assert not [link for text in styles for link in re.findall(r"url\(['\"]?(\w+:)?//", text)]
+    # arguments come from the README, tables from the experiments, and docstrings are read as Markdown
+    assert "shell-style patterns on parameter names: override the layers found" in html["one-line.html"]
+    assert "Tried 2,626 times" in html["experiments/faults/summary.html"]
+    assert ":class:" not in html["reference/engine.html"]
+
+
+@pages(WRITTEN)
+def test_figures_on_a_page_are_those_of_an_experiment(page):
+    measured = {number for path in MEASURED for number in re.findall(r"\d+\.\d+", path.read_text())}
+    prose = re.sub(r"```.*?```|`[^`]*`|\([^)]*\)", "", page.read_text(), flags=re.S)
+    assert {*re.findall(r"\d+\.\d+", prose)} <= measured | VERSIONS
+
+
+@pytest.mark.parametrize(
+    ("page", "error"),
+    [
+        ("```python\nassert 1 + 1 == 3\n```\n", AssertionError),
+        ("```python\nif\n```\n", SyntaxError),
+        ("```bash\nls nowhere\n```\n", AssertionError),
+        ("<!-- test: parse -->\n```bash\nif ls\n```\n", AssertionError),
+        ("<!-- test: parse -->\n```bash\npython train.py strategy=hift_dpd\n```\n", ConfigCompositionException),
+        ("```bash\necho three\n```\n\n```text\nfour\n```\n", AssertionError),
+        ("<!-- test: never -->\n```bash\nls\n```\n", ValueError),
+        ("```pyhton\n1\n```\n", ValueError),
+        ("1. one\n\n    ```bash\n    ls nowhere\n    ```\n", ValueError),
+    ],
+)
+def test_what_is_wrong_on_a_page_is_found(page, error, tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(page)
+    with pytest.raises(error):
+        run_page(path, tmp_path, slow=False)
+
+
+def test_all_runs_of_a_sweep_are_composed(tmp_path):
+    command = ["python", "train.py", "-m", "optimizer=adamw,sgd", "strategy.group_size=1,2,4", "seed=1"]
+    assert check_application(command, tmp_path) == 6
