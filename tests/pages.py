@@ -8,9 +8,9 @@ is a small LightningModule and `batch` one of its batches. A comment above a blo
     <!-- test: parse -->                not run, as it wants GPUs, another environment or files that nobody has here
 
 Whatever it says, a block is parsed, and of each `train.py` and `plan.py` the configuration is composed and checked.
-A Python block with a title, ```` ```python title="mine.py" ````, is written to that file of the folder, from which others
-import. A `text` block is part of what the blocks above it have printed; lines may be broken elsewhere. Commands on the pages of
-experiments, which take hours, are not run.
+A Python block with a title, ```` ```python title="mine.py" ````, is written to that file of the folder, from which
+others import. A `text` block is part of what the blocks above it have printed; lines may be broken elsewhere. Commands
+on the pages of experiments, which take hours, are not run.
 """
 
 import contextlib
@@ -40,7 +40,12 @@ ROOT = Path(__file__).parent.parent
 LANGUAGES = {"python", "bash", "text", "yaml", ""}
 CONFIGURATIONS = {"train.py": "train", "hift-train": "train", "plan.py": "plan", "hift-plan": "plan"}
 
-_BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>.+) -->\n)?^```(?P<language>[^ \n]*)(?: title="(?P<title>.+)")?\n(?P<code>(?:.*\n)*?)^```$", re.M)
+_BLOCK = re.compile(
+    r"(?:^<!-- test: (?P<mark>.+) -->\n)?"
+    r'^```(?P<language>[^ \n]*)(?: title="(?P<title>.+)")?\n'
+    r"(?P<code>(?:.*\n)*?)^```$",
+    re.M,
+)
 _MARK = re.compile(r"(?P<kind>slow|parse)?(?: ?with (?P<extra>.+))?")
 
 
@@ -136,7 +141,8 @@ def run_page(page: Path, folder: Path, *, slow: bool) -> None:
 
     Args:
         page: the page.
-        folder: an empty folder, which is the working directory and on Python's path; it becomes like the repository's root.
+        folder: an empty folder, which is the working directory and on Python's path; it becomes like the repository's
+            root.
         slow: whether blocks that take minutes are run too.
     """
     for name in ("train.py", "plan.py", "examples"):
