@@ -44,10 +44,13 @@ def loss_of(network: nn.Module, batch: Batch) -> Tensor:
     return cross_entropy(network(batch["input_ids"], batch["attention_mask"]), batch["labels"])
 
 
-def adamw(network: nn.Module, rate: float) -> AdamW:
+BETAS = (0.9, 0.999)
+
+
+def adamw(network: nn.Module, rate: float, betas: tuple[float, float] = BETAS) -> AdamW:
     """Over what requires a gradient; no weight decay of biases and norms."""
     named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-    return AdamW(parameter_groups(named), lr=rate, weight_decay=0.01, fused=True)
+    return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=0.01, fused=True)
 
 
 def _by_gradient(
@@ -78,11 +81,11 @@ def full(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Tra
     return _by_gradient(network, adamw(network, rate), steps)
 
 
-def hift(**settings: Any) -> Method:
+def hift(betas: tuple[float, float] = BETAS, **settings: Any) -> Method:
     """This project's engine with these settings."""
 
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        optimizer = adamw(network, rate)
+        optimizer = adamw(network, rate, betas)
         engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}))
         engine.start()
         return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
@@ -243,6 +246,9 @@ CONTESTANTS = {
     "HiFT": Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 350, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
+    "HiFT, 20 steps a block, no momentum": Contestant(
+        hift(steps_per_block=20, lr_update="step", betas=(0.0, 0.999)), 2, 350, 160
+    ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 245, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 430, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),

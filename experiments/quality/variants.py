@@ -1,0 +1,65 @@
+"""What the recipe of HiFT could be: variants of it on film reviews, with one seed, on the validation part.
+
+    python -m experiments.quality.variants [--again]
+
+All have as many steps, which take about as long as `STEPS` of full fine-tuning. Rows that `variants.csv` has are not
+run again unless `--again` is given.
+"""
+
+import argparse
+from pathlib import Path
+
+from experiments.quality.grid import SEARCH_SEED
+from experiments.quality.methods import BETAS, CONTESTANTS, Method, hift, rate_of
+from experiments.quality.training import run
+from experiments.table import Table
+
+DATA = "film reviews"
+STEPS = CONTESTANTS["HiFT"].steps_in_time
+
+# with many steps a block a cycle is most of the run, through which a delayed rate would be that of the warm-up
+_KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
+    "as in the paper": (hift(), (0, 1, 2, 3)),
+    "rate not delayed": (hift(lr_update="step"), (1,)),
+    "5 steps a block": (hift(steps_per_block=5, lr_update="step"), (2,)),
+    "10 steps a block": (hift(steps_per_block=10, lr_update="step"), (1, 2, 3)),
+    "10 steps a block, bottom2up": (hift(steps_per_block=10, order="bottom2up", lr_update="step"), (2,)),
+    "20 steps a block": (hift(steps_per_block=20, lr_update="step"), (2,)),
+    "2 layers a block": (hift(group_size=2), (1,)),
+    "beta1 0.5": (hift(betas=(0.5, BETAS[1])), (2,)),
+    "beta1 0": (hift(betas=(0.0, BETAS[1])), (2, 3)),
+    "beta1 0, bottom2up": (hift(betas=(0.0, BETAS[1]), order="bottom2up"), (2,)),
+    "beta1 0, random": (hift(betas=(0.0, BETAS[1]), order="random"), (2,)),
+    "beta1 0, beta2 0.99": (hift(betas=(0.0, 0.99)), (2,)),
+    "beta1 0.5, 2 layers a block": (hift(betas=(0.5, BETAS[1]), group_size=2), (2,)),
+    "beta1 0, 2 layers a block": (hift(betas=(0.0, BETAS[1]), group_size=2), (2,)),
+    "beta1 0, 20 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=20, lr_update="step"), (2,)),
+}
+VARIANTS = {
+    f"{kind}, rate 2^{exponent}": (method, exponent)
+    for kind, (method, exponents) in _KINDS.items()
+    for exponent in exponents
+}
+
+
+def measure(name: str) -> dict[str, object]:
+    """Train and test a variant."""
+    method, exponent = VARIANTS[name]
+    rate = rate_of(exponent)
+    values = run(DATA, method, rate, STEPS, SEARCH_SEED)
+    return {"steps": STEPS, "seed": SEARCH_SEED, "rate": rate, **values}
+
+
+TABLE = Table(Path(__file__).parent / "variants.csv", tuple(VARIANTS), measure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="run also what is in the record")
+    TABLE.complete(TABLE.rows, parser.parse_args().again)
+    for row in sorted(TABLE.load().values(), key=lambda row: -float(row["validation_accuracy"])):
+        print(f"{float(row['validation_accuracy']):.4f} {float(row['test_accuracy']):.4f} {row['name']}")
+
+
+if __name__ == "__main__":
+    main()
