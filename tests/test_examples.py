@@ -38,6 +38,7 @@ def test_example_runs_and_learns(command, tmp_path):
     assert re.search(told, run.stdout)
 
 
+@pytest.mark.slow
 def test_notebook_runs_and_learns(tmp_path, monkeypatch):
     for name, value in (("HF_HUB_OFFLINE", "1"), ("IPYTHONDIR", str(tmp_path)), ("JUPYTER_RUNTIME_DIR", str(tmp_path))):
         monkeypatch.setitem(os.environ, name, value)

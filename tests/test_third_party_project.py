@@ -38,6 +38,7 @@ def data() -> tuple[TimeSeriesDataSet, DataLoader, DataLoader]:
     )
 
 
+@pytest.mark.slow
 def test_a_forecasting_project_trains_by_one_changed_argument(data, tmp_path):
     training, train_loader, val_loader = data
     pl.seed_everything(0, verbose=False)
