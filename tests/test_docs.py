@@ -13,7 +13,8 @@ from tests.pages import ROOT, blocks_of, check_application, run_page
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "design.md"]
 MEASURED = sorted((ROOT / "experiments").rglob("*.md"))
 PAGES = [page for page in [ROOT / "README.md", *WRITTEN, *MEASURED] if blocks_of(page)]
-VERSIONS = {"2.7", "3.10"}
+pytestmark = pytest.mark.usefixtures("registries")
+VERSIONS = {"2.7", "3.10", "0.18", "0.50"}
 
 _LOADED = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"]+)"')
 
@@ -22,7 +23,7 @@ def pages(chosen):
     return pytest.mark.parametrize("page", chosen, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-@pages(PAGES)
+@pages([page for page in PAGES if page.name != "tutorial.md"])
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -30,7 +31,7 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pages([page for page in PAGES if any(block.kind == "slow" for block in blocks_of(page))])
+@pages([page for page in PAGES if page.name == "tutorial.md" or any(b.kind == "slow" for b in blocks_of(page))])
 def test_blocks_that_take_minutes_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -23,7 +23,11 @@ def test_every_example_names_a_command():
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.py")}
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [c if "plain_pytorch" in c or "fabric" in c else pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS],
+    ids=str,
+)
 def test_example_runs_and_learns(command, tmp_path):
     script, *arguments = command.split()
     run = subprocess.run(

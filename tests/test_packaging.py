@@ -102,7 +102,7 @@ print(json.dumps([packages, sorted({name.split(".")[1] for name in new if name.s
 """
     packages, ours = json.loads(run(sys.executable, "-c", told, cwd=tmp_path).stdout)
     assert set(packages) <= {"hift_lightning", "lightning", "torch"}
-    assert ours == ["checkpoint_io", "engine", "manual", "strategies"]
+    assert ours == ["checkpoint_io", "engine", "manual", "progress", "strategies"]
 
 
 @pytest.mark.slow

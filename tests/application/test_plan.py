@@ -95,11 +95,15 @@ def test_auto_says_what_it_chose_and_why(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["strategy.group_size=auto"], "give `strategy.memory_budget`, such as `strategy.memory_budget=24GiB`."),
+        pytest.param(
+            ["strategy.group_size=auto"],
+            "give `strategy.memory_budget`, such as `strategy.memory_budget=24GiB`.",
+            marks=pytest.mark.slow,
+        ),
         (["strategy.group_size=auto", "strategy.memory_budget=1MiB"], "Nothing fits `memory_budget` of 0.00 GiB"),
-        (["bandwidth=fast"], "`bandwidth='fast'` is not a number of bytes"),
-        (["trainer.precision=64-true"], "`precision='64-true'` cannot be planned"),
-        (["strategy.update=fused"], "`gradient_clip_val=1.0` clips by norm"),
+        pytest.param(["bandwidth=fast"], "`bandwidth='fast'` is not a number of bytes", marks=pytest.mark.slow),
+        pytest.param(["trainer.precision=64-true"], "`precision='64-true'` cannot be planned", marks=pytest.mark.slow),
+        pytest.param(["strategy.update=fused"], "`gradient_clip_val=1.0` clips by norm", marks=pytest.mark.slow),
         (["data.batch_size=0"], "`data.batch_size=0` is not possible; give a whole number from 1 on."),
         (["model.network.config.hidden_sise=8"], "did you mean `hidden_size`?"),
     ],
