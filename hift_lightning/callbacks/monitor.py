@@ -84,6 +84,7 @@ class HiFTMonitor(L.Callback):
         self._rotation: dict[str, int] = {}
         self._watches: list[BlockWatch] = []
         self._records: list[StepRecord] = []
+        self._counts: dict[tuple[int, ...], dict[str, int]] = {}
         self._block: int | None = None
         self._losses: list[Tensor] = []
         self._unread_loss: Tensor | None = None
@@ -232,7 +233,9 @@ class HiFTMonitor(L.Callback):
             if not watch.fused:  # NaN where a step was left out, rather than the norm of the one before
                 norm = math.nan if watch.gradient_norm is None else watch.gradient_norm
                 pl_module.log("hift/grad_norm", norm, batch_size=1)
-        self._records.append(StepRecord(self._last_step, self._block, self._in_step))
+        # each block's turns count the same bytes, so a long run keeps few of them
+        counts = self._counts.setdefault(tuple(self._in_step.values()), self._in_step)
+        self._records.append(StepRecord(self._last_step, self._block, counts))
         self._in_step = {}
         if self._losses:
             self._unread_loss, self._losses = torch.stack(self._losses).mean(), []

@@ -1,10 +1,11 @@
 """Pictures of a run: which block was updated when, with the loss over it, and the bytes of each step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
+
+import torch
 
 BLOCK_PICTURE = "block_timeline.png"
 MEMORY_PICTURE = "memory_timeline.png"
@@ -18,7 +19,7 @@ ROLES = (
 MIB = 2**20
 
 
-@dataclass
+@dataclass(slots=True)
 class StepRecord:
     """An optimizer step."""
 
@@ -26,7 +27,7 @@ class StepRecord:
     """Its number, from 1."""
     block: int | None
     """The index of the active block; `None` without HiFT."""
-    nbytes: dict[str, int] = field(default_factory=dict)
+    nbytes: dict[str, int]
     """The most bytes of each role at one of the moments at which they were counted."""
     loss: float = float("nan")
     """The mean over its micro-batches."""
@@ -120,7 +121,12 @@ def _at_edges(values: list[float]) -> list[float]:
 
 
 def _running_means(values: Sequence[float], length: int) -> list[float]:
-    return [fmean(values[max(0, end - length) : end]) for end in range(1, len(values) + 1)]
+    losses = torch.tensor(values, dtype=torch.float64)
+    known = losses.isfinite()
+    sums = torch.stack([losses.where(known, 0.0).cumsum(0), known.cumsum(0)])
+    sums[:, length:] -= sums[:, :-length].clone()
+    means: list[float] = (sums[0] / sums[1]).tolist()
+    return means
 
 
 def _draw_steps(axes: Any, steps: Sequence[StepRecord]) -> None:

@@ -68,7 +68,9 @@ class HiFTSettings:
         if self.memory_budget is not None:
             parse_bytes("memory_budget", self.memory_budget)
         if not isinstance(self.seed, int) and (self.seed is not None or self.order not in ("bottom2up", "top2down")):
-            raise ConfigurationError(f"`seed={self.seed!r}` must be an integer: it decides the `random` order.")
+            raise ConfigurationError(
+                f"`seed={self.seed!r}` must be an integer; orders such as `random` are drawn from it."
+            )
         check_order(self.order)
         check_lr_update(self.lr_update)
         check_steps_per_block(self.steps_per_block)

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -398,8 +397,8 @@ class _Watch(Callback):
         to_device, to_host = residency.bytes_paged_in - paged_in, residency.bytes_parked - parked
         if any(local(parameter).device != DEVICE for parameter in module.parameters()):
             # FSDP2 brings this rank's shard to the device for each gathering, and its reduced gradient back
-            to_device += trace.collectives["all-gather"] // dist.get_world_size()
-            to_host += trace.collectives["reduce-scatter"] // dist.get_world_size()
+            to_device += trace.to_device_bytes
+            to_host += trace.to_host_bytes
         return BlockPlan(
             block.name,
             block.numel,

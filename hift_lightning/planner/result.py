@@ -158,5 +158,7 @@ class Stretch:
             bytes_after=mix(low.trace.bytes_after, high.trace.bytes_after),
             flops=mix(low.trace.flops, high.trace.flops),
             collectives=mix_all(low.trace.collectives, high.trace.collectives),
+            to_device_bytes=mix(low.trace.to_device_bytes, high.trace.to_device_bytes),
+            to_host_bytes=mix(low.trace.to_host_bytes, high.trace.to_host_bytes),
         )
         return dataclasses.replace(low, trace=trace)

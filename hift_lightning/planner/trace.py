@@ -55,6 +55,10 @@ class StepTrace:
     flops: int = 0
     collectives: dict[str, int] = field(default_factory=dict)
     """Bytes of the whole tensors that ranks have reduced, gathered or sent together, by the kind of the collective."""
+    to_device_bytes: int = 0
+    """Bytes that ops, not the engine's paging, have copied from the host."""
+    to_host_bytes: int = 0
+    """Bytes that ops, not the engine's paging, have copied to the host."""
 
 
 COLLECTIVES = {
@@ -87,6 +91,8 @@ class DeviceTrace(TorchDispatchMode):
         self._at_begin: list[tuple[int, _Allocation]] = []
         self._flops = 0
         self._collectives: Counter[str] = Counter()
+        self._copied: Counter[bool] = Counter()
+        """Bytes by whether they went to the device."""
         self._role: str | None = None
         self.phase: Phase = "forward"
 
@@ -96,11 +102,13 @@ class DeviceTrace(TorchDispatchMode):
         self._at_begin = [(allocation.nbytes, allocation) for _, allocation in self._alive.values()]
         self._flops = 0
         self._collectives = Counter()
+        self._copied = Counter()
 
     def end_step(self) -> StepTrace:
         """What has been seen since `begin_step`."""
         trace = _replay(self._at_begin, self._events, self._flops)
         trace.collectives = dict(self._collectives)
+        trace.to_device_bytes, trace.to_host_bytes = self._copied[True], self._copied[False]
         return trace
 
     def mark(self, tensors: Iterable[Tensor], role: str) -> None:
@@ -129,6 +137,7 @@ class DeviceTrace(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._count_copy(func, args, kwargs)
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") == self._device:
             # a host tensor whose value torch happens to know would really be copied there
             args = (torch.empty(args[0].shape, dtype=args[0].dtype), *args[1:])
@@ -151,6 +160,13 @@ class DeviceTrace(TorchDispatchMode):
             if isinstance(leaf, FakeTensor) and leaf.fake_device == self._device:
                 self._allocation(leaf)
         return result
+
+    def _count_copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        target = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and target is not None and isinstance(args[0], FakeTensor):
+            goes = target == self._device
+            if goes != (args[0].fake_device == self._device):
+                self._copied[goes] += args[0].nbytes
 
     def _allocation(self, tensor: Tensor) -> _Allocation:
         storage = tensor.untyped_storage()

@@ -125,8 +125,19 @@ def test_a_rank_of_hift_fsdp2_reduces_the_active_block_and_gathers_what_is_above
 def test_weights_in_host_memory_come_to_the_device_for_each_gathering_and_gradients_go_back():
     planned = plan(SmallTransformer(), HiFTFSDP2Strategy(offload_params=True), make_batches(1)[0], devices=2)
     for block in planned.blocks:
-        assert block.to_device_bytes == block.trace.collectives["all-gather"] / 2
-        assert block.to_host_bytes == block.trace.collectives["reduce-scatter"] / 2
+        # collectives pad rows, and a few numbers go to the device beside the weights
+        assert block.to_device_bytes == pytest.approx(block.trace.collectives["all-gather"] / 2, abs=256)
+        assert block.to_host_bytes == pytest.approx(block.trace.collectives["reduce-scatter"] / 2, abs=256)
+
+
+def test_so_they_do_on_one_device_where_nothing_is_gathered():
+    module = SmallTransformer()
+    planned = plan(module, HiFTFSDP2Strategy(offload_params=True), make_batches(1)[0], devices=1)
+    weights = sum(p.nbytes for p in module.parameters())
+    for block in planned.blocks:
+        assert "all-gather" not in block.trace.collectives
+        assert weights <= block.to_device_bytes < 2 * weights
+        assert block.to_host_bytes == 4 * block.numel
 
 
 def test_full_fine_tuning_of_several_ranks_sends_all_gradients():
