@@ -342,14 +342,14 @@ class LiveBytes(Callback):
             layer[1].register_full_backward_hook(self._look)
 
     def _look(self, *_):
-        if self._looks:
+        if self._looks and _live_bytes() > self.peak:
             # on a busy machine gloo's threads hold a finished collective's tensors for a moment longer, so what is
             # there for good is the least of several looks
-            self.peak = max(self.peak, min(_live_bytes() for _ in range(10)))
+            self.peak = max(self.peak, min(_live_bytes(after=0.03) for _ in range(10)))
 
 
-def _live_bytes():
-    time.sleep(0.03)
+def _live_bytes(after=0.0):
+    time.sleep(after)
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
