@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -45,7 +45,8 @@ class HiFTManualMixin(_Base):
                 self.hift_step(self.loss(batch), accumulate_grad_batches=4, gradient_clip_val=1.0)
 
     With several optimizers each is rotated over its own parameters, and a loss goes back only into the
-    parameters of the optimizer that is named. The module runs unchanged under Lightning's own strategies too.
+    parameters of the optimizer that is named. The module runs unchanged under Lightning's own strategies
+    too, other than DeepSpeed's.
     """
 
     def hift_step(
@@ -136,6 +137,11 @@ class HiFTManualMixin(_Base):
             raise MisconfigurationException(
                 f"`{name}.hift_step` was called under automatic optimization, where Lightning steps too; set "
                 "`self.automatic_optimization = False` in `__init__`, or return the loss and drop the mixin."
+            )
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"`{name}.hift_step` was called under `DeepSpeedStrategy`, whose engine accumulates, clips and steps "
+                "by itself; use `strategy='hift_ddp'` or `'hift_fsdp2'`."
             )
         if not self.trainer.training or not torch.is_grad_enabled():
             raise MisconfigurationException(

@@ -1,8 +1,17 @@
-"""What a step of each method costs: time, FLOPs, and bytes on the simulated accelerator."""
+"""What a step of each method costs: time, FLOPs, and bytes on the simulated accelerator.
 
+    python -m experiments.quality.cost [--rounds 20] [--again]
+
+Times are taken in one process on one thread, the methods in turn, so run it alone (seven minutes). Writes `cost.csv`
+(time and FLOPs, always anew) and the rows that `bytes.csv` lacks.
+"""
+
+import argparse
+import csv
 import itertools
 import statistics
 import time
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -11,23 +20,37 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
 from experiments.quality.methods import CONTESTANTS, Batch, Training
 from experiments.quality.training import batches, network_for
+from experiments.table import Table
 from tests import simulated_accelerator as sim
 
+HERE = Path(__file__).parent
+TIMES = HERE / "cost.csv"
 DATA = "film reviews"
-CYCLE = 8
-"""Steps in which HiFT has all blocks of the model; the mean step of so many is compared."""
+TURN = 8
+"""Steps that a method has before the next one's turn: those in which HiFT has all blocks of the model."""
 RATE = 1e-4
 MANY = 10_000
 """Steps that schedules are told."""
 
 
 def measure_times(rounds: int) -> list[dict[str, object]]:
-    """Time the methods in turn, a cycle each on the same batches, on one thread.
+    """Time the methods in turn, `TURN` steps each on the same batches, on one thread.
+
+    Where a cycle of a method is longer than a turn, it is put together from turns.
+
+    Args:
+        rounds: turns of each method that are measured; at least as many as the longest cycle needs.
 
     Returns:
-        A row for each method: median and quartiles in milliseconds of the mean step of a cycle, the median over
-        cycles of its ratio to full fine-tuning, GFLOP of the mean step of a cycle (counted after the timing).
+        A row for each method: median, least and most milliseconds of the mean step of a cycle; the median over cycles
+        of its ratio to full fine-tuning in the same rounds; GFLOP of the mean step.
+
+    Raises:
+        ValueError: the rounds are too few for a cycle.
     """
+    longest = max(_turns(contestant.cycle) for contestant in CONTESTANTS.values())
+    if rounds < longest:
+        raise ValueError(f"`rounds` is {rounds}, and the longest cycle takes {longest} turns; give at least so many.")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0)
@@ -38,39 +61,54 @@ def measure_times(rounds: int) -> list[dict[str, object]]:
         trainings[name] = contestant.method(network, RATE, MANY, 0)
     stream = batches(data)
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    flops = dict.fromkeys(trainings, 0)
     for number in range(rounds + 1):
-        cycle = list(itertools.islice(stream, CYCLE))
+        turn = list(itertools.islice(stream, TURN))
         for name, training in trainings.items():
             began = time.perf_counter()
-            for batch in cycle:
+            for batch in turn:
                 training.step(batch)
-            if number:  # the first cycle builds state
-                seconds[name].append((time.perf_counter() - began) / CYCLE)
-        print(f"cycle {number} of {rounds}", flush=True)
-    cycle = list(itertools.islice(stream, CYCLE))
+            if number:  # the first turn builds state
+                seconds[name].append((time.perf_counter() - began) / TURN)
+        print(f"round {number} of {rounds}", flush=True)
+    for number in range(longest):
+        turn = list(itertools.islice(stream, TURN))
+        for name, training in trainings.items():
+            with FlopCounterMode(display=False) as counter:
+                for batch in turn:
+                    training.step(batch)
+            flops[name] += counter.get_total_flops()
+        print(f"FLOPs {number + 1} of {longest}", flush=True)
     rows: list[dict[str, object]] = []
-    for name, training in trainings.items():
-        with FlopCounterMode(display=False) as counter:
-            for batch in cycle:
-                training.step(batch)
-        low, middle, high = (1000 * value for value in statistics.quantiles(seconds[name], n=4))
-        pairs = zip(seconds[name], seconds["full AdamW"], strict=True)
+    for name, contestant in CONTESTANTS.items():
+        turns = _turns(contestant.cycle)
+        own, full = (_means(seconds[each], turns) for each in (name, "full AdamW"))
         rows.append(
             {
                 "name": name,
-                "ms": middle,
-                "ms_low": low,
-                "ms_high": high,
-                "time_of_full": statistics.median(own / full for own, full in pairs),
-                "gflop": counter.get_total_flops() / CYCLE / 1e9,
-                "cycles": rounds,
+                "ms": 1000 * statistics.median(own),
+                "ms_least": 1000 * min(own),
+                "ms_most": 1000 * max(own),
+                "time_of_full": statistics.median(a / b for a, b in zip(own, full, strict=True)),
+                "cycles": len(own),
+                "gflop": flops[name] / longest / TURN / 1e9,
             }
         )
     return rows
 
 
-def measure_bytes(name: str, batch_size: int) -> dict[str, object]:
-    """Most bytes in use on the simulated accelerator in the second and third cycle, batches as long as they can be."""
+def _turns(cycle: int) -> int:
+    return -(-cycle // TURN)
+
+
+def _means(values: list[float], count: int) -> list[float]:
+    """Means of so many successive values each; what is left at the end is not used."""
+    return [statistics.fmean(values[i : i + count]) for i in range(0, len(values) - count + 1, count)]
+
+
+def measure_bytes(row: str) -> dict[str, object]:
+    """Most bytes in use on the simulated accelerator in the second and third turn, batches as long as they can be."""
+    name, batch_size = ROWS[row]
     sim.load()
     torch.manual_seed(0)
     data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0, batch_size=batch_size)
@@ -78,13 +116,12 @@ def measure_bytes(name: str, batch_size: int) -> dict[str, object]:
     network = network_for(data).train().to("sim")
     weights = sim.memory_allocated() - before
     training = CONTESTANTS[name].method(network, RATE, MANY, 0)
-    peak = 0
-    for number in range(3 * CYCLE):
+    for number in range(3 * TURN):
         ids = torch.randint(1000, 20_000, (batch_size, MAX_LENGTH))
         labels = torch.randint(2, (batch_size,))
         batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         batch = {key: value.to("sim") for key, value in batch.items()}
-        if number == CYCLE:
+        if number == TURN:
             sim.reset_peak_memory_stats()
         training.step(batch)
         del batch
@@ -93,8 +130,23 @@ def measure_bytes(name: str, batch_size: int) -> dict[str, object]:
 
 
 ROWS = {f"{name}, batch {size}": (name, size) for name in CONTESTANTS for size in (BATCH_SIZE, 8, 4, 2, 1)}
+BYTES = Table(HERE / "bytes.csv", tuple(ROWS), measure_bytes)
 
 
-def measure_row(row: str) -> dict[str, object]:
-    """`measure_bytes` by the name of a row."""
-    return measure_bytes(*ROWS[row])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each method that are timed")
+    parser.add_argument("--again", action="store_true", help="count also the bytes that are in the record")
+    arguments = parser.parse_args()
+    rows = measure_times(arguments.rounds)
+    with TIMES.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    BYTES.complete(BYTES.rows, arguments.again)
+    for row in rows:
+        print(f"{row['name']}: {row['ms']:.0f} ms, {row['time_of_full']:.3f} of full, {row['gflop']:.2f} GFLOP")
+
+
+if __name__ == "__main__":
+    main()

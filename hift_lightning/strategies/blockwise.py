@@ -34,7 +34,9 @@ from hift_lightning.strategies.interrupts import PatientInterrupt
 from hift_lightning.strategies.refusals import (
     refuse_callbacks_that_freeze,
     refuse_optimizers,
+    refuse_precision_of_another_strategy,
     refuse_what_needs_gradients,
+    refuse_wrapped_modules,
 )
 
 
@@ -204,11 +206,13 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        refuse_precision_of_another_strategy(self.precision_plugin)
+        refuse_wrapped_modules(self.lightning_module)
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
         if self.settings.group_size == "auto":
-            assert self.lightning_module is not None
             self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
         refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":

@@ -14,7 +14,7 @@ from typing_extensions import override
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from hift_lightning.strategies.refusals import refuse_arguments_of_ddp, refuse_wrapped_modules
+from hift_lightning.strategies.refusals import refuse_arguments_of_ddp
 from hift_lightning.strategies.several_ranks import SeveralRanks
 
 
@@ -74,12 +74,6 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
             first = self.node_rank * self.num_processes
             members = list(range(first, first + self.num_processes))
             self._of_machine = Ranks(dist.new_group(members, use_local_synchronization=True))
-
-    @override
-    def setup(self, trainer: Trainer) -> None:
-        assert self.lightning_module is not None
-        refuse_wrapped_modules(self.lightning_module)
-        super().setup(trainer)
 
     @override
     def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:

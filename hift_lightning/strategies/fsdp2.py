@@ -27,7 +27,7 @@ from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from hift_lightning.strategies.refusals import refuse_wrapped_modules
+from hift_lightning.strategies.refusals import refuse_precision_of_another_strategy, refuse_wrapped_modules
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import (
     modules_to_shard,
@@ -137,6 +137,9 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
             return
+        assert self.lightning_module is not None
+        refuse_precision_of_another_strategy(self.precision_plugin)
+        refuse_wrapped_modules(self.lightning_module)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -154,7 +157,6 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             module.reshard()
             refuse_what_was_not_sharded(module)
             return
-        refuse_wrapped_modules(module)
         refuse_what_cannot_be_sharded(module)
         if self._layer_sync is not None:
             self._layer_sync.apply(module)

@@ -9,11 +9,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -115,8 +116,22 @@ _NOT_WITH_BLOCKS = {
 def refuse_wrapped_modules(module: LightningModule) -> None:
     """Refuse modules that are wrapped for another kind of distributed training."""
     for name, part in module.named_modules():
-        if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)):
+        if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)) or _is_of_deepspeed(part):
             raise MisconfigurationException(
                 f"`{type(module).__name__}.{name}` is wrapped in `{type(part).__name__}`, which averages gradients of "
                 "a fixed set of parameters; give the module unwrapped, the strategy does what is needed."
             )
+
+
+def _is_of_deepspeed(part: Module) -> bool:
+    return any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(part).__mro__)
+
+
+def refuse_precision_of_another_strategy(precision: Precision) -> None:
+    """Refuse precision plugins that leave to the engine of FSDP1 or DeepSpeed what other plugins do themselves."""
+    if isinstance(precision, (DeepSpeedPrecision, FSDPPrecision)):
+        name = type(precision).__name__
+        raise MisconfigurationException(
+            f"The precision plugin `{name}` belongs to `{name.removesuffix('Precision')}Strategy`; leave the plugin "
+            f"out and give `Trainer(precision={precision.precision!r})`."
+        )
