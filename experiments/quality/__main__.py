@@ -3,14 +3,21 @@
     python -m experiments.quality [--data-sets "film reviews"] [--methods "full AdamW" HiFT] [--jobs 1] [--again]
 
 A run takes about a minute and a half of one core. Runs that `search.csv` and `final.csv` have are not done again unless
-`--again` is given, so that it can be stopped and go on.
+`--again` is given, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and `quality.png`
+are made of what there is; costs of a step come from `python -m experiments.quality.cost` and other settings of HiFT
+from `python -m experiments.quality.variants`.
 """
 
 import argparse
 
+from experiments.quality.comparison import accuracies, equal_steps, equal_time
+from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.grid import complete
+from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, complete
 from experiments.quality.methods import CONTESTANTS
+from experiments.quality.plot import plot
+from experiments.quality.summary import summary
+from experiments.quality.variants import TABLE as VARIANTS
 
 
 def main() -> None:
@@ -19,8 +26,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at one time, each on one core")
     parser.add_argument("--again", action="store_true", help="run also what is in the record")
+    parser.add_argument("--page", action="store_true", help="only make the page")
     arguments = parser.parse_args()
-    complete(arguments.data_sets, arguments.methods, arguments.again, arguments.jobs)
+    if not arguments.page:
+        complete(arguments.data_sets, arguments.methods, arguments.again, arguments.jobs)
+    data, search, final, variants, peaks = (table.load() for table in (DATA, SEARCH, FINAL, VARIANTS, BYTES))
+    text = summary(data, search, final, variants, times(), peaks)
+    (HERE / "summary.md").write_text(text)
+    plot(accuracies(final, equal_time), accuracies(final, equal_steps), HERE / "quality.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
 from experiments.quality.methods import CONTESTANTS, Batch, Training
 from experiments.quality.training import batches, network_for
-from experiments.table import Table
+from experiments.table import Rows, Table
 from tests import simulated_accelerator as sim
 
 HERE = Path(__file__).parent
@@ -95,6 +95,14 @@ def measure_times(rounds: int) -> list[dict[str, object]]:
             }
         )
     return rows
+
+
+def times() -> Rows:
+    """The rows measured last."""
+    if not TIMES.exists():
+        return {}
+    with TIMES.open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
 
 
 def _turns(cycle: int) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.methods import CONTESTANTS, STEPS, rate_of
-from experiments.quality.training import run
+from experiments.quality.training import describe, run
 from experiments.table import Row, Table
 
 HERE = Path(__file__).parent
@@ -56,6 +56,7 @@ _SEARCH, _FINAL = _runs((SEARCH_SEED,)), _runs(SEEDS)
 RUNS = {**_SEARCH, **_FINAL}
 SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
 FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
+DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:
@@ -87,6 +88,7 @@ def _merit(row: Row) -> tuple[float, float]:
 
 def complete(data_sets: Collection[str], methods: Collection[str], again: bool, jobs: int) -> None:
     """Search and do the final runs that are missing, so many at one time; the first failure ends it."""
+    DATA.complete(data_sets, again)
     failed = threading.Event()
 
     def one(data_set: str, method: str) -> None:

@@ -81,13 +81,21 @@ def full(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Tra
     return _by_gradient(network, adamw(network, rate), steps)
 
 
-def hift(betas: tuple[float, float] = BETAS, **settings: Any) -> Method:
-    """This project's engine with these settings."""
+def hift(betas: tuple[float, float] = BETAS, fresh_momentum: bool = False, **settings: Any) -> Method:
+    """This project's engine with these settings; `fresh_momentum` has the first moment begin anew at each turn."""
 
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         optimizer = adamw(network, rate, betas)
         engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}))
         engine.start()
+
+        def forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if engine.updates % engine.settings.steps_per_block == 0:
+                for state in optimizer.state.values():
+                    state["exp_avg"].zero_()
+
+        if fresh_momentum:
+            optimizer.register_step_pre_hook(forget)  # after the engine's, which pages the block's state in
         return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
 
     return method

@@ -1,6 +1,6 @@
 """What the recipe of HiFT could be: variants of it on film reviews, with one seed, on the validation part.
 
-    python -m experiments.quality.variants [--again]
+    python -m experiments.quality.variants [--again] [--jobs 1]
 
 All have as many steps, which take about as long as `STEPS` of full fine-tuning. Rows that `variants.csv` has are not
 run again unless `--again` is given.
@@ -33,7 +33,17 @@ _KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "beta1 0, beta2 0.99": (hift(betas=(0.0, 0.99)), (2,)),
     "beta1 0.5, 2 layers a block": (hift(betas=(0.5, BETAS[1]), group_size=2), (2,)),
     "beta1 0, 2 layers a block": (hift(betas=(0.0, BETAS[1]), group_size=2), (2,)),
-    "beta1 0, 20 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=20, lr_update="step"), (2,)),
+    "beta1 0, 10 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=10, lr_update="step"), (2,)),
+    "beta1 0, 20 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=20, lr_update="step"), (1, 2, 3)),
+    "beta1 0, 40 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=40, lr_update="step"), (2,)),
+    "beta1 0, 20 steps a block, bottom2up": (
+        hift(betas=(0.0, BETAS[1]), steps_per_block=20, order="bottom2up", lr_update="step"),
+        (2,),
+    ),
+    "20 steps a block, first moment anew at each turn": (
+        hift(fresh_momentum=True, steps_per_block=20, lr_update="step"),
+        (1, 2, 3),
+    ),
 }
 VARIANTS = {
     f"{kind}, rate 2^{exponent}": (method, exponent)
@@ -56,7 +66,9 @@ TABLE = Table(Path(__file__).parent / "variants.csv", tuple(VARIANTS), measure)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="run also what is in the record")
-    TABLE.complete(TABLE.rows, parser.parse_args().again)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time, each on one core")
+    arguments = parser.parse_args()
+    TABLE.complete(TABLE.rows, arguments.again, arguments.jobs)
     for row in sorted(TABLE.load().values(), key=lambda row: -float(row["validation_accuracy"])):
         print(f"{float(row['validation_accuracy']):.4f} {float(row['test_accuracy']):.4f} {row['name']}")
 

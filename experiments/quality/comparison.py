@@ -1,0 +1,103 @@
+"""Means over seeds and data sets, and differences from full fine-tuning, of the final runs."""
+
+import statistics
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from experiments.quality.data_sets import DATA_SETS
+from experiments.quality.grid import SEEDS
+from experiments.quality.methods import CONTESTANTS, STEPS
+from experiments.table import Rows
+
+FULL = "full AdamW"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean and standard error, in points (hundredths of accuracy)."""
+
+    mean: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.error:.1f}"
+
+    def signed(self) -> str:
+        """As a difference."""
+        return f"{self.mean:+.1f} ± {self.error:.1f}"
+
+
+Accuracies = dict[tuple[str, str], list[float]]
+"""Test accuracies of all seeds, in points, by data set and method."""
+
+
+def equal_time(method: str) -> int:
+    """Steps of a method in the time of `STEPS` of full fine-tuning."""
+    return CONTESTANTS[method].steps_in_time
+
+
+def equal_steps(method: str) -> int:
+    """As many as full fine-tuning, whatever the method."""
+    return STEPS
+
+
+def accuracies(rows: Rows, steps_of: Callable[[str], int]) -> Accuracies:
+    """Of the methods that have all seeds of a data set.
+
+    Args:
+        rows: of `final.csv`.
+        steps_of: the number of steps that is looked at, by the method's name.
+    """
+    found: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows.values():
+        key = row["data_set"], row["method"], int(row["steps"])
+        found.setdefault(key, {})[int(row["seed"])] = 100 * float(row["test_accuracy"])
+    return {
+        (data_set, method): [by_seed[seed] for seed in SEEDS]
+        for data_set in DATA_SETS
+        for method in CONTESTANTS
+        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) == set(SEEDS)
+    }
+
+
+def mean(values: Collection[float]) -> Mean:
+    """Of independent values."""
+    return Mean(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5)
+
+
+def complete_data_sets(found: Accuracies, methods: Collection[str]) -> list[str]:
+    """Data sets on which all these methods have been run."""
+    return [name for name in DATA_SETS if all((name, method) in found for method in methods)]
+
+
+def over_data_sets(found: Accuracies, method: str, data_sets: Collection[str]) -> Mean:
+    """Each seed's mean over the data sets, and the standard error over seeds."""
+    return mean(_by_seed(found, method, data_sets))
+
+
+def less(found: Accuracies, method: str, other: str, data_sets: Collection[str]) -> Mean:
+    """What a method has more than another, paired by seed: both have the same new head and batches."""
+    pairs = zip(_by_seed(found, method, data_sets), _by_seed(found, other, data_sets), strict=True)
+    return mean([own - theirs for own, theirs in pairs])
+
+
+def _by_seed(found: Accuracies, method: str, data_sets: Collection[str]) -> list[float]:
+    columns = [found[name, method] for name in data_sets]
+    return [statistics.fmean(values) for values in zip(*columns, strict=True)]
+
+
+def missing(search: Rows, final: Rows) -> list[str]:
+    """Pairs of a data set and a method without all their final runs, in words."""
+    both = accuracies(final, equal_time).keys() & accuracies(final, equal_steps).keys()
+    names = [(data_set, method) for data_set in DATA_SETS for method in CONTESTANTS]
+    begun = {(row["data_set"], row["method"]) for row in [*search.values(), *final.values()]}
+    return [
+        f"{data_set}, {method}{' (begun)' if (data_set, method) in begun else ''}"
+        for data_set, method in names
+        if (data_set, method) not in both
+    ]
+
+
+def chosen_exponents(rows: Rows) -> dict[tuple[str, str], int]:
+    """Exponents of the rates of the final runs, by data set and method."""
+    return {(row["data_set"], row["method"]): int(row["exponent"]) for row in rows.values()}

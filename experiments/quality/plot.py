@@ -1,0 +1,53 @@
+"""Accuracy of the methods on each data set, as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from experiments.quality.comparison import FULL, Accuracies, less, mean
+from experiments.quality.data_sets import DATA_SETS
+from experiments.quality.methods import CONTESTANTS
+
+
+def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
+    """Points over full fine-tuning, with standard errors: filled in its time, hollow in its steps.
+
+    Args:
+        in_time: accuracies at equal time.
+        in_steps: accuracies at equal steps.
+        path: of the PNG.
+    """
+    data_sets = [name for name in DATA_SETS if (name, FULL) in in_time]
+    methods = [name for name in CONTESTANTS if any((data_set, name) in in_time for data_set in data_sets)]
+    height = 1.2 + 0.42 * len(methods)
+    figure, axes = pyplot.subplots(
+        1, len(data_sets), figsize=(4 * len(data_sets) + 2, height), sharey=True, squeeze=False
+    )
+    for axis, data_set in zip(axes[0], data_sets, strict=True):
+        for place, method in enumerate(methods):
+            color = "tab:blue" if method.startswith("HiFT") else "black" if method == FULL else "tab:gray"
+            for found, offset, marker in ((in_time, -0.12, {}), (in_steps, 0.12, {"markerfacecolor": "white"})):
+                if (data_set, method) in found and (found is in_time or method != FULL):
+                    difference = less(found, method, FULL, [data_set])
+                    axis.errorbar(
+                        difference.mean,
+                        place + offset,
+                        xerr=difference.error,
+                        fmt="o",
+                        color=color,
+                        capsize=3,
+                        **marker,
+                    )
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{data_set} ({FULL}: {mean(in_time[data_set, FULL])} %)", fontsize=10)
+        axis.set_xlabel("test accuracy over full AdamW, points")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(methods)), methods)
+    axes[0][0].invert_yaxis()
+    figure.suptitle("Filled: in equal time. Hollow: in equal steps. Bars: standard error over seeds.", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

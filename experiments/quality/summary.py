@@ -1,0 +1,148 @@
+"""The page: every number comes from the CSV files beside it."""
+
+from collections.abc import Callable, Collection
+
+from experiments.quality.comparison import (
+    FULL,
+    Accuracies,
+    accuracies,
+    chosen_exponents,
+    complete_data_sets,
+    equal_steps,
+    equal_time,
+    less,
+    mean,
+    missing,
+    over_data_sets,
+)
+from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
+from experiments.quality.grid import SEEDS
+from experiments.quality.methods import CLIP_NORM, CONTESTANTS, STEPS, WARMUP, rate_of
+from experiments.table import Rows, markdown
+
+MIB = 2**20
+
+
+def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, peaks: Rows) -> str:
+    """Make it of the records.
+
+    Args:
+        data: of the data sets (`data.csv`).
+        search: of the search for learning rates (`search.csv`).
+        final: of the final runs (`final.csv`).
+        variants: of HiFT with other settings (`variants.csv`).
+        cost: of a step's time and FLOPs (`cost.csv`).
+        peaks: of bytes (`bytes.csv`).
+    """
+    in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
+    parts = [
+        f"MiniLM (pretrained, 6 layers) with a new head, fine-tuned in fp32 on one core: AdamW, batch {BATCH_SIZE}, at "
+        f"most {MAX_LENGTH} tokens, linear decay after a warm-up of {WARMUP:.0%} of the steps, gradients clipped by "
+        f"norm at {CLIP_NORM:g}. {len(SEEDS)} seeds, each with its own new head and order of batches, the same for all. "
+        "Test accuracy in points; ± is the standard error over seeds. Every method has its own learning rate on each "
+        "data set, the best on the validation part among powers of two times 1e-4, with a seed that the final runs do "
+        "not have.",
+        markdown(
+            ["data set", "texts for training", "for the test", "classes", "most frequent class"],
+            [
+                [
+                    f"{name}: {DATA_SETS[name].what}",
+                    f"{int(row['train']):,}",
+                    f"{int(row['test']):,}",
+                    row["classes"],
+                    f"{100 * float(row['majority']):.1f}",
+                ]
+                for name, row in data.items()
+            ],
+        ),
+        "## In equal time",
+        f"As many steps as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
+        _table(in_time, equal_time),
+        "![Accuracy over full fine-tuning](quality.png)",
+        "## In equal steps",
+        f"{STEPS} steps each.",
+        _table(in_steps, equal_steps),
+        "## What a step costs",
+        "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
+        "one thread; 'of full' is the median of the ratio in the same rounds. Peak bytes are counted on the simulated "
+        f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them.",
+        _costs(cost, peaks),
+        "## Learning rates",
+        _rates(final),
+        "## Other settings of HiFT",
+        _variants(variants),
+        _missing(search, final),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
+    methods = [name for name in CONTESTANTS if any((data_set, name) in found for data_set in DATA_SETS)]
+    shown = [name for name in DATA_SETS if any((name, method) in found for method in methods)]
+    common = complete_data_sets(found, [FULL])
+    lines = []
+    for method in methods:
+        own = [name for name in common if (name, method) in found]
+        complete = bool(own) and own == common
+        lines.append(
+            [
+                method,
+                str(steps_of(method)),
+                *(str(mean(found[name, method])) if (name, method) in found else "" for name in shown),
+                str(over_data_sets(found, method, common)) if complete else "",
+                less(found, method, FULL, common).signed() if complete and method != FULL else "",
+            ]
+        )
+    return markdown(["method", "steps", *shown, "mean", f"over {FULL}"], lines)
+
+
+def _costs(cost: Rows, peaks: Rows) -> str:
+    lines = []
+    for name, row in cost.items():
+        peak = peaks.get(f"{name}, batch {BATCH_SIZE}")
+        lines.append(
+            [
+                name,
+                f"{float(row['ms']):.0f}",
+                f"{float(row['ms_least']):.0f} to {float(row['ms_most']):.0f}",
+                row["cycles"],
+                f"{float(row['time_of_full']):.3f}",
+                f"{float(row['gflop']):.1f}",
+                f"{int(peak['peak_bytes']) / MIB:.0f}" if peak else "",
+                CONTESTANTS[name].remark,
+            ]
+        )
+    return markdown(["method", "ms", "of cycles", "cycles", "of full", "GFLOP", "peak MiB", ""], lines)
+
+
+def _rates(final: Rows) -> str:
+    chosen = chosen_exponents(final)
+    data_sets = [name for name in DATA_SETS if any(key[0] == name for key in chosen)]
+    lines = [
+        [method, *(f"{rate_of(chosen[name, method]):.1e}" if (name, method) in chosen else "" for name in data_sets)]
+        for method in CONTESTANTS
+        if any(key[1] == method for key in chosen)
+    ]
+    return markdown(["method", *data_sets], lines)
+
+
+def _variants(rows: Rows) -> str:
+    ranked = sorted(rows.values(), key=lambda row: -float(row["validation_accuracy"]))
+    lines = [[row["name"], _points(row, "validation_accuracy"), _points(row, "test_accuracy")] for row in ranked]
+    steps: Collection[str] = sorted({row["steps"] for row in rows.values()})
+    return (
+        f"On film reviews, with one seed and {', '.join(steps)} steps (`python -m experiments.quality.variants`); "
+        "where a block has several steps in a row the rate changes at every step (`lr_update=step`).\n\n"
+        + markdown(["setting", "validation", "test"], lines)
+    )
+
+
+def _points(row: dict[str, str], column: str) -> str:
+    return f"{100 * float(row[column]):.1f}"
+
+
+def _missing(search: Rows, final: Rows) -> str:
+    names = missing(search, final)
+    if not names:
+        return ""
+    return f"## Not run yet\n\n{len(names)} of the pairs of a data set and a method: {'; '.join(names)}."
