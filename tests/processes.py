@@ -1,4 +1,7 @@
-"""Runs a function in several processes that form one process group, as the ranks of a job do."""
+"""New processes for tests: they are forked from one that has imported what takes long, and has done nothing else.
+
+`run` has several of them form one process group, as the ranks of a job do.
+"""
 
 import multiprocessing.connection
 import os
@@ -13,6 +16,15 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+
+IMPORTED = ["lightning.pytorch", "transformers", "hift_lightning.train", "hift_lightning.planner", "pytest"]
+
+
+def forking() -> Any:
+    """The context of `multiprocessing` whose processes begin with these modules."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 class RankError(AssertionError):
@@ -29,7 +41,7 @@ def run(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 1
     Raises:
         RankError: a rank raised (the others are ended at once), died, or ran longer than `timeout` seconds.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = forking()
     port = free_port()
     processes, pipes = [], []
     for rank in range(ranks):

@@ -38,7 +38,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     parts = [
         f"MiniLM (pretrained, 6 layers) with a new head, fine-tuned in fp32 on one core: AdamW, batch {BATCH_SIZE}, at "
         f"most {MAX_LENGTH} tokens, linear decay after a warm-up of {WARMUP:.0%} of the steps, gradients clipped by "
-        f"norm at {CLIP_NORM:g}. {len(SEEDS)} seeds, each with its own new head and order of batches, the same for all. "
+        f"norm at {CLIP_NORM:g}. {len(SEEDS)} seeds, each with its own new head and batches, the same for all. "
         "Test accuracy in points; ± is the standard error over seeds. Every method has its own learning rate on each "
         "data set, the best on the validation part among powers of two times 1e-4, with a seed that the final runs do "
         "not have.",

@@ -1,10 +1,16 @@
 """How the tests run the application: as a user does, in a process of its own."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from tests.processes import forking
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATION = ROOT / "conf"
@@ -24,6 +30,7 @@ TINY = [
 
 # no question to a hub, which may or may not be reachable where the tests run
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+TIMEOUT = 300.0
 
 
 def command(*overrides: str) -> list[str]:
@@ -31,7 +38,49 @@ def command(*overrides: str) -> list[str]:
 
 
 def run_application(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*overrides), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return run_script(folder, "train.py", *overrides)
+
+
+def run_script(
+    folder: Path, script: str, *overrides: str, environment: Mapping[str, str] = ENVIRONMENT
+) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT ...` in a new process; it finds imported already what takes longest to import."""
+    context = forking()
+    pipes = [context.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+    sending = [end for _, end in pipes]
+    process = context.Process(target=_as_main, args=(folder, ROOT / script, overrides, dict(environment), sending))
+    process.start()
+    for end in sending:
+        end.close()
+    with ThreadPoolExecutor(len(pipes)) as threads:
+        told = [threads.submit(_read, receiving) for receiving, _ in pipes]
+        process.join(TIMEOUT)
+        if timed_out := process.exitcode is None:
+            process.kill()
+            process.join()
+    out, err = (future.result() for future in told)
+    if timed_out:
+        raise subprocess.TimeoutExpired([script, *overrides], TIMEOUT, out, err)
+    return subprocess.CompletedProcess([script, *overrides], process.exitcode, out, err)
+
+
+def _read(pipe: Connection) -> str:
+    with open(pipe.fileno(), closefd=False) as file:
+        return file.read()
+
+
+def _as_main(
+    folder: Path, script: Path, overrides: Sequence[str], environment: Mapping[str, str], told: Sequence[Connection]
+) -> None:
+    for stream, pipe in zip((sys.stdout, sys.stderr), told, strict=True):
+        os.dup2(pipe.fileno(), stream.fileno())
+        pipe.close()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.argv = [str(script), *overrides]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def start_application(folder: Path, *overrides: str) -> subprocess.Popen[str]:

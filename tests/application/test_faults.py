@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.application.running import ENVIRONMENT, TINY, command
+from tests.application.running import ENVIRONMENT, TINY, run_script
 
 MODULE = '''
 import os, resource
@@ -76,8 +76,7 @@ RUNS = {
 
 
 def run_in(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*overrides), cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return run_script(folder, "train.py", *overrides, environment={**ENVIRONMENT, "PYTHONPATH": str(folder)})
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
+from tests.application.running import TINY, run_application, run_script
 
 SMALL = [
     "model=llama7b",
@@ -24,8 +23,7 @@ QUICK = ["compare=false", "batch_sizes=false"]
 
 
 def plan(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "plan.py"), *overrides, "hydra.run.dir=out"]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return run_script(folder, "plan.py", *overrides, "hydra.run.dir=out")
 
 
 def told(done: subprocess.CompletedProcess[str]) -> str:
@@ -113,10 +111,7 @@ def test_what_cannot_be_planned_ends_in_a_sentence(tmp_path, overrides, message)
 
 
 def test_a_sweep_of_plans_has_one_table(tmp_path):
-    command = [sys.executable, str(ROOT / "plan.py"), "-m", *SMALL, *QUICK, "strategy.group_size=1,8"]
-    done = subprocess.run(
-        [*command, "hydra.sweep.dir=sweep"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = run_script(tmp_path, "plan.py", "-m", *SMALL, *QUICK, "strategy.group_size=1,8", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
     rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
     assert len(rows) == 3

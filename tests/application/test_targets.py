@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import causal_lm, load_tokenizer, sentence_classifier
 from hift_lightning.targets import check_command, check_hydra_nodes, check_targets, trusted_by_the_user
 from hift_lightning.train import CONFIG_NAME, CONFIG_PATH, run
-from tests.application.running import ENVIRONMENT, ROOT, TINY, command
+from tests.application.running import ENVIRONMENT, TINY, run_application, run_script
 from tests.application.test_configuration import FURTHER, OPTIONS, composed
 
 SHELL = "torch.utils.collect_env.run"
@@ -195,14 +194,8 @@ def write_preset(folder: Path, preset: str) -> None:
 
 def run_preset(folder: Path, preset: str) -> subprocess.CompletedProcess[str]:
     write_preset(folder, preset)
-    return subprocess.run(
-        command("--config-dir", "presets", *TINY, "experiment=strangers", "hydra.run.dir=here"),
-        cwd=folder,
-        env={**ENVIRONMENT, "PYTHONPATH": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words = ["--config-dir", "presets", *TINY, "experiment=strangers", "hydra.run.dir=here"]
+    return run_script(folder, "train.py", *words, environment={**ENVIRONMENT, "PYTHONPATH": str(folder)})
 
 
 @pytest.mark.parametrize("kind", ["nested", "asks for itself", "hydra callback"])
@@ -219,10 +212,7 @@ def test_a_preset_of_a_stranger_runs_nothing_and_the_application_ends_with_a_sen
 def test_planning_runs_nothing_of_a_stranger_either(tmp_path: Path) -> None:
     for kind in ("nested", "hydra callback"):
         write_preset(tmp_path, PRESETS[kind])
-        ended = subprocess.run(
-            [sys.executable, str(ROOT / "plan.py"), "--config-dir", "presets", "experiment=strangers"],
-            cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        ended = run_script(tmp_path, "plan.py", "--config-dir", "presets", "experiment=strangers")
         assert ended.returncode == 1
         assert "Traceback" not in ended.stderr
         assert ended.stderr.strip().splitlines()[-1].startswith(NAMED[kind]), ended.stderr
@@ -271,9 +261,7 @@ def test_the_user_can_trust_what_a_preset_names_on_the_command_line(tmp_path: Pa
 
 
 def test_a_pickle_is_not_read_to_run_a_job_again(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        command("--experimental-rerun", "config.pickle"), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    ended = run_application(tmp_path, "--experimental-rerun", "config.pickle")
     assert ended.returncode == 1
     assert ended.stderr.startswith("`--experimental-rerun=config.pickle` reads a pickle")
 
