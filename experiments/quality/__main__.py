@@ -33,7 +33,8 @@ def main() -> None:
     data, search, final, variants, peaks = (table.load() for table in (DATA, SEARCH, FINAL, VARIANTS, BYTES))
     text = summary(data, search, final, variants, times(), peaks)
     (HERE / "summary.md").write_text(text)
-    plot(accuracies(final, equal_time), accuracies(final, equal_steps), HERE / "quality.png")
+    if in_time := accuracies(final, equal_time):
+        plot(in_time, accuracies(final, equal_steps), HERE / "quality.png")
     print(text)
 
 

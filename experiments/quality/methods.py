@@ -217,8 +217,8 @@ def mezo(scale: float = 1e-3) -> Method:
             move(done, scale)
             move(done, -optimizer.param_groups[0]["lr"] * (up - down) / (2 * scale))
             done += 1
-            with contextlib.suppress(StopIteration):
-                scheduler.step()
+            optimizer.step()  # without gradients it changes nothing; the schedule wants it
+            scheduler.step()
             return (up + down) / 2
 
         return Training(network, step)

@@ -1,0 +1,119 @@
+"""The experiment on quality: how runs are chosen, compared and told."""
+
+import pytest
+import torch
+
+from experiments.quality import grid
+from experiments.quality.comparison import accuracies, equal_steps, equal_time, less, mean, missing, over_data_sets
+from experiments.quality.cost import BYTES, times
+from experiments.quality.data_sets import DATA_SETS
+from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
+from experiments.quality.methods import CONTESTANTS, STEPS, rate_of
+from experiments.quality.summary import summary
+from experiments.quality.training import describe, network_for
+from experiments.quality.variants import TABLE as VARIANTS
+
+
+def rows_of(accuracy_by_method, steps_of, data_set="mails"):
+    runs = [
+        (Run(data_set, method, 0, steps_of(method), seed), accuracy)
+        for method, by_seed in accuracy_by_method.items()
+        for seed, accuracy in zip(SEEDS, by_seed, strict=False)
+    ]
+    return {
+        run.name: {**{k: str(v) for k, v in run._asdict().items()}, "test_accuracy": str(accuracy)}
+        for run, accuracy in runs
+    }
+
+
+def test_the_page_is_made_of_the_record():
+    data, search, final, variants, peaks = (table.load() for table in (DATA, SEARCH, FINAL, VARIANTS, BYTES))
+    assert (HERE / "summary.md").read_text() == summary(data, search, final, variants, times(), peaks)
+
+
+def test_the_record_describes_the_data_that_are_read():
+    told = {key: str(value) for key, value in describe("film reviews").items()}
+    assert {"name": "film reviews", **told} == DATA.load()["film reviews"]
+
+
+def test_differences_are_paired_by_seed_and_their_error_is_that_of_the_mean():
+    rows = rows_of({"full AdamW": [0.80, 0.82, 0.84, 0.86, 0.88], "HiFT": [0.81, 0.83, 0.85, 0.87, 0.89]}, equal_time)
+    found = accuracies(rows, equal_time)
+    gain = less(found, "HiFT", "full AdamW", ["mails"])
+    assert gain.mean == pytest.approx(1)
+    assert gain.error == pytest.approx(0, abs=1e-9)
+    own = over_data_sets(found, "HiFT", ["mails"])
+    assert own.mean == pytest.approx(85)
+    assert own.error == pytest.approx(torch.tensor([81.0, 83, 85, 87, 89]).std().item() / 5**0.5)
+    assert str(mean([1, 2, 3])) == "2.0 ± 0.6"
+
+
+def test_methods_without_all_seeds_are_not_compared_but_named():
+    rows = rows_of({"full AdamW": [0.8] * 5, "HiFT": [0.8] * 4}, equal_time)
+    assert accuracies(rows, equal_time).keys() == {("mails", "full AdamW")}
+    assert accuracies(rows, equal_steps).keys() == {("mails", "full AdamW")}  # its steps are those of both
+    names = missing({}, rows)
+    assert "mails, HiFT (begun)" in names
+    assert "mails, LoRA" in names
+    assert not any(name.startswith("mails, full AdamW") for name in names)
+    assert len(names) == len(DATA_SETS) * len(CONTESTANTS) - 1
+
+
+class Hill:
+    """A table of runs whose validation accuracy is highest at an exponent; of two alike the lower loss wins."""
+
+    def __init__(self, top):
+        self.top, self.rows = top, {}
+
+    def complete(self, chosen, again):
+        for name in chosen:
+            exponent = grid.RUNS[name].exponent
+            values = {"validation_accuracy": f"{1 - abs(exponent - self.top)}", "validation_loss": str(-exponent)}
+            self.rows.setdefault(name, values)
+
+    def load(self):
+        return self.rows
+
+
+@pytest.mark.parametrize(("top", "chosen", "tried"), [(2, 2, 3), (5, 5, 6), (-1.5, -1, 6)])
+def test_the_search_climbs_until_both_neighbours_of_the_best_rate_are_known(monkeypatch, top, chosen, tried):
+    hill = Hill(top)
+    monkeypatch.setattr(grid, "SEARCH", hill)
+    assert CONTESTANTS["HiFT"].guess == 2
+    assert grid.best_exponent("mails", "HiFT") == chosen
+    assert len(hill.rows) == tried
+    assert all(grid.RUNS[name].steps == CONTESTANTS["HiFT"].steps_in_time for name in hill.rows)
+
+
+@pytest.fixture(scope="module")
+def film_reviews():
+    data = DATA_SETS["film reviews"].module("film_reviews", seed=0)
+    data.setup("fit")
+    return data
+
+
+TRAINS = {
+    "full AdamW": ("embeddings", "encoder", "head"),
+    "HiFT": ("head",),
+    "HiFT bottom2up": ("embeddings",),
+    "HiFT, 20 steps a block, no momentum": ("head",),
+    "LoRA": ("encoder", "head"),
+    "BitFit": ("embeddings", "encoder", "head"),
+    "head only": ("head",),
+    "MeZO": ("embeddings", "encoder", "head"),
+}
+
+
+@pytest.mark.parametrize("method", TRAINS)
+def test_a_method_trains_what_it_should_in_its_first_step(method, film_reviews):
+    torch.manual_seed(0)
+    network = network_for(film_reviews).train()
+    training = CONTESTANTS[method].method(network, rate_of(0), STEPS, 0)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    batch = film_reviews.collate(film_reviews.train_dataloader().dataset[:2])
+    assert 0 < training.step(batch) < 10
+    changed = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+    where = {"embeddings": "body.embeddings.", "encoder": "body.encoder.", "head": "head."}
+    assert {part for part, prefix in where.items() if any(name.startswith(prefix) for name in changed)} == set(
+        TRAINS[method]
+    )
