@@ -137,7 +137,7 @@ def measure_bytes(row: str) -> dict[str, object]:
     return {"method": name, "batch_size": batch_size, "weights_bytes": weights, "peak_bytes": peak}
 
 
-ROWS = {f"{name}, batch {size}": (name, size) for name in CONTESTANTS for size in (BATCH_SIZE, 8, 4, 2, 1)}
+ROWS = {f"{name}, batch {BATCH_SIZE}": (name, BATCH_SIZE) for name in CONTESTANTS}
 BYTES = Table(HERE / "bytes.csv", tuple(ROWS), measure_bytes)
 
 

@@ -237,7 +237,7 @@ class Contestant:
     Args:
         method: the method.
         guess: exponent of the learning rate at which its search begins (see `rate_of`).
-        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`).
+        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), rounded down to tens.
         cycle: steps after which every weight has had its turn.
         remark: for the page.
     """
@@ -252,19 +252,19 @@ class Contestant:
 CONTESTANTS = {
     "full AdamW": Contestant(full, 0, STEPS),
     "HiFT": Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
-    "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 350, 8),
+    "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     "HiFT, 20 steps a block, no momentum": Contestant(
         hift(steps_per_block=20, lr_update="step", betas=(0.0, 0.999)), 2, 350, 160
     ),
-    "LISA": Contestant(lisa(layers=2, period=10), 0, 245, 10, "2 layers, drawn every 10 steps; embeddings always"),
-    "BAdam": Contestant(badam(period=20), 2, 430, 160, "20 steps a block"),
+    "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
+    "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
-    "DoRA": Contestant(lora(rank=16, dora=True), 3, 195, 1, "rank 16"),
-    "GaLore": Contestant(galore(rank=32), 0, 175, 1, "rank 32"),
+    "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
+    "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),
     "BitFit": Contestant(only(lambda name: name.endswith("bias")), 4, 300),
-    "head only": Contestant(only(lambda name: False), 7, 560),
-    "MeZO": Contestant(mezo(), -3, 132),
+    "head only": Contestant(only(lambda name: False), 7, 540),
+    "MeZO": Contestant(mezo(), -3, 90),
 }
 
 

@@ -117,3 +117,9 @@ def test_a_method_trains_what_it_should_in_its_first_step(method, film_reviews):
     assert {part for part, prefix in where.items() if any(name.startswith(prefix) for name in changed)} == set(
         TRAINS[method]
     )
+
+
+def test_every_method_has_the_time_of_full_fine_tuning():
+    for name, row in times().items():
+        steps = STEPS / float(row["time_of_full"])
+        assert CONTESTANTS[name].steps_in_time == 10 * int(steps / 10), name
