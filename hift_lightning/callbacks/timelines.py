@@ -126,7 +126,7 @@ def block_timeline(records: Sequence[StepRecord], names: Sequence[str]) -> Any:
     """Make a figure of which block was updated when, with the loss over it; arguments as of `draw`.
 
     A bar is a step. Where that would be narrower than a pixel, some steps are a column, in which the blocks that were
-    updated stand in the order of their turns, and where those are all blocks in that of the first cycle.
+    updated stand in the order of their first turns in it, and where those are all blocks in that of the run.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -149,7 +149,7 @@ def block_timeline(records: Sequence[StepRecord], names: Sequence[str]) -> Any:
     for block, of_block in bars.items():
         blocks.broken_barh(of_block, (block - 0.45, 0.9), color=f"C{block % 10}", linewidth=0)
     steps = columns[0].steps
-    drawn = "block updated in each step" if steps == 1 else f"blocks updated in each {steps} steps, in their order"
+    drawn = "block updated in each step" if steps == 1 else f"blocks updated in each {steps} steps, by first turn"
     loss.set_title(f"The loss, and the {drawn}")
     every = -(-len(names) // MOST_LABELS)
     blocks.set_yticks(range(0, len(names), every), names[::every], fontsize=8)

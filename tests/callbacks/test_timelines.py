@@ -80,7 +80,7 @@ def test_in_a_long_run_a_column_has_the_blocks_of_some_steps_in_the_order_of_the
         begins = [0.5 + 32 * column + turn * block for column in range(187)]
         assert edges[:-2] == pytest.approx([edge for begin in begins for edge in (begin, begin + turn)])
         assert len(edges) // 2 == 188  # the last column is narrower
-    assert figure.axes[0].get_title() == "The loss, and the blocks updated in each 32 steps, in their order"
+    assert figure.axes[0].get_title() == "The loss, and the blocks updated in each 32 steps, by first turn"
 
 
 def test_a_column_of_less_than_a_cycle_has_the_blocks_that_were_updated_in_it():
