@@ -1,6 +1,7 @@
 """Fixtures that give a test its device (see ``tests/devices.py``), or skip it where there is no such device."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -42,6 +43,14 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 def any_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     """The CPU too, which needs nothing; it keeps no count of its memory."""
     yield from _device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """A shell lets its background jobs ignore SIGINT; here it raises KeyboardInterrupt, as in a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)  # Lightning lets it be ignored after a first one
 
 
 @pytest.fixture

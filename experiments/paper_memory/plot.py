@@ -28,15 +28,14 @@ def plot(paper_rows: Rows, llama: Rows, others: Rows, beyond: Rows, path: Path) 
         beyond: LLaMA-7B in ways that the paper does not have.
         path: of the PNG.
     """
-    figure_, axes = pyplot.subplots(2, 2, figsize=(16, 13))
+    figure_, axes = pyplot.subplots(4, 1, figsize=(10.5, 28), height_ratios=(5, 11, 15, 5), layout="constrained")
     compared = cells(paper_rows, llama)
-    _parts(axes[0, 0], compared)
-    _totals(axes[0, 1], compared)
-    _pgs(axes[1, 0], cells(paper_rows, others))
-    _beyond(axes[1, 1], llama, beyond)
+    _parts(axes[0], compared)
+    _totals(axes[1], compared)
+    _pgs(axes[2], cells(paper_rows, others))
+    _beyond(axes[3], llama, beyond)
     figure_.suptitle("Device memory, GiB: the paper's figures (hatched) and the planner's (plain)")
-    figure_.tight_layout()
-    figure_.savefig(path, dpi=100)
+    figure_.savefig(path, dpi=110)
     pyplot.close(figure_)
 
 
@@ -50,7 +49,7 @@ def _parts(axis: Any, compared: list[Cell]) -> None:
                 width = (chosen[part].ours if ours else chosen[part].paper) * UNITS[part] / GIB
                 axis.barh(place, width, 0.38, left=left, color=color, **({} if ours else PAPER))
                 left += width
-            axis.text(left + 1, place, f"{left:.1f}", va="center", fontsize=8)
+            axis.text(left + 1, place, f"{left:.1f}", va="center", fontsize=9)
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
     axis.margins(x=0.1)
@@ -77,8 +76,8 @@ def _pairs(axis: Any, labels: list[str], paper: list[float], ours: list[float]) 
     places = range(len(labels))
     axis.barh([place - 0.2 for place in places], paper, 0.38, color="tab:gray", **PAPER)
     bars = axis.barh([place + 0.2 for place in places], ours, 0.38, color="tab:orange")
-    axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=6)
-    axis.set_yticks(places, labels, fontsize=7)
+    axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    axis.set_yticks(places, labels)
     axis.invert_yaxis()
     axis.margins(x=0.1, y=0.01)
 
@@ -94,7 +93,7 @@ def _beyond(axis: Any, llama: Rows, beyond: Rows) -> None:
     colors = ["tab:gray" if "full" in name else "tab:orange" for name in rows]
     bars = axis.barh(list(rows), totals, color=colors)
     axis.barh(list(rows), weights, 0.25, color="tab:blue")
-    axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
     axis.invert_yaxis()
     axis.margins(x=0.1, y=0.01)
     axis.legend(handles=[Patch(color="tab:blue", label="weights at the peak")], loc="lower right")

@@ -1,7 +1,6 @@
 """The table of a run's blocks."""
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -41,10 +40,10 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> 
                 watch.names[block.index],
                 _count(block.numel),
                 str(block.visits),
-                _mean(record.gradient_norms, "{:.3g}"),
-                _mean(record.update_ratios, "{:.1e}"),
-                NOT_KNOWN if record.rate is None else f"{record.rate:.1e}",
-                _mean(record.page_in_ms, "{:.2f}"),
+                _written(record.gradient_norm.value, "{:.3g}"),
+                _written(record.update_ratio.value, "{:.1e}"),
+                _written(record.rate, "{:.1e}"),
+                _written(record.page_in_ms.value, "{:.2f}"),
                 f"{block.parked_bytes / 2**20:.1f}",
             )
     return table
@@ -57,8 +56,8 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    return form.format(fmean(values)) if values else NOT_KNOWN
+def _written(value: float | None, form: str) -> str:
+    return NOT_KNOWN if value is None else form.format(value)
 
 
 def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> list[str]:

@@ -13,14 +13,32 @@ from hift_lightning.engine.partition import Block
 
 
 @dataclass
-class BlockRecord:
-    """What was measured of a block in this run, a number for each of its updates."""
+class Mean:
+    """The mean of numbers that are not kept."""
 
-    gradient_norms: list[float] = field(default_factory=list)
-    """Norms of its gradients; none under `update="fused"`."""
-    update_ratios: list[float] = field(default_factory=list)
-    """Norms of its updates over those of its weights, of the cycles in which they were measured."""
-    page_in_ms: list[float] = field(default_factory=list)
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, number: float) -> None:
+        """Take one in."""
+        self.total += number
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        """Of all so far; `None` before the first."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass
+class BlockRecord:
+    """What was measured of a block in this run."""
+
+    gradient_norm: Mean = field(default_factory=Mean)
+    """Of its gradients; unknown under `update="fused"`."""
+    update_ratio: Mean = field(default_factory=Mean)
+    """The norm of its updates over that of its weights, in the cycles in which it was measured."""
+    page_in_ms: Mean = field(default_factory=Mean)
     """Milliseconds that the host spent on paging its state in."""
     rate: float | None = None
     """The last learning rate that it was updated with: the highest where its param groups have several."""
@@ -83,13 +101,13 @@ class BlockWatch:
         record = self.records[block.index]
         name = f"{block.index:02d}_{self.names[block.index]}".replace(" … ", "-")
         if self.gradient_norm is not None:
-            record.gradient_norms.append(self.gradient_norm)
+            record.gradient_norm.add(self.gradient_norm)
             self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(self.gradient_norm)
         if (ratio := self._ratio.finish()) is not None:
-            record.update_ratios.append(ratio)
+            record.update_ratio.add(ratio)
             self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
             self._cycle.setdefault("hift/update_ratio", []).append(ratio)
-        record.page_in_ms.append(self.engine.page_in_ms)
+        record.page_in_ms.add(self.engine.page_in_ms)
         record.rate = self.rate = self._rate_of(block)
 
     def take_cycle(self, unfinished: bool = False) -> dict[str, float]:

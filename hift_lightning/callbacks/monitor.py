@@ -1,6 +1,7 @@
 """A callback that tells where the rotation is, what it does to each block and what a step costs."""
 
 import importlib.util
+import logging
 import math
 import os
 import time
@@ -19,9 +20,11 @@ from typing_extensions import override
 
 from hift_lightning.callbacks.block_table import block_table
 from hift_lightning.callbacks.block_watch import BlockWatch
-from hift_lightning.callbacks.timelines import StepRecord, draw
+from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.measure import ROLES, bytes_by_role
+
+_log = logging.getLogger(__name__)
 
 
 class HiFTMonitor(L.Callback):
@@ -30,9 +33,10 @@ class HiFTMonitor(L.Callback):
     Under a HiFT strategy it logs `hift/block` and `hift/cycle` (also to the progress bar), `hift/active_params`,
     `hift/grad_norm` (of the active block, before Lightning clips it), `hift/lr`, `hift/page_in_ms`,
     `hift/parked_bytes` and `hift/skipped_steps`; and at the end of each cycle its means: `hift/update_ratio` over all
-    blocks, and for each block `hift_grad_norm/<block>` and `hift_update_ratio/<block>`. At the end of `fit` it prints a
-    table of the blocks. Under every strategy it logs `memory/peak_device_bytes` of the run so far and
-    `memory/weights_bytes`, `memory/gradients_bytes` and `memory/optimizer_state_bytes` of the step.
+    blocks, and for each block `hift_grad_norm/<block>` and `hift_update_ratio/<block>`. At the end of `fit`, also one
+    that an error or Ctrl-C has ended, it prints a table of the blocks. Under every strategy it logs
+    `memory/peak_device_bytes` of the run so far and `memory/weights_bytes`, `memory/gradients_bytes` and
+    `memory/optimizer_state_bytes` of the step.
 
     The update ratio is the norm of an update over that of the weights before it. Measuring it takes a copy of the
     active block's weights (or masters) in host memory, two transfers of them and a wait for the device, which is why it
@@ -43,10 +47,11 @@ class HiFTMonitor(L.Callback):
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
     are there together, and under HiFT again between steps, when the most is parked. Not among them are activations
     and what `update="streamed"` or `"fused"` has in its window for a moment. The time of a step is that of its
-    batches, without the loading of data, validation and checkpoints.
+    batches, without the loading of data, validation and checkpoints. What is kept for the pictures does not grow with
+    the run: after 2,000 steps a point stands for two of them, after 4,000 for four, and so on.
 
     Args:
-        folder: where `block_timeline.png` (under HiFT) and `memory_timeline.png` are written at the end of `fit`;
+        folder: where `block_timeline.png` (under HiFT) and `memory_timeline.png` are written when the table is printed;
             `None`: no pictures.
         pictures: `None` draws them where matplotlib is installed, `False` never, and `True` is an error where they
             cannot be.
@@ -83,8 +88,7 @@ class HiFTMonitor(L.Callback):
         self._in_step: dict[str, int] = {}
         self._rotation: dict[str, int] = {}
         self._watches: list[BlockWatch] = []
-        self._records: list[StepRecord] = []
-        self._counts: dict[tuple[int, ...], dict[str, int]] = {}
+        self._timeline = Timeline()
         self._block: int | None = None
         self._losses: list[Tensor] = []
         self._unread_loss: Tensor | None = None
@@ -92,6 +96,7 @@ class HiFTMonitor(L.Callback):
         self._steps = 0
         self._batch_began = 0.0
         self._first_step = self._last_step = 0
+        self._has_to_show = False
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -112,6 +117,7 @@ class HiFTMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._forget()  # a second fit counts anew
         self._first_step = self._last_step = trainer.global_step
+        self._has_to_show = True
 
         def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._count_bytes(trainer, pl_module)
@@ -168,25 +174,43 @@ class HiFTMonitor(L.Callback):
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._end(trainer)
+
+    @override
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # here, and not in `on_train_end`, since the strategy has parked everything by now
+        self._show(trainer)
+
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._remove_hooks()
+        # not when `test` or `validate` ends with it, nor before the first step
+        if not self._has_to_show or not self._timeline.records:
+            return
+        try:
+            self._end(trainer)
+            self._show(trainer)
+        except Exception as failure:  # the user is to see what has ended the training, and not this
+            _log.warning("HiFTMonitor could not show what it had measured until then: %r", failure)
+
+    def _end(self, trainer: L.Trainer) -> None:
         self._remove_hooks()
         self._read_loss()
         for watch in self._watches:  # a cycle that was cut short counts for the last step
             last_step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
             _log_cycle(trainer, watch.take_cycle(unfinished=True), last_step)
 
-    @override
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # here, and not in `on_train_end`, since the strategy has parked everything by now
+    def _show(self, trainer: L.Trainer) -> None:
+        self._has_to_show = False
         if not trainer.is_global_zero:
             return
         if self._watches:
-            Console().print(block_table(self._watches, self.update_ratio_every, trainer.world_size))
-        if self.folder is not None and self.pictures is not False and self._records:
+            console = Console()
+            with console.capture() as table:
+                console.print(block_table(self._watches, self.update_ratio_every, trainer.world_size))
+            print(table.get(), end="")  # above a progress bar of rich, which a console of its own would write over
+        if self.folder is not None and self.pictures is not False and self._timeline.records:
             self._draw(self.folder)
-
-    @override
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._remove_hooks()
 
     def _remove_hooks(self) -> None:
         for handle in self._handles:
@@ -220,7 +244,7 @@ class HiFTMonitor(L.Callback):
         pl_module.log("hift/parked_bytes", float(self._peak.get("parked", 0)), batch_size=1)
 
     def _end_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = trainer.global_step
+        step_before, self._last_step = self._last_step, trainer.global_step
         if not self._in_step:  # no optimizer was called
             self._count_bytes(trainer, pl_module)
         pl_module.log("memory/peak_device_bytes", float(self._peak["device"]), batch_size=1)
@@ -233,9 +257,8 @@ class HiFTMonitor(L.Callback):
             if not watch.fused:  # NaN where a step was left out, rather than the norm of the one before
                 norm = math.nan if watch.gradient_norm is None else watch.gradient_norm
                 pl_module.log("hift/grad_norm", norm, batch_size=1)
-        # each block's turns count the same bytes, so a long run keeps few of them
-        counts = self._counts.setdefault(tuple(self._in_step.values()), self._in_step)
-        self._records.append(StepRecord(self._last_step, self._block, counts))
+        blocks = () if self._block is None else (self._block,)
+        self._timeline.add(StepRecord(step_before, self._last_step, blocks, self._in_step))
         self._in_step = {}
         if self._losses:
             self._unread_loss, self._losses = torch.stack(self._losses).mean(), []
@@ -243,14 +266,15 @@ class HiFTMonitor(L.Callback):
     def _read_loss(self) -> None:
         """Take the loss of the step before, which does not make the host wait for this one's."""
         if self._unread_loss is not None:
-            self._records[-1].loss, self._unread_loss = float(self._unread_loss), None
+            self._timeline.add_loss(float(self._unread_loss))
+            self._unread_loss = None
 
     def _draw(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         watch = self._watches[0] if self._watches else None
         names, update = ([], "block") if watch is None else (watch.names, watch.engine.settings.update)
         try:
-            pictures = draw(self._records, names, update, folder)
+            pictures = draw(self._timeline.records, names, update, folder)
         except ImportError:
             rank_zero_info(
                 "HiFTMonitor draws no pictures, since matplotlib is not installed; they come with "

@@ -76,7 +76,8 @@ class Residency:
         optimizer: any :class:`torch.optim.Optimizer`. State that it has already built (Adagrad builds all of it in its
             constructor) or that is loaded later counts as parked.
         offload: see :func:`~hift_lightning.engine.tiers.check_offload`.
-        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional, integer and quantized state keeps its own.
+        parked_dtype: see :func:`check_parked_dtype`; zero-dimensional, integer, quantized and sparse
+            state keeps its own.
 
     Raises:
         ConfigurationError: if a value cannot work.

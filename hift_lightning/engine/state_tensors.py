@@ -1,12 +1,14 @@
 """Optimizer state as a list of plain tensors: containers are opened, and so are tensors that consist of others.
 
 The 8-bit and 4-bit states of torchao are such tensors: codes, scales and a map, which are parked as they are. See
-https://docs.pytorch.org/docs/stable/notes/extending.html ("wrapper subclasses").
+https://docs.pytorch.org/docs/stable/notes/extending.html ("wrapper subclasses"). The momentum of sparse gradients is a
+sparse tensor, which is indices and values.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -49,6 +51,8 @@ def is_quantized(leaves: Sequence[Any]) -> bool:
 def _open(leaf: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
     if isinstance(leaf, Tensor):
         leaf = local(leaf)
+    if isinstance(leaf, Tensor) and leaf.layout == torch.sparse_coo:
+        return [leaf._indices(), leaf._values()], lambda parts: _sparse(parts[0], parts[1], leaf)
     if not is_traceable_wrapper_subclass(leaf):
         return [leaf], lambda parts: parts[0]
     names, context = leaf.__tensor_flatten__()
@@ -61,3 +65,9 @@ def _open(leaf: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         return type(leaf).__tensor_unflatten__(tensors, context, leaf.shape, leaf.stride())
 
     return [part for inside, _ in opened for part in inside], close
+
+
+def _sparse(indices: Tensor, values: Tensor, like: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(
+        indices, values, like.shape, is_coalesced=like.is_coalesced(), check_invariants=False
+    )

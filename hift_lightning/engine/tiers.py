@@ -246,6 +246,7 @@ class _FileBuffer(Buffer):
             ) from error
         finally:
             os.close(descriptor)
+        weakref.finalize(self, path.unlink, missing_ok=True)  # what is mapped of it stays
         self.tensor = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
 
     def read(self, rows: slice = ALL_ROWS) -> Tensor:

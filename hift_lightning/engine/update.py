@@ -132,7 +132,8 @@ class PieceUpdate:
 
     def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:
         whole = [Piece(parameter, ALL_ROWS, last=True)]
-        if not self.residency.copies(parameter):
+        sparse = parameter.grad is not None and parameter.grad.layout != torch.strided  # which has no rows to cut
+        if sparse or not self.residency.copies(parameter):
             return whole
         trial = self._probe(parameter)
         if not trial.separate:

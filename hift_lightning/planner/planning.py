@@ -184,6 +184,7 @@ class StepPlanner:
                 plugins=[precision] if self.ranks is None else [precision, self.ranks.environment()],
                 callbacks=[watch],
                 max_steps=_MOST_STEPS,
+                min_steps=_MOST_STEPS,  # so that a module which sets `trainer.should_stop` ends nothing
                 limit_val_batches=0,
                 logger=False,
                 enable_checkpointing=False,
@@ -382,7 +383,8 @@ class _Watch(Callback):
         if not self._due:
             more = [index for stretch in self._stretches for index in stretch.to_run(self._seen)]
             self._due = [_Step(index, made_up) for index in more for made_up in (True, False)]
-        trainer.should_stop = not self._due
+            if not more:
+                trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._done + len(self._due))

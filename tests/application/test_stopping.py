@@ -40,8 +40,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, float]
     return outcome(folder / "here")
 
 
-def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str]:
-    """Start the application, send it a signal in the middle of an epoch, and return its exit code and last words."""
+def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str, str]:
+    """Start the application, send it a signal in the middle of an epoch, and return its exit code and both outputs."""
     process = start_application(folder, *RUN, *overrides, "hydra.run.dir=stopped")
     try:
         checkpoints = folder / "stopped" / "checkpoints"
@@ -49,10 +49,10 @@ def stopped_by(number: int, folder: Path, *overrides: str) -> tuple[int, str]:
         while time.monotonic() < deadline and process.poll() is None and not list(checkpoints.glob("step-*.ckpt")):
             time.sleep(0.005)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=100)
     finally:
         process.kill()
-    return process.returncode, errors
+    return process.returncode, output, errors
 
 
 def newest_complete(folder: Path) -> Path:
@@ -90,18 +90,21 @@ def test_stopped_by_a_signal_it_names_the_checkpoint_and_goes_on_from_it_exactly
     number: int, tmp_path: Path, straight: tuple[dict[str, float], dict[str, Any]]
 ) -> None:
     # a checkpoint a step tells that training has begun; the last one is of the step at which the signal came
-    code, errors = stopped_by(number, tmp_path, EVERY_STEP)
+    code, output, errors = stopped_by(number, tmp_path, EVERY_STEP)
     assert code == 1
     assert "Traceback" not in errors
     told = re.search(r"the last checkpoint is (\S+);", errors.strip().splitlines()[-1])
     assert told, errors
+    # what was measured until then
+    assert re.search(r"Blocks\n.*\b3 +head ", output, re.S), output
+    assert "pictures: stopped/memory_timeline.png, stopped/block_timeline.png" in output
     assert_goes_on(tmp_path, told.group(1), straight)
 
 
 def test_killed_it_goes_on_exactly_from_the_newest_complete_checkpoint(
     tmp_path: Path, straight: tuple[dict[str, float], dict[str, Any]]
 ) -> None:
-    code, _ = stopped_by(signal.SIGKILL, tmp_path, EVERY_STEP)
+    code, _, _ = stopped_by(signal.SIGKILL, tmp_path, EVERY_STEP)
     assert code == -signal.SIGKILL
     assert_goes_on(tmp_path, newest_complete(tmp_path / "stopped" / "checkpoints"), straight)
 

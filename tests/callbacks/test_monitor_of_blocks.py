@@ -3,6 +3,7 @@
 import csv
 import gc
 import math
+from statistics import fmean
 
 import lightning as L
 import pytest
@@ -61,6 +62,15 @@ def close(numbers):
     return pytest.approx(numbers, rel=1e-5)
 
 
+def of(mean):
+    """How many numbers a mean is of, and the mean."""
+    return mean.count, mean.value
+
+
+def mean_of(numbers):
+    return len(numbers), close(fmean(numbers)) if numbers else None
+
+
 def rows_of(folder):
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -79,10 +89,10 @@ def test_ratio_and_norm_are_those_of_copies_made_beside_it(any_device, update):
         gradient_clip_val=None if update == "fused" else 0.01,
     )  # fmt: skip
     for index, record in monitor._watches[0].records.items():
-        assert record.update_ratios == close(witness.update_ratios[index])
-        assert record.gradient_norms == ([] if update == "fused" else close(witness.gradient_norms[index]))
-        assert len(record.page_in_ms) == len(record.update_ratios)
-        assert all(milliseconds > 0 for milliseconds in record.page_in_ms)
+        assert of(record.update_ratio) == mean_of(witness.update_ratios[index])
+        assert of(record.gradient_norm) == mean_of([] if update == "fused" else witness.gradient_norms[index])
+        assert record.page_in_ms.count == record.update_ratio.count
+        assert record.page_in_ms.value > 0
         assert record.rate == 0.01
 
 
@@ -94,14 +104,14 @@ def test_with_masters_the_ratio_is_that_of_the_masters(any_device, update):
         precision="bf16-true",
     )  # fmt: skip
     for index, record in monitor._watches[0].records.items():
-        assert record.update_ratios == close(witness.update_ratios[index])
+        assert of(record.update_ratio) == mean_of(witness.update_ratios[index])
 
 
 def test_masters_in_files_are_measured_too(tmp_path):
     witness = Witness()
     strategy = HiFTStrategy(master_weights=True, offload=tmp_path)
     monitor = fitted(strategy, callbacks=[witness], precision="bf16-true")
-    assert monitor._watches[0].records[1].update_ratios == close(witness.update_ratios[1])
+    assert of(monitor._watches[0].records[1].update_ratio) == mean_of(witness.update_ratios[1])
 
 
 @pytest.mark.parametrize("update", ["block", "streamed", "fused"])
@@ -124,7 +134,7 @@ def test_pieces_of_large_tensors_add_up(monkeypatch):
     witness = Witness()
     monitor = fitted(HiFTStrategy(), callbacks=[witness])
     for index, record in monitor._watches[0].records.items():
-        assert record.update_ratios == close(witness.update_ratios[index])
+        assert of(record.update_ratio) == mean_of(witness.update_ratios[index])
 
 
 def test_norms_under_a_grad_scaler_are_those_without_it():
@@ -136,7 +146,7 @@ def test_norms_under_a_grad_scaler_are_those_without_it():
         module = SmallTransformer(lambda parameters, fused=fused: torch.optim.AdamW(parameters, lr=1e-2, fused=fused))
         scaled = fitted(HiFTStrategy(), steps=LAYERS, module=module, plugins=plugin)
         for one, other in zip(plain._watches[0].records.values(), scaled._watches[0].records.values(), strict=True):
-            assert one.gradient_norms == close(other.gradient_norms)
+            assert one.gradient_norm.value == close(other.gradient_norm.value)
 
 
 def test_a_sparse_gradient_has_a_norm():
@@ -144,7 +154,7 @@ def test_a_sparse_gradient_has_a_norm():
     for sparse in (False, True):
         module = SmallTransformer(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
         module.embedding.sparse = sparse
-        norms.append(fitted(HiFTStrategy(), LAYERS, module=module)._watches[0].records[0].gradient_norms)
+        norms.append(fitted(HiFTStrategy(), LAYERS, module=module)._watches[0].records[0].gradient_norm.value)
     assert norms[0] == close(norms[1])
 
 
@@ -163,14 +173,14 @@ def test_norm_and_rate_of_each_step_are_logged(tmp_path):
 
 
 def test_each_cycle_logs_the_means_of_every_block_once(tmp_path):
-    monitor = fitted(HiFTStrategy(steps_per_block=2), steps=3 * LAYERS, **logging_to(tmp_path))
+    witness = Witness()
+    fitted(HiFTStrategy(steps_per_block=2), steps=3 * LAYERS, callbacks=[witness], **logging_to(tmp_path))
     _, cycles = rows_of(tmp_path)
     assert [int(row["step"]) for row in cycles] == [2 * LAYERS - 1, 3 * LAYERS - 1]  # the second one is cut short
     names = ["00_embeddings", "01_layers.0", "02_layers.1", "03_head"]
     for index, name in enumerate(names):
-        record = monitor._watches[0].records[index]
-        assert float(cycles[0][f"hift_grad_norm/{name}"]) == close(sum(record.gradient_norms[:2]) / 2)
-        assert float(cycles[0][f"hift_update_ratio/{name}"]) == close(sum(record.update_ratios[:2]) / 2)
+        assert float(cycles[0][f"hift_grad_norm/{name}"]) == close(sum(witness.gradient_norms[index][:2]) / 2)
+        assert float(cycles[0][f"hift_update_ratio/{name}"]) == close(sum(witness.update_ratios[index][:2]) / 2)
     assert {name for name in cycles[1] if cycles[1][name] and name.startswith("hift_grad_norm")} == {
         f"hift_grad_norm/{name}" for name in names[2:]
     }
@@ -181,7 +191,7 @@ def test_each_cycle_logs_the_means_of_every_block_once(tmp_path):
 @pytest.mark.parametrize(("every", "measured"), [(0, 0), (1, 3), (2, 2), (4, 1)])
 def test_the_ratio_is_measured_in_one_of_so_many_cycles(every, measured):
     monitor = fitted(HiFTStrategy(), steps=3 * LAYERS, update_ratio_every=every)
-    assert {len(record.update_ratios) for record in monitor._watches[0].records.values()} == {measured}
+    assert {record.update_ratio.count for record in monitor._watches[0].records.values()} == {measured}
 
 
 def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):
@@ -195,18 +205,18 @@ def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):
         )
     steps, _ = rows_of(tmp_path)
     assert [math.isnan(float(row["hift/grad_norm"])) for row in steps] == [False, True, False, False]
-    assert [len(monitor._watches[0].records[index].update_ratios) for index in range(LAYERS)] == [1, 1, 1, 0]
+    assert [monitor._watches[0].records[index].update_ratio.count for index in range(LAYERS)] == [1, 1, 1, 0]
 
 
 def test_accumulated_gradients_are_one_update_with_one_loss():
     witness, module = Witness(), SmallTransformer()
     monitor = fitted(HiFTStrategy(), 3 * LAYERS, module=module, callbacks=[witness], accumulate_grad_batches=3)
     for index, record in monitor._watches[0].records.items():
-        assert record.gradient_norms == close(witness.gradient_norms[index])
+        assert of(record.gradient_norm) == mean_of(witness.gradient_norms[index])
     means = [sum(module.losses[i : i + 3]) / 3 for i in range(0, len(module.losses), 3)]
-    assert [step.loss for step in monitor._records] == close(means)
-    assert [step.step for step in monitor._records] == [1, 2, 3, 4]
-    assert [step.block for step in monitor._records] == [3, 2, 1, 0]
+    assert [step.loss for step in monitor._timeline.records] == close(means)
+    assert [step.last for step in monitor._timeline.records] == [1, 2, 3, 4]
+    assert [step.blocks for step in monitor._timeline.records] == [(3,), (2,), (1,), (0,)]
 
 
 def test_the_table_tells_what_is_not_known_under_fused(capsys):
@@ -220,7 +230,8 @@ def test_the_table_tells_what_is_not_known_under_fused(capsys):
 
 
 def test_a_run_that_goes_on_within_an_epoch_is_watched_too(tmp_path):
-    batches, straight = make_batches(STEPS), fitted(HiFTStrategy())
+    batches, straight = make_batches(STEPS), Witness()
+    fitted(HiFTStrategy(), callbacks=[straight])
     first = trainer("hift", max_steps=LAYERS + 1)
     first.fit(SmallTransformer(), loader(batches))
     first.save_checkpoint(tmp_path / "last.ckpt")
@@ -229,11 +240,11 @@ def test_a_run_that_goes_on_within_an_epoch_is_watched_too(tmp_path):
     trainer("hift", devices=1, callbacks=[monitor]).fit(
         SmallTransformer(), loader(still_to_come), ckpt_path=tmp_path / "last.ckpt"
     )
-    for index, record in straight._watches[0].records.items():
+    for index, record in monitor._watches[0].records.items():
         later = 2 if index == LAYERS - 1 else 1  # updates that the first run has made
-        assert monitor._watches[0].records[index].gradient_norms == record.gradient_norms[later:]
-        assert monitor._watches[0].records[index].update_ratios == record.update_ratios[later:]
-    assert [step.step for step in monitor._records] == list(range(LAYERS + 2, STEPS + 1))
+        assert of(record.gradient_norm) == mean_of(straight.gradient_norms[index][later:])
+        assert of(record.update_ratio) == mean_of(straight.update_ratios[index][later:])
+    assert [step.last for step in monitor._timeline.records] == list(range(LAYERS + 2, STEPS + 1))
 
 
 def test_under_fused_no_gradient_norm_is_logged(tmp_path):
@@ -263,8 +274,8 @@ def test_several_optimizers_have_their_blocks_in_one_table():
 
     monitor = fitted(HiFTStrategy(), steps=4, module=Two())
     for watch in monitor._watches:
-        assert [len(record.gradient_norms) for record in watch.records.values()] == [2, 2]
-        assert [len(record.update_ratios) for record in watch.records.values()] == [2, 2]
+        assert [record.gradient_norm.count for record in watch.records.values()] == [2, 2]
+        assert [record.update_ratio.count for record in watch.records.values()] == [2, 2]
     console = Console(record=True, width=80)
     console.print(block_table(monitor._watches, 1, 1))
     assert len([line for line in console.export_text().splitlines() if "1.0e-01" in line]) == 4
@@ -291,7 +302,7 @@ def measured_on_ranks(size):
         arguments = {"devices": 2, "callbacks": [monitor], "use_distributed_sampler": False}
         trainer(strategy(), **arguments).fit(SmallTransformer(momentum), loader(batches))
         records = monitor._watches[0].records.values()
-        measured[name] = [(record.gradient_norms, record.update_ratios) for record in records]
+        measured[name] = [(of(record.gradient_norm), of(record.update_ratio)) for record in records]
     return measured
 
 
@@ -299,10 +310,10 @@ def test_ranks_measure_what_one_device_does():
     alone = fitted(HiFTStrategy(), module=SmallTransformer(momentum))._watches[0].records.values()
     for of_rank in run(measured_on_ranks, 2, 2):
         for name, measured in of_rank.items():
-            for record, (norms, ratios) in zip(alone, measured, strict=True):
-                expected = [] if name == "ddp, fused" else record.gradient_norms
-                assert norms == pytest.approx(expected, rel=1e-4)
-                assert ratios == pytest.approx(record.update_ratios, rel=1e-4)
+            for record, (norm, ratio) in zip(alone, measured, strict=True):
+                expected = (0, None) if name == "ddp, fused" else pytest.approx(of(record.gradient_norm), rel=1e-4)
+                assert norm == expected
+                assert ratio == pytest.approx(of(record.update_ratio), rel=1e-4)
 
 
 @pytest.mark.parametrize(

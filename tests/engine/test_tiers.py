@@ -63,6 +63,18 @@ def test_files_are_the_owners_alone_and_go_when_nothing_refers_to_them(tmp_path)
     assert torch.equal(tensor, torch.zeros(8))  # what was handed out stays readable
 
 
+def test_the_file_of_a_buffer_goes_with_it_and_the_tensor_stays(tmp_path):
+    tier = Files(tmp_path)
+    buffer = tier.allocate(torch.zeros(8), torch.float32, CPU)
+    buffer.write(torch.arange(8.0))
+    path, tensor = buffer.path, buffer.tensor
+    del buffer
+    gc.collect()
+    assert not path.exists()
+    assert torch.equal(tensor, torch.arange(8.0))
+    assert tier.folder.exists()
+
+
 def test_a_deleted_file_is_told_of(tmp_path):
     buffer = Files(tmp_path).allocate(torch.zeros(8), torch.float32, CPU)
     os.unlink(buffer.path)

@@ -51,3 +51,18 @@ def test_a_number_that_is_read_does_not_stop_planning():
             return loss
 
     assert plan(ReadsLoss(), "full", make_batches(1)[0]).peak_bytes > 0
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end"])
+def test_a_module_that_ends_its_training_or_goes_on_does_not_disturb_planning(hook, value):
+    class Decides(SmallTransformer):
+        pass
+
+    def decide(self, *args):
+        self.trainer.should_stop = value
+
+    setattr(Decides, hook, decide)
+    batch = make_batches(1)[0]
+    for strategy in ("full", "hift"):
+        assert plan(Decides(), strategy, batch) == plan(SmallTransformer(), strategy, batch)

@@ -98,6 +98,46 @@ def test_equals_the_reference_loop(name):
         assert torch.equal(left, right)
 
 
+class Sparse(SmallTransformer):
+    """The gradient of its embeddings is sparse, and so is their momentum, whose size changes from step to step."""
+
+    def __init__(self):
+        super().__init__(OPTIMIZERS["SGD with momentum"])
+        self.embedding.sparse = True
+
+
+@pytest.mark.parametrize("offload", ["cpu", "none", "files"])
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_a_sparse_momentum_is_parked_saved_and_loaded(update, offload, tmp_path):
+    def strategy():
+        return HiFTStrategy(update=update, offload=str(tmp_path) if offload == "files" else offload)
+
+    batches, stopped = make_batches(4 * LAYERS), trainer(strategy(), max_steps=2 * LAYERS)
+    stopped.fit(Sparse(), loader(batches))
+    momentum = stopped.optimizers[0].state[stopped.lightning_module.embedding.weight]["momentum_buffer"]
+    assert momentum.layout == torch.sparse_coo
+    stopped.save_checkpoint(tmp_path / "last.ckpt")
+    module, resumed = Sparse(), trainer(strategy())
+    still_to_come = batches[2 * LAYERS :] + batches[: 2 * LAYERS]  # since a plain loader begins anew
+    resumed.fit(module, loader(still_to_come), ckpt_path=tmp_path / "last.ckpt")
+    reference = Sparse()
+    plan = resumed.strategy.hift.plan
+    reference_loop(
+        reference,
+        reference.configure_optimizers(),
+        [block.parameters for block in plan.blocks],
+        turns_of("top2down", LAYERS),
+        batches,
+    )
+    for left, right in zip(module.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(left, right)
+    embeddings = resumed.strategy.report().blocks[0]
+    assert (embeddings.parked_bytes == 0) == (offload == "none")
+    files = [path for path in tmp_path.rglob("*.bin") if path.stat().st_size]
+    tensors = len(list(reference.parameters())) + 1  # indices and values of the sparse one
+    assert not files or len(files) <= 2 * tensors  # none is left of what was outgrown; two trainers are alive
+
+
 def two_groups(module):
     matrices = [p for p in module.parameters() if p.dim() > 1]
     vectors = [p for p in module.parameters() if p.dim() == 1]
