@@ -12,6 +12,7 @@ writes to `outputs/gpu_check`.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,11 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(reason)
     measure(record, arguments.only, arguments.again)
     print(write_page(record))
+    if failed := record.load().failed:
+        sys.exit(
+            f"{len(failed)} rows failed, as the page says; mend what it names, and measure them anew with "
+            f"`--again --only {shlex.join(failed)}`."
+        )
 
 
 def measure(record: Record, only: Sequence[str], again: bool) -> None:

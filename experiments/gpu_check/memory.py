@@ -2,7 +2,7 @@
 
 from experiments.gpu_check.card import host_memory
 from experiments.gpu_check.profiles import Profile
-from experiments.gpu_check.training import RAN, Watch, train
+from experiments.gpu_check.training import RAN, Watch, outcome_of, train
 
 FULL_STEPS = 3
 """In the third, state and the gradients of the step before are there in the forward pass."""
@@ -18,19 +18,11 @@ def measure_memory(name: str, profile: Profile) -> dict[str, object]:
         short = f"not run: {planned.parked_bytes:,} bytes are parked, and the machine has {free:,} bytes of memory free"
         return {**row, "outcome": short}
     watch = Watch(profile.device)
+    steps = 2 * len(planned.blocks) if job.hift() else FULL_STEPS
     with profile.device.in_use():
         before = profile.device.memory().driver
-        steps = 2 * len(planned.blocks) if job.hift() else FULL_STEPS
-        try:
-            train(job, profile, steps, [watch])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return {**row, "outcome": f"out of memory {watch.place}"}
+        outcome = outcome_of(lambda: train(job, profile, steps, [watch]), watch)
+    if outcome != RAN:
+        return {**row, "outcome": outcome}
     assert watch.memory is not None
     return {**row, "steps": steps, "driver_before": before, **watch.memory._asdict()}
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, the device's or what the driver can pin of the host's."""
-    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()

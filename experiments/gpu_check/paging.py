@@ -12,9 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from experiments.gpu_check.devices import Device
-from experiments.gpu_check.memory import is_out_of_memory
 from experiments.gpu_check.profiles import CONTESTANTS, PAGING, Profile
-from experiments.gpu_check.training import RAN, CycleTimes, Watch, train
+from experiments.gpu_check.training import RAN, CycleTimes, Watch, outcome_of, train
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.state_tensors import state_tensors
@@ -123,13 +122,10 @@ def measure_paging(name: str, profile: Profile, layers: int) -> dict[str, object
             stack.enter_context(paging.marking())
         if not way.prefetch:
             stack.enter_context(mock.patch.object(StatePrefetch, "page_in"))
-        try:
-            train(job, profile, steps, [paging, watch, times])
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return {"outcome": f"out of memory {watch.place}"}
-        return {"outcome": RAN, **times.figures(), **paging.figures()}
+        outcome = outcome_of(lambda: train(job, profile, steps, [paging, watch, times]), watch)
+        if outcome != RAN:
+            return {"outcome": outcome}
+        return {"outcome": outcome, **times.figures(), **paging.figures()}
 
 
 def measure_copies(name: str, profile: Profile) -> dict[str, object]:

@@ -155,7 +155,7 @@ def _small_cells() -> dict[str, Job]:
 
 
 SIM = Profile(
-    Simulated(total_bytes=15 * 2**20),  # too small for the first of its cells alone
+    Simulated(total_bytes=18 * 2**20),  # too small for the first of its cells alone
     Path("outputs/gpu_check"),
     cells=_small_cells(),
     batch=2,

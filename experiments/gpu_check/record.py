@@ -11,7 +11,7 @@ from experiments.gpu_check.memory import measure_memory
 from experiments.gpu_check.paging import measure_copies, measure_paging
 from experiments.gpu_check.profiles import CONTESTANTS, COPIES, PAGING, Profile
 from experiments.gpu_check.speed import measure_speed
-from experiments.gpu_check.training import KILLED
+from experiments.gpu_check.training import FAILED, KILLED
 from experiments.table import Row, Rows, Table
 
 
@@ -32,6 +32,12 @@ class Measured:
     paging: Rows
     speed: Rows
     memory: Rows
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the rows that an error has ended."""
+        tables = (self.copies, self.paging, self.speed, self.memory)
+        return [name for rows in tables for name, row in rows.items() if row["outcome"].startswith(FAILED)]
 
 
 def in_rounds(names: Mapping[str, object], rounds: int) -> tuple[str, ...]:

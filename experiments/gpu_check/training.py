@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ from experiments.gpu_check.profiles import Profile
 from experiments.paper_memory.jobs import PRECISIONS, Job, Module
 from hift_lightning.engine.residency import parameters_stay_themselves
 
-RAN = "ran"
-"""The outcome of a row that has figures; any other is a sentence on why it has none."""
+RAN, FAILED = "ran", "failed"
+"""The outcome of a row that has figures, and how that of one begins which an error has ended."""
 
 KILLED = {"outcome": "its process was killed, which is what the system does where host memory is short"}
 
@@ -26,7 +27,7 @@ KILLED = {"outcome": "its process was killed, which is what the system does wher
 class Watch(Callback):
     """Knows where training is, and reads the device's counters at its end.
 
-    What is on the device is dropped then, since the Trainer would carry it to host memory.
+    Then the Trainer would carry all to host memory; the module is made to stay, and the optimizer's state is dropped.
     """
 
     def __init__(self, device: Device) -> None:
@@ -52,16 +53,15 @@ class Watch(Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._device.synchronize()
         self.memory = self._device.memory()
-        self._drop(trainer, pl_module)
+        self._leave(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._drop(trainer, pl_module)
+        self._leave(trainer, pl_module)
 
-    def _drop(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _leave(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
-        for parameter in module.parameters():
-            parameter.data = parameter.data.new_empty(0)
+        module._apply = lambda fn, recurse=True: module  # type: ignore[method-assign]
 
 
 class CycleTimes(Callback):
@@ -124,6 +124,7 @@ def train(
         strategy=job.hift() or SingleDeviceStrategy(device=f"{device.type}:0"),
         precision=PRECISIONS[job.precision],  # type: ignore[arg-type]
         max_epochs=1,
+        limit_val_batches=0,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -139,6 +140,29 @@ def train(
         batches = [made_up_batch(module, profile.batch, profile.length)] * steps
         # none are validated, but who says nothing about it is warned
         trainer.fit(module, DataLoader(batches, batch_size=None), [])  # type: ignore[arg-type]
+
+
+def outcome_of(run: Callable[[], None], watch: Watch) -> str:
+    """Run it, and tell that it ran, or where it ran out of memory or failed; an error is printed.
+
+    Args:
+        run: trains, watched by `watch`.
+        watch: knows where it is.
+    """
+    try:
+        run()
+    except Exception as error:  # the rows after this one are measured all the same
+        if is_out_of_memory(error):
+            return f"out of memory {watch.place}"
+        traceback.print_exc()
+        return f"{FAILED} {watch.place}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return RAN
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: the device's, also where cuBLAS tells it, or what can be pinned of the host's."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "status_alloc_failed" in text)
 
 
 def made_up_batch(module: Module, rows: int, tokens: int) -> dict[str, Tensor]:
