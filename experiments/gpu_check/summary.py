@@ -249,7 +249,7 @@ def _copies(rows: Rows) -> list[str]:
 
 def _gib(nbytes: int | str) -> str:
     figure = int(nbytes) / GIB
-    return f"{figure:.2f}" if figure >= 1 else f"{figure:.4f}"
+    return f"{figure:.2f}" if figure >= 1 or not figure else f"{figure:.4f}"
 
 
 def _span(values: Iterable[str], word: Callable[[str], str]) -> str:
