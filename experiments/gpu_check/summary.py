@@ -117,7 +117,8 @@ def _errors(profile: Profile, rows: Rows) -> list[str]:
         short = [n for n, row in ran.items() if profile.device.needed_bytes(int(row["planned"])) < int(row["driver"])]
         sentences.append(
             "What the planner says a GPU must have (the peak, 3 % and 1 GiB) is at least what the driver counts in "
-            f"{len(ran) - len(short)} of {len(ran)}" + (f"; not in: {'; '.join(short)}." if short else ".")
+            f"{len(ran) - len(short)} of {len(ran)}"
+            + (f"; not in: {'; '.join(short)} (torch keeps what it has taken, needed or not)." if short else ".")
         )
     return [" ".join(sentences)]
 
