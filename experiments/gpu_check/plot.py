@@ -32,7 +32,7 @@ def plot(profile: Profile, measured: Measured, path: Path) -> None:
     _memory(axes["memory"], measured.memory, int(measured.card["total"]))
     _speed(axes["speed"], measured.speed)
     _paging(axes["paging"], measured)
-    figure.suptitle(measured.card["card"])
+    figure.suptitle(measured.card["card"], y=0.995)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
@@ -68,7 +68,7 @@ def _speed(axis: Any, rows: Rows) -> None:
     slowest = [count / max(times.cycles_ms) for count, times in zip(tokens, contestants, strict=True)]
     fastest = [count / min(times.cycles_ms) for count, times in zip(tokens, contestants, strict=True)]
     colors = ["tab:orange" if times.name.startswith("HiFT") else "tab:gray" for times in contestants]
-    _bars(axis, [times.name for times in contestants], speeds, slowest, fastest, colors)
+    _bars(axis, [times.name for times in contestants], speeds, slowest, fastest, colors, "{:,.0f}")
     axis.set_xlabel("tokens per second: median, slowest and fastest cycle")
     axis.set_title("Speed")
 
@@ -78,7 +78,7 @@ def _paging(axis: Any, measured: Measured) -> None:
     medians = [times.median for times in ways]
     slowest, fastest = ([pick(times.cycles_ms) for times in ways] for pick in (max, min))
     colors = ["tab:gray" if PAGING[times.name].compared is None else "tab:orange" for times in ways]
-    _bars(axis, [times.name for times in ways], medians, fastest, slowest, colors)
+    _bars(axis, [times.name for times in ways], medians, fastest, slowest, colors, "{:,.1f}")
     compared = {each.times.name: each for each in paged(measured.paging, measured.copies)}
     for place, times in enumerate(ways):
         if each := compared.get(times.name):
@@ -90,13 +90,12 @@ def _paging(axis: Any, measured: Measured) -> None:
 
 
 def _bars(
-    axis: Any, names: list[str], values: list[float], low: list[float], high: list[float], colors: list[str]
+    axis: Any, names: list[str], values: list[float], low: list[float], high: list[float], colors: list[str], fmt: str
 ) -> None:
     errors = [
         [value - each for value, each in zip(values, low, strict=True)],
         [each - value for value, each in zip(values, high, strict=True)],
     ]
     bars = axis.barh(names, values, color=colors, xerr=errors, ecolor="black", capsize=3)
-    axis.bar_label(bars, fmt="{:,.4g}", padding=4, fontsize=8)
+    axis.bar_label(bars, fmt=fmt, label_type="center", color="white", fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.15)

@@ -125,33 +125,44 @@ CUDA = Profile(
     copied=256 * 2**20,
 )
 
-_SMALL = tuple(
-    f"model.network.config.{name}={value}"
-    for name, value in {
-        "hidden_size": 128,
-        "intermediate_size": 352,
-        "vocab_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }.items()
-)
+
+def _overrides(**config: object) -> tuple[str, ...]:
+    return tuple(f"model.network.config.{name}={value}" for name, value in config.items())
+
+
+_NARROW = _overrides(hidden_size=128, num_attention_heads=4)
+_LLAMA = (*_NARROW, *_overrides(intermediate_size=352, num_key_value_heads=4, vocab_size=512))
+_SMALL = {
+    "LLaMA-7B": (*_LLAMA, *_overrides(num_hidden_layers=4)),
+    "RoBERTa-base": (
+        *_NARROW,
+        *_overrides(intermediate_size=352, vocab_size=600, num_hidden_layers=2),
+        # for dropout in attention, torch takes a kernel on the simulated accelerator that keeps the scores
+        "+model.network.config.attention_probs_dropout_prob=0.0",
+    ),
+    "GPT2-medium": (*_NARROW, *_overrides(vocab_size=1200, num_hidden_layers=2)),
+    "GPT-Neo-2.7B": (
+        *_NARROW,
+        *_overrides(vocab_size=512, num_hidden_layers=2, attention_types="[[[global,local],1]]"),
+        *_overrides(max_position_embeddings=64),
+    ),
+}
 _SMALL_CELLS = (
-    "AdamW, fp32, full",
-    "AdamW, fp32, HiFT",
-    "AdamW, mixed, HiFT",
-    "AdamW, Mixed^Hi, HiFT",
-    "SGDM, fp32, full",
-    "SGDM, fp32, HiFT",
-    "AdamW, Mixed^Hi, fused, checkpointing",
+    "LLaMA-7B, AdamW, fp32, full",
+    "LLaMA-7B, AdamW, fp32, HiFT",
+    "LLaMA-7B, AdamW, Mixed^Hi, HiFT",
+    "LLaMA-7B, SGDM, fp32, full",
+    "LLaMA-7B, SGDM, fp32, HiFT",
+    "LLaMA-7B, AdamW, Mixed^Hi, fused, checkpointing",
+    "RoBERTa-base, AdamW, mixed, HiFT",
+    "GPT2-medium, AdamW, Mixed^Hi, HiFT",
+    "GPT-Neo-2.7B, AdamW, fp32, HiFT",
 )
 
 
 def _small_cells() -> dict[str, Job]:
-    depth = "model.network.config.num_hidden_layers=4"
-    return {
-        f"small LLaMA, {name}": dataclasses.replace(CUDA.cells[f"LLaMA-7B, {name}"], overrides=(*_SMALL, depth))
-        for name in _SMALL_CELLS
-    }
+    jobs = {name: CUDA.cells[name] for name in _SMALL_CELLS}
+    return {f"small {name}": dataclasses.replace(job, overrides=_SMALL[job.model]) for name, job in jobs.items()}
 
 
 SIM = Profile(
@@ -164,7 +175,7 @@ SIM = Profile(
     rounds=2,
     cycles=2,
     copied=2**20,
-    size=_SMALL,
+    size=_LLAMA,
 )
 
 PROFILES = {profile.device.type: profile for profile in (CUDA, SIM)}

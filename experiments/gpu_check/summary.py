@@ -114,11 +114,12 @@ def _errors(profile: Profile, rows: Rows) -> list[str]:
         f"by {_median(found['requested'])}."
     ]
     if profile.device.type == "cuda":
-        short = [n for n, row in ran.items() if profile.device.needed_bytes(int(row["planned"])) < int(row["driver"])]
+        more = {n: int(row["driver"]) - profile.device.needed_bytes(int(row["planned"])) for n, row in ran.items()}
+        most = max(more, key=more.__getitem__)
         sentences.append(
             "What the planner says a GPU must have (the peak, 3 % and 1 GiB) is at least what the driver counts in "
-            f"{len(ran) - len(short)} of {len(ran)}"
-            + (f"; not in: {'; '.join(short)} (torch keeps what it has taken, needed or not)." if short else ".")
+            f"{sum(bytes_more <= 0 for bytes_more in more.values())} of {len(ran)}; the most beyond it is "
+            f"{more[most] / GIB:+.2f} GiB ({most}). Torch keeps what it has taken from the driver, needed or not."
         )
     return [" ".join(sentences)]
 
@@ -202,7 +203,7 @@ def _paging(measured: Measured) -> list[str]:
     legend = (
         'The model above. Longer by: against the same update with `offload="none"`, where nothing is moved. Copies '
         "alone: what the bytes of a step would take at the bandwidth of pinned copies below. Hidden: the part of that "
-        "by which the step is not longer; negative where it is longer by more than that. Waited: between marks in the "
+        "by which the step is not longer; nothing where it is longer by more than that. Waited: between marks in the "
         "stream that computes, around paging in at the update (what prefetching in backward has left, and the wait for "
         "it) and around parking; `streamed` does both piece by piece in the update, which marks cannot tell apart."
     )
@@ -216,9 +217,13 @@ def _of_paged(found: Paged | None) -> list[str]:
     waits = []
     for what in ("page_in", "park"):
         hidden = found.hidden_of(what)
-        waits.append("" if hidden is None else f"{found.times.mean(f'{what}_ms'):.2f} ({hidden:.0%})")
+        waits.append("" if hidden is None else f"{found.times.mean(f'{what}_ms'):.2f} ({_share(hidden)})")
     alone = f"{found.page_in_ms:.2f} + {found.park_ms:.2f}"
-    return [f"{found.extra_ms:+.1f}", ", ".join(moved), alone, f"**{found.hidden:.0%}**", *waits]
+    return [f"{found.extra_ms:+.1f}", ", ".join(moved), alone, f"**{_share(found.hidden)}**", *waits]
+
+
+def _share(hidden: float) -> str:
+    return f"{max(hidden, 0.0):.0%}"
 
 
 def _ms(times: Times) -> str:

@@ -169,9 +169,9 @@ def made_up_batch(module: Module, rows: int, tokens: int) -> dict[str, Tensor]:
     """A batch on the CPU, of the tensors that the module's blank one has."""
     batch = {name: torch.ones_like(blank, device="cpu") for name, blank in module.blank_batch(rows, tokens).items()}
     generator = torch.Generator().manual_seed(0)
-    vocabulary = module.network.config.vocab_size  # type: ignore[union-attr]
+    vocabulary = max(part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding))
     # the first few tokens of a vocabulary have meanings of their own, such as padding
-    batch["input_ids"] = torch.randint(4, vocabulary, (rows, tokens), generator=generator)  # type: ignore[arg-type]
+    batch["input_ids"] = torch.randint(4, vocabulary, (rows, tokens), generator=generator)
     if batch["labels"].shape == batch["input_ids"].shape:
         batch["labels"] = batch["input_ids"]
     return batch

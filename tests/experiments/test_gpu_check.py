@@ -16,7 +16,8 @@ from experiments.gpu_check.__main__ import main
 from experiments.gpu_check.card import layers_for
 from experiments.gpu_check.figures import paged, pairs
 from experiments.gpu_check.memory import measure_memory
-from experiments.gpu_check.paging import measure_paging
+from experiments.gpu_check.paging import measure_copies, measure_paging
+from experiments.gpu_check.plot import plot
 from experiments.gpu_check.profiles import CONTESTANTS, COPIES, CUDA, HERE, PAGING, SIM
 from experiments.gpu_check.record import Measured, Record, in_rounds, waiting_for_packages
 from experiments.gpu_check.speed import measure_speed
@@ -28,9 +29,8 @@ from tests.pages import ROOT
 pytestmark = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
 
 LAYERS = 2
-FULL, HIFT, TOO_LARGE = (
-    f"small LLaMA, {cell}" for cell in ("SGDM, fp32, full", "SGDM, fp32, HiFT", "AdamW, fp32, full")
-)
+LLAMA = "small LLaMA-7B"
+FULL, HIFT, TOO_LARGE = (f"{LLAMA}, {cell}" for cell in ("SGDM, fp32, full", "SGDM, fp32, HiFT", "AdamW, fp32, full"))
 
 
 def as_recorded(values):
@@ -99,6 +99,13 @@ def test_a_cell_that_fits_takes_what_is_planned(memory, name):
     assert row["outcome"] == "ran"
     assert int(row["allocated"]) == pytest.approx(int(row["planned"]), rel=0.001)
     assert int(row["pinned"]) == pytest.approx(int(row["parked"]), rel=0.001)
+
+
+@pytest.mark.parametrize("name", [name for name in SIM.cells if not name.startswith(LLAMA)])
+def test_a_cell_of_another_kind_of_model_runs_too(name):
+    row = measure_memory(name, SIM)
+    assert row["outcome"] == "ran"
+    assert row["allocated"] == pytest.approx(row["planned"], rel=0.001)
 
 
 def test_hift_takes_less_than_full_fine_tuning(memory):
@@ -177,12 +184,51 @@ def test_the_page_has_every_row_and_says_which_are_missing(memory, paging, speed
     assert page.startswith("**Not a GPU page**")
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in page.splitlines() if line.startswith("| ")}
     assert {*SIM.cells, *PAGING, *CONTESTANTS, *COPIES} <= set(lines)
-    assert "not measured yet" in lines["small LLaMA, AdamW, fp32, HiFT"]
+    assert "not measured yet" in lines[f"{LLAMA}, AdamW, fp32, HiFT"]
     assert "out of memory in step 2, forward" in lines[TOO_LARGE]
     assert "it needs `pip install bitsandbytes`" in lines["paged 8-bit AdamW, 16-bit weights"]
     changed = dataclasses.replace(measured, memory={HIFT: {**memory[HIFT], "outcome": "failed somewhere: KeyError: 1"}})
     assert changed.failed == [HIFT]
     assert "failed somewhere: KeyError: 1" in summary(SIM, changed)
+
+
+def test_the_page_of_a_gpu_compares_the_drivers_count_with_what_a_plan_says_is_needed(tmp_path):
+    gib = 2**30
+    figures = {
+        "outcome": "ran",
+        "planned": 10 * gib,
+        "allocated": 11 * gib,
+        "requested": 10 * gib,
+        "driver_before": gib,
+    }
+    # needed are 11.3 GiB
+    rows = {name: as_recorded({**figures, "driver": n * gib}) for name, n in zip(CUDA.cells, (11, 12), strict=False)}
+    of_card = {"device": "cuda", "card": "H100", "total": 80 * gib, "driver": 1, "cuda": 12, "host": gib, "layers": 12}
+    measured = Measured(as_recorded({**of_card, **dict.fromkeys(card.PACKAGES, 1)}), {}, {}, {}, rows)
+    page = summary(CUDA, measured)
+    assert page.startswith("H100, 80.00 GiB; ")
+    assert "off the plan's peak by +10.00% in the median" in page
+    assert f"in 1 of 2; the most beyond it is +0.70 GiB ({list(rows)[1]})" in page
+    plot(CUDA, measured, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(CUDA.device.missing() is not None, reason=str(CUDA.device.missing()))
+def test_the_same_in_small_runs_on_cuda():
+    small = dataclasses.replace(SIM, device=CUDA.device)
+    row = measure_memory(HIFT, small)
+    assert row["outcome"] == "ran"
+    assert 0 < row["requested"] <= row["allocated"] <= row["reserved"] <= row["driver"]
+    assert row["pinned"] >= row["parked"] > 0
+    contestants = in_rounds(CONTESTANTS, 1)
+    waiting = [name for names in waiting_for_packages(contestants).values() for name in names]
+    for measured in (
+        measure_copies(COPIES[0], small),
+        *(measure_paging(name, small, LAYERS) for name in in_rounds(PAGING, 1)),
+        *(measure_speed(name, small, LAYERS) for name in contestants if name not in waiting),
+    ):
+        assert measured["outcome"] == "ran"
 
 
 def test_an_error_ends_its_row_and_memory_that_ran_out_is_told_apart():
