@@ -3,8 +3,9 @@
 import csv
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +22,8 @@ class Table:
     rows: tuple[str, ...]
     measure: Callable[[str], dict[str, object]]
     """Called in a process of its own, with the name of a row."""
+    if_killed: Mapping[str, object] | None = None
+    """What is written of a row whose process was killed (by the system, for want of memory); `None`: it is an error."""
 
     def load(self) -> Rows:
         """The rows measured so far, in the table's order."""
@@ -49,7 +52,12 @@ class Table:
     def _complete_row(self, name: str) -> None:
         print(f"{self.path.name}: {name}", flush=True)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            values = pool.submit(self.measure, name).result()
+            try:
+                values = pool.submit(self.measure, name).result()
+            except BrokenProcessPool:
+                if self.if_killed is None:
+                    raise
+                values = dict(self.if_killed)
         with _WRITING:
             rows = {**self.load(), name: {"name": name, **{key: str(value) for key, value in values.items()}}}
             self._write([rows[each] for each in self.rows if each in rows])

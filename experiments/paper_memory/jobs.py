@@ -18,6 +18,8 @@ from hift_lightning.strategies import HiFTStrategy
 
 HERE = Path(__file__).parent
 
+Module = ClassificationModule | LanguageModelingModule
+
 BATCH, LENGTH = 8, 512
 
 MODELS = {
@@ -78,25 +80,27 @@ class Job:
     strategy: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
-    def module(self) -> ClassificationModule | LanguageModelingModule:
-        """The application's module as `python train.py` builds it, without memory for its weights."""
+    def module(self, device: torch.device | str = "meta") -> Module:
+        """The application's module as `python train.py` builds it, with random weights on a device or no memory."""
         words = [f"model={MODELS[self.model]}", "model.pretrained=null", *OPTIMIZERS[self.optimizer], *self.overrides]
         with initialize_config_module("hift_lightning.conf", version_base="1.3"):
             cfg = compose("train", words)
-        with torch.device("meta"):
+        with torch.device(device):
             network = instantiate(cfg.model.network, tokenizer=None)
         if self.method == FULL_CHECKPOINTING:
             network.gradient_checkpointing_enable()
-        module: ClassificationModule | LanguageModelingModule = instantiate(cfg.model.module)(
-            network, instantiate(cfg.optimizer), None
-        )
+        module: Module = instantiate(cfg.model.module)(network, instantiate(cfg.optimizer), None)
         return module
 
-    def plan(self, module: ClassificationModule | LanguageModelingModule, batch: int, length: int) -> Plan:
+    def hift(self) -> HiFTStrategy | None:
+        """The strategy; `None` for full fine-tuning."""
+        if self.method != "HiFT":
+            return None
+        return HiFTStrategy(group_size=1, master_weights=self.precision == "Mixed^Hi", **self.strategy)
+
+    def plan(self, module: Module, batch: int, length: int) -> Plan:
         """Plan the step with batches of that many rows of that many tokens."""
-        strategy: HiFTStrategy | Literal["full"] = "full"
-        if self.method == "HiFT":
-            strategy = HiFTStrategy(group_size=1, master_weights=self.precision == "Mixed^Hi", **self.strategy)
+        strategy: HiFTStrategy | Literal["full"] = self.hift() or "full"
         return plan(module, strategy, module.blank_batch(batch, length), precision=PRECISIONS[self.precision])
 
 

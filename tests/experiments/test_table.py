@@ -1,6 +1,10 @@
 """The record of an experiment: rows are measured once, and again only where that is asked for."""
 
 import os
+import signal
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
 
 from experiments.parked_dtype.runs import RUNS, summary
 from experiments.table import Table
@@ -22,6 +26,18 @@ def test_only_missing_rows_are_measured_each_by_a_process_of_its_own(tmp_path):
     table.complete(["second"], again=True)
     assert table.load()["second"] != after["second"]
     assert len({row["process"] for row in after.values()} | {str(os.getpid())}) == 4
+
+
+def killed(name):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_row_whose_process_is_killed_says_so_where_that_is_foreseen(tmp_path):
+    foreseen = Table(tmp_path / "record.csv", ("row",), killed, if_killed={"outcome": "killed"})
+    foreseen.complete(["row"], again=False)
+    assert foreseen.load() == {"row": {"name": "row", "outcome": "killed"}}
+    with pytest.raises(BrokenProcessPool):
+        Table(tmp_path / "other.csv", ("row",), killed).complete(["row"], again=False)
 
 
 def test_the_page_on_parked_dtype_compares_the_runs_of_each_seed():

@@ -1,0 +1,92 @@
+"""What has been measured, and what measures it."""
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.gpu_check.card import measure_card
+from experiments.gpu_check.memory import measure_memory
+from experiments.gpu_check.paging import measure_copies, measure_paging
+from experiments.gpu_check.profiles import CONTESTANTS, COPIES, PAGING, Profile
+from experiments.gpu_check.speed import measure_speed
+from experiments.gpu_check.training import FAILED, KILLED
+from experiments.table import Row, Rows, Table
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows of each table, as far as they are there.
+
+    Attributes:
+        card: the card, what runs on it, and the layers of the model whose times are measured.
+        copies: bandwidth between host and device.
+        paging: times with and without paging, in rounds.
+        speed: times of the contestants, in rounds.
+        memory: the cells of the memory table.
+    """
+
+    card: Row
+    copies: Rows
+    paging: Rows
+    speed: Rows
+    memory: Rows
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the rows that an error has ended."""
+        tables = (self.copies, self.paging, self.speed, self.memory)
+        return [name for rows in tables for name, row in rows.items() if row["outcome"].startswith(FAILED)]
+
+
+def in_rounds(names: Mapping[str, object], rounds: int) -> tuple[str, ...]:
+    """Names of rows, in the order in which they take turns."""
+    return tuple(f"{name}, round {turn + 1}" for turn in range(rounds) for name in names)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The files of a profile in a folder."""
+
+    profile: Profile
+    folder: Path
+
+    @property
+    def card(self) -> Table:
+        """The card has one row."""
+        return Table(self.folder / "card.csv", ("card",), functools.partial(measure_card, profile=self.profile))
+
+    def tables(self, layers: int) -> tuple[Table, ...]:
+        """All others, in the order in which they are measured: what is quick comes first.
+
+        Args:
+            layers: of the model whose times are measured.
+        """
+        profile, folder = self.profile, self.folder
+        paging = functools.partial(measure_paging, profile=profile, layers=layers)
+        speed = functools.partial(measure_speed, profile=profile, layers=layers)
+        return (
+            Table(folder / "copies.csv", COPIES, functools.partial(measure_copies, profile=profile)),
+            Table(folder / "paging.csv", in_rounds(PAGING, profile.rounds), paging, KILLED),
+            Table(folder / "speed.csv", in_rounds(CONTESTANTS, profile.rounds), speed, KILLED),
+            Table(
+                folder / "memory.csv", tuple(profile.cells), functools.partial(measure_memory, profile=profile), KILLED
+            ),
+        )
+
+    def load(self) -> Measured:
+        """What has been measured so far."""
+        copies, paging, speed, memory = (table.load() for table in self.tables(layers=0))
+        return Measured(self.card.load().get("card", {}), copies, paging, speed, memory)
+
+
+def waiting_for_packages(rows: tuple[str, ...]) -> dict[str, list[str]]:
+    """Rows of contestants whose package is not installed, by package."""
+    waiting: dict[str, list[str]] = {}
+    for row in rows:
+        contestant = CONTESTANTS.get(row.rpartition(", round ")[0])
+        package = contestant and contestant.package
+        if package and importlib.util.find_spec(package) is None:
+            waiting.setdefault(package, []).append(row)
+    return waiting
