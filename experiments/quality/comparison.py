@@ -86,16 +86,18 @@ def _by_seed(found: Accuracies, method: str, data_sets: Collection[str]) -> list
     return [statistics.fmean(values) for values in zip(*columns, strict=True)]
 
 
-def missing(search: Rows, final: Rows) -> list[str]:
-    """Pairs of a data set and a method without all their final runs, in words."""
-    both = accuracies(final, equal_time).keys() & accuracies(final, equal_steps).keys()
-    names = [(data_set, method) for data_set in DATA_SETS for method in CONTESTANTS]
+def missing(search: Rows, final: Rows) -> dict[str, list[str]]:
+    """For each data set the methods without all their final runs there, with a word where some runs are there."""
+    there = accuracies(final, equal_time).keys() & accuracies(final, equal_steps).keys()
     begun = {(row["data_set"], row["method"]) for row in [*search.values(), *final.values()]}
-    return [
-        f"{data_set}, {method}{' (begun)' if (data_set, method) in begun else ''}"
-        for data_set, method in names
-        if (data_set, method) not in both
-    ]
+    return {
+        data_set: [
+            f"{method} (begun)" if (data_set, method) in begun else method
+            for method in CONTESTANTS
+            if (data_set, method) not in there
+        ]
+        for data_set in DATA_SETS
+    }
 
 
 def chosen_exponents(rows: Rows) -> dict[tuple[str, str], int]:

@@ -55,13 +55,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        "## In equal time",
-        f"As many steps as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
-        _table(in_time, equal_time),
-        "![Accuracy over full fine-tuning](quality.png)",
-        "## In equal steps",
-        f"{STEPS} steps each.",
-        _table(in_steps, equal_steps),
+        *_accuracies(in_time, in_steps),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'of full' is the median of the ratio in the same rounds. Peak bytes are counted on the simulated "
@@ -74,6 +68,20 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         _missing(search, final),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _accuracies(in_time: Accuracies, in_steps: Accuracies) -> list[str]:
+    if not in_time:
+        return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
+    return [
+        "## In equal time",
+        f"As many steps as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
+        _table(in_time, equal_time),
+        "![Accuracy over full fine-tuning](quality.png)",
+        "## In equal steps",
+        f"{STEPS} steps each.",
+        _table(in_steps, equal_steps),
+    ]
 
 
 def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
@@ -142,7 +150,9 @@ def _points(row: dict[str, str], column: str) -> str:
 
 
 def _missing(search: Rows, final: Rows) -> str:
-    names = missing(search, final)
-    if not names:
-        return ""
-    return f"## Not run yet\n\n{len(names)} of the pairs of a data set and a method: {'; '.join(names)}."
+    by_data_set = {name: methods for name, methods in missing(search, final).items() if methods}
+    lines = [
+        f"- {name}: {'all methods' if methods == list(CONTESTANTS) else '; '.join(methods)}"
+        for name, methods in by_data_set.items()
+    ]
+    return "\n".join(["## Not run yet", "", *lines]) if lines else ""
