@@ -51,7 +51,11 @@ def recorded_in_quality(chosen: Run) -> dict[str, object] | None:
         return None
     there = quality.Run(DATA, method, chosen.exponent, chosen.steps, chosen.seed)
     row = {**quality.SEARCH.load(), **quality.FINAL.load()}.get(there.name)
-    return row and {key: value for key, value in row.items() if key not in {"name", "rate", *there._fields}}
+    return (
+        None
+        if row is None
+        else {key: value for key, value in row.items() if key not in {"name", "rate", *there._fields}}
+    )
 
 
 def _runs(seeds: Collection[int]) -> dict[str, Run]:
