@@ -204,12 +204,12 @@ def _phases(shares: Rows) -> str:
         )
     if not lines:
         return ""
+    threads = " or ".join(sorted({row["threads"] for row in shares.values()}))
     return (
         "## Phases\n\n"
-        f"Milliseconds of the mean step, and shares of it, of the {SIZE} model on the simulated accelerator "
-        f"({' or '.join(sorted({row['threads'] for row in shares.values()}))} threads), where paging in and parking are copies "
-        "of memory, one at a time; on the CPU itself nothing would be copied. "
-        "Updating inside backward (fused) counts as update. 'Rest' is what the Trainer does between. The batch is "
-        "among the bytes to the device.\n\n"
+        f"Milliseconds of the mean step, and shares of it, of the {SIZE} model on the simulated accelerator ({threads} "
+        "threads), where paging in and parking are copies of memory, one at a time; on the CPU itself nothing would be "
+        "copied. Updating inside backward (fused) counts as update. 'Rest' is what the Trainer does between. The batch "
+        "is among the bytes to the device.\n\n"
         + markdown(["", "ms per step", *PHASES, "bytes to the device", "bytes to the host"], lines)
     )

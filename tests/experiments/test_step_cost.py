@@ -90,7 +90,7 @@ def test_what_is_missing_is_named():
         name: Measured(run.task, 2, 1, {each: invented(each) for each in run.contestants}) for name, run in RUNS.items()
     }
     phases = {
-        name: {**{f"{phase}_ms": "2" for phase in PHASES}, "to_device_bytes": "1", "to_host_bytes": "2"}
+        name: {**{f"{phase}_ms": "2" for phase in PHASES}, "threads": "2", "to_device_bytes": "1", "to_host_bytes": "2"}
         for name in SHARES.rows
     }
     assert "Not measured yet" not in summary(times, phases, {})
