@@ -38,7 +38,7 @@ def phase(name: str, row: Row) -> str:
     return "forward + backward, with the update" if fused else "forward + backward"
 
 
-def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows, step_time: Rows) -> str:
+def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows) -> str:
     """All that has been measured so far."""
     parts = [
         f"{Task()}. P is the bytes of the fp32 weights. Versions: {', '.join(map(_version, PACKAGES))}.",
@@ -50,8 +50,6 @@ def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows, step_time: Rows)
         *_depth(depth),
         '## Host memory: `offload="cpu"` and `offload=<folder>`',
         *_offload(offload),
-        "## Step time on the CPU",
-        *_step_time(step_time),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -177,24 +175,4 @@ def _offload(rows: Rows) -> list[str]:
         found.append(
             f"RssAnon differs by {difference:,} bytes, {difference / parked:.4f} of the {parked:,} that are parked."
         )
-    return found
-
-
-def _step_time(rows: Rows) -> list[str]:
-    found = []
-    for row in rows.values():
-        legend = (
-            f"The model of `experiments.step_cost`, default window, {row['threads']} threads, {row['cycles']} cycles; "
-            "the three take turns, a cycle each; the median over cycles of the mean step."
-        )
-        lines = [
-            [
-                update,
-                f"{float(row[f'{update}_ms']):.1f}",
-                f"{float(row[f'{update}_fastest_ms']):.1f} to {float(row[f'{update}_slowest_ms']):.1f}",
-                f"{float(row[f'{update}_ms']) / float(row['block_ms']):.3f}",
-            ]
-            for update in ("block", "streamed", "fused")
-        ]
-        found += [legend, markdown(["update", "ms per step", "fastest to slowest cycle", "of `block`"], lines)]
     return found

@@ -1,6 +1,5 @@
 """What is measured: tables of rows, each row by a process of its own."""
 
-import functools
 from pathlib import Path
 
 from experiments.memory.cap import CAPPED, measure_cap
@@ -8,7 +7,6 @@ from experiments.memory.depth import DEPTHS, measure_depth
 from experiments.memory.host import OFFLOADS, measure_offload
 from experiments.memory.methods import METHODS, OURS
 from experiments.memory.task import Task
-from experiments.memory.times import STEP_TIMES, measure_step_times
 from experiments.table import Table
 
 HERE = Path(__file__).parent
@@ -42,12 +40,3 @@ PEAKS = Table(HERE / "results.csv", tuple(METHODS), measure_method)
 CAP = Table(HERE / "cap.csv", CAPPED, measure_cap)
 DEPTH = Table(HERE / "depth.csv", tuple(DEPTHS), measure_depth)
 OFFLOAD = Table(HERE / "offload.csv", OFFLOADS, measure_offload)
-
-
-def step_time(cycles: int) -> Table:
-    """The table of step times.
-
-    Args:
-        cycles: that are measured, of each way to update.
-    """
-    return Table(HERE / "step_time.csv", STEP_TIMES, functools.partial(measure_step_times, cycles=cycles))

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
-from experiments.quality.methods import CONTESTANTS, Batch, Training
+from experiments.quality.methods import CONTESTANTS, Batch, Method, Training
 from experiments.quality.training import batches, network_for
 from experiments.table import Rows, Table
 from tests import simulated_accelerator as sim
@@ -115,15 +115,20 @@ def _means(values: list[float], count: int) -> list[float]:
 
 
 def measure_bytes(row: str) -> dict[str, object]:
-    """Most bytes in use on the simulated accelerator in the second and third turn, batches as long as they can be."""
+    """Most bytes in use on the simulated accelerator, by a method and a batch size."""
     name, batch_size = ROWS[row]
+    return {"method": name, "batch_size": batch_size, **count_bytes(CONTESTANTS[name].method, batch_size)}
+
+
+def count_bytes(method: Method, batch_size: int) -> dict[str, object]:
+    """Most bytes in use on the simulated accelerator in the second and third turn, batches as long as they can be."""
     sim.load()
     torch.manual_seed(0)
     data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0, batch_size=batch_size)
     before = sim.memory_allocated()
     network = network_for(data).train().to("sim")
     weights = sim.memory_allocated() - before
-    training = CONTESTANTS[name].method(network, RATE, MANY, 0)
+    training = method(network, RATE, MANY, 0)
     for number in range(3 * TURN):
         ids = torch.randint(1000, 20_000, (batch_size, MAX_LENGTH))
         labels = torch.randint(2, (batch_size,))
@@ -134,7 +139,7 @@ def measure_bytes(row: str) -> dict[str, object]:
         training.step(batch)
         del batch
     peak = sim.max_memory_allocated() - before
-    return {"method": name, "batch_size": batch_size, "weights_bytes": weights, "peak_bytes": peak}
+    return {"weights_bytes": weights, "peak_bytes": peak}
 
 
 ROWS = {f"{name}, batch {BATCH_SIZE}": (name, BATCH_SIZE) for name in CONTESTANTS}

@@ -1,7 +1,7 @@
 """Which runs there are: the search for each method's learning rate, and the final runs with it."""
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -60,10 +60,7 @@ DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:
-    """The exponent of the rate with the highest validation accuracy, of equal ones that with the lower loss.
-
-    From the guess the grid is climbed until both neighbours of the best rate have been tried.
-    """
+    """The exponent of the best rate of a method; see `climb`."""
     contestant = CONTESTANTS[method]
 
     def tried(exponent: int) -> Row:
@@ -73,17 +70,30 @@ def best_exponent(data_set: str, method: str, again: bool = False) -> int:
         return SEARCH.load()[name]
 
     done: set[str] = set()
-    best = contestant.guess
+    return climb(contestant.guess, tried)
+
+
+def climb(guess: int, tried: Callable[[int], Row], exponents: Collection[int] = EXPONENTS) -> int:
+    """The exponent of the rate with the highest validation accuracy, of equal ones that with the lower loss.
+
+    From the guess the grid is climbed until both neighbours of the best rate have been tried.
+
+    Args:
+        guess: exponent at which to begin.
+        tried: gives the row of a run at the rate of an exponent.
+        exponents: the grid.
+    """
+
+    def merit(exponent: int) -> tuple[float, float]:
+        row = tried(exponent)
+        return float(row["validation_accuracy"]), -float(row["validation_loss"])
+
+    best = guess
     while True:
-        near = [exponent for exponent in (best, best - 1, best + 1) if exponent in EXPONENTS]
-        winner = max(near, key=lambda exponent: _merit(tried(exponent)))
+        winner = max((exponent for exponent in (best, best - 1, best + 1) if exponent in exponents), key=merit)
         if winner == best:
             return best
         best = winner
-
-
-def _merit(row: Row) -> tuple[float, float]:
-    return float(row["validation_accuracy"]), -float(row["validation_loss"])
 
 
 def complete(data_sets: Collection[str], methods: Collection[str], again: bool, jobs: int) -> None:

@@ -53,7 +53,7 @@ def adamw(network: nn.Module, rate: float, betas: tuple[float, float] = BETAS) -
     return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=0.01, fused=True)
 
 
-def _by_gradient(
+def by_gradient(
     network: nn.Module,
     optimizer: Optimizer,
     steps: int,
@@ -61,6 +61,16 @@ def _by_gradient(
     delay: Callable[[Any], Any] = lambda scheduler: scheduler,
     finish: Callable[[], None] = lambda: None,
 ) -> Training:
+    """Steps of forward, backward, clipping and update, with the schedule.
+
+    Args:
+        network: what is trained.
+        optimizer: over its parameters.
+        steps: that the schedule is told.
+        begin: called at the beginning of each step.
+        delay: given the scheduler, returns what is stepped in its place.
+        finish: called at the end of training.
+    """
     scheduler = delay(linear(optimizer, steps, WARMUP))
 
     def step(batch: Batch) -> float:
@@ -78,7 +88,7 @@ def _by_gradient(
 
 def full(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
     """All weights at each step."""
-    return _by_gradient(network, adamw(network, rate), steps)
+    return by_gradient(network, adamw(network, rate), steps)
 
 
 def hift(betas: tuple[float, float] = BETAS, fresh_momentum: bool = False, **settings: Any) -> Method:
@@ -96,7 +106,7 @@ def hift(betas: tuple[float, float] = BETAS, fresh_momentum: bool = False, **set
 
         if fresh_momentum:
             optimizer.register_step_pre_hook(forget)  # after the engine's, which pages the block's state in
-        return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
+        return by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
 
     return method
 
@@ -117,7 +127,7 @@ def lisa(layers: int, period: int) -> Method:
                     layer.requires_grad_(layer in chosen)
             done += 1
 
-        return _by_gradient(network, adamw(network, rate), steps, begin)
+        return by_gradient(network, adamw(network, rate), steps, begin)
 
     return method
 
@@ -139,7 +149,7 @@ def badam(period: int) -> Method:
                 switch_mode="descending",
                 verbose=0,
             )
-        return _by_gradient(network, optimizer, steps)
+        return by_gradient(network, optimizer, steps)
 
     return method
 
@@ -155,7 +165,7 @@ def lora(rank: int, dora: bool = False) -> Method:
         network.requires_grad_(False)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_("lora_" in name or name.startswith("head."))
-        return _by_gradient(network, adamw(network, rate), steps)
+        return by_gradient(network, adamw(network, rate), steps)
 
     return method
 
@@ -176,7 +186,7 @@ def galore(rank: int) -> Method:
             *parameter_groups((name, p) for name, p in network.named_parameters() if p not in taken),
             {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
         ]
-        return _by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
+        return by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
 
     return method
 
@@ -187,7 +197,7 @@ def only(chosen: Callable[[str], bool]) -> Method:
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("head.") or chosen(name))
-        return _by_gradient(network, adamw(network, rate), steps)
+        return by_gradient(network, adamw(network, rate), steps)
 
     return method
 

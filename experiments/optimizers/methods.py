@@ -1,0 +1,77 @@
+"""The paper's five optimizers, each in full fine-tuning and under HiFT."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import SGD, Adafactor, Adagrad, Optimizer
+
+from experiments.quality import methods as quality
+from experiments.quality.methods import STEPS, Method, Training, adamw, by_gradient
+from hift_lightning import HiFT, HiFTSettings
+from hift_lightning.models.sentence_classifier import SentenceClassifier
+
+MOMENTUM = 0.9
+
+MakeOptimizer = Callable[[nn.Module, float], Optimizer]
+"""Called with the network and the highest learning rate."""
+
+# `foreach` would have temporaries of as many bytes as all weights of a step
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "AdamW": adamw,
+    "SGDM": lambda network, rate: SGD(network.parameters(), lr=rate, momentum=MOMENTUM, foreach=False),
+    "SGD": lambda network, rate: SGD(network.parameters(), lr=rate, foreach=False),
+    "Adafactor": lambda network, rate: Adafactor(network.parameters(), lr=rate, foreach=False),
+    "Adagrad": lambda network, rate: Adagrad(network.parameters(), lr=rate, foreach=False),
+}
+"""By the paper's names; AdamW as in `experiments.quality`, the others with torch's defaults besides the momentum."""
+
+
+def full(make: MakeOptimizer) -> Method:
+    """All weights at each step."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        return by_gradient(network, make(network, rate), steps)
+
+    return method
+
+
+def hift(make: MakeOptimizer) -> Method:
+    """This project's engine with its default settings."""
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        optimizer = make(network, rate)
+        engine = HiFT(network, optimizer, HiFTSettings(seed=seed))
+        engine.start()
+        return by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
+
+    return method
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer in full fine-tuning or under HiFT.
+
+    Args:
+        method: how it trains.
+        guess: exponent of the learning rate at which its search begins (see `rate_of` in `experiments.quality`).
+        steps: of its runs; the rate is searched with the last of them.
+        in_quality: what `experiments.quality` calls the same.
+    """
+
+    method: Method
+    guess: int
+    steps: tuple[int, ...]
+    in_quality: str | None = None
+
+
+_GUESSES = {"AdamW": (0, 2), "SGDM": (8, 9), "SGD": (10, 11), "Adafactor": (5, 6), "Adagrad": (4, 5)}
+_IN_QUALITY = {("AdamW", "full"): "full AdamW", ("AdamW", "HiFT"): "HiFT"}
+
+CONTESTANTS: dict[tuple[str, str], Contestant] = {}
+for _name, _make in OPTIMIZERS.items():
+    for _way, _method, _guess, _steps in (
+        ("full", full(_make), _GUESSES[_name][0], (STEPS,)),
+        ("HiFT", hift(_make), _GUESSES[_name][1], (STEPS, quality.CONTESTANTS["HiFT"].steps_in_time)),
+    ):
+        CONTESTANTS[_name, _way] = Contestant(_method, _guess, _steps, _IN_QUALITY.get((_name, _way)))
