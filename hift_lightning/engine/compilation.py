@@ -6,9 +6,9 @@ many graphs for 4 layers as for 80. What is compiled as a whole needs one for ea
 """
 
 import warnings
+from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -36,17 +36,13 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         )
     for layer in layers:
         if type(layer).forward.__module__.startswith("torch.nn."):
-            # Torch does not begin a graph in its own files, so there `layer.compile()` would have no effect.
-            layer._compiled_call_impl = torch.compile(_call(layer), **options)
-        else:
-            layer.compile(**options)
+            # Torch does not begin a graph in its own files, so there it is given a function of this one to begin in.
+            layer.forward = MethodType(_forward, layer)
+        layer.compile(**options)
 
 
-def _call(layer: nn.Module) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    return call
+def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 def warn_of_compiled_blocks(model: nn.Module, plan: Plan) -> None:

@@ -7,22 +7,24 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.tensor import DTensor
 
-from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from hift_lightning import HiFT, HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.compilation import compile_layers
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.planner import plan
 from tests.comparing import assert_same
-from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
+from tests.processes import run
+from tests.small_transformer import LAYERS, WIDTH, SmallTransformer, loader, make_batches, trainer
 
 DEPTHS = (2, 6)
 WHOLE = "is compiled with {} blocks in it"
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self, width=8):
         super().__init__()
-        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
 
     def forward(self, inputs):
         return inputs + self.linear(self.norm(inputs)).relu()
@@ -156,8 +158,10 @@ def test_under_lightning(whole):
     assert_same(*(dict(module.state_dict()) for module in modules))
 
 
-def test_a_copy_of_compiled_layers_has_weights_of_its_own():
+@pytest.mark.parametrize("kind", [Layer, lambda: nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0)])
+def test_a_copy_of_compiled_layers_has_weights_of_its_own(kind):
     model = Net(2)
+    model.layers = nn.ModuleList(kind() for _ in range(2))
     compile_layers(model, backend="eager")
     tokens = torch.zeros(1, 4, dtype=torch.long)
     clone = copy.deepcopy(model)
@@ -181,3 +185,38 @@ def test_a_model_without_layers_that_are_modules_is_refused():
     model.weights = nn.Parameter(torch.ones(2))
     with pytest.raises(ConfigurationError, match="finds no layer of `Module`"):
         compile_layers(model)
+
+
+class OwnLayers(SmallTransformer):
+    """Layers of a class that is not one of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(Layer(WIDTH) for _ in range(2))
+
+
+def trained_on_ranks(size):
+    rank, found = torch.distributed.get_rank(), []
+    own = slice(rank * size, (rank + 1) * size)
+    batches = [(tokens[own], labels[own]) for tokens, labels in make_batches(2 * LAYERS, size=2 * size)]
+    for strategy in (HiFTDDPStrategy, HiFTFSDP2Strategy):
+        for make_module in (SmallTransformer, OwnLayers):
+            weights, counter = [], CompileCounter()
+            for compiled in (False, True):
+                torch._dynamo.reset()
+                module = make_module()
+                if compiled:
+                    compile_layers(module, backend=counter)
+                trainer(strategy(), devices=2, use_distributed_sampler=False).fit(module, loader(batches))
+                state = module.state_dict()
+                weights.append({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in state.items()})
+            found.append((*weights, counter.frame_count))
+    return found
+
+
+def test_compiled_layers_train_alike_on_several_ranks():
+    for of_rank in run(trained_on_ranks, 2, 2):
+        for plain, compiled, graphs in of_rank:
+            assert_same(plain, compiled)
+            assert graphs == 3
