@@ -1,0 +1,98 @@
+"""The page in front of all experiments: one table and two pictures, from their CSV files.
+
+python -m experiments.front_page
+"""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.memory.tables import PEAKS
+from experiments.paper_memory.jobs import LLAMA7B
+from experiments.quality.comparison import FULL, accuracies, complete_data_sets, equal_time, over_data_sets
+from experiments.quality.cost import BYTES, times
+from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
+from experiments.quality.grid import FINAL
+from experiments.step_cost.runs import SIZES, TIMES
+from experiments.step_cost.summary import ratios
+from experiments.table import Row, markdown
+
+PAGE = Path(__file__).with_name("README.md")
+GIB, MIB = 2**30, 2**20
+NONE = "—"
+METHODS = (FULL, "HiFT", "LoRA")
+HEAD = ("", *METHODS, "page")
+
+
+def text() -> str:
+    """All of it."""
+    parts = [
+        "# Experiments",
+        "Each folder has the command, the raw results as CSV, a picture and a page in which every number comes from "
+        "them; `python -m experiments.NAME` computes what is missing and writes the page anew. This page is written by "
+        "`python -m experiments.front_page`.",
+        markdown(HEAD, [*_memory(), *_steps(), *_quality()]),
+        f"{NONE}: not run yet; for LoRA on LLaMA-7B there is no plan, since the paper's table has none.",
+        "![Peak bytes of each method](memory/memory.png)",
+        "![The paper's figures beside the planner's](paper_memory/paper_memory.png)",
+        "Nothing here was measured on a GPU: bytes are counted on a simulated accelerator or planned, times are of a "
+        "CPU. [gpu_check](gpu_check/summary.md) is the page that waits for one.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _line(words: str, cells: Iterable[str], page: str) -> list[str]:
+    return [words, *cells, f"[{page}]({page}/summary.md)"]
+
+
+def _memory() -> list[list[str]]:
+    peaks, planned, own = PEAKS.load(), LLAMA7B.load(), BYTES.load()
+    rows = [peaks[name] for name in ("full AdamW", "streamed", "LoRA r16")]
+    llama = [planned[f"LLaMA-7B, AdamW, {way}"] for way in ("mixed, full", "Mixed^Hi, HiFT")]
+    minilm = [own[f"{method}, batch {BATCH_SIZE}"] for method in METHODS]
+    return [
+        _line("peak over the bytes of the weights, small LLaMA", (f"{_over_weights(r):.2f}" for r in rows), "memory"),
+        _line("GFLOP of a step of it", (f"{float(r['gflop']):.1f}" for r in rows), "memory"),
+        _line(
+            "peak of LLaMA-7B, mixed precision (HiFT: Mixed^Hi), batch 8 x 512, GiB",
+            [*(f"{int(r['peak']) / GIB:.1f}" for r in llama), NONE],
+            "paper_memory",
+        ),
+        _line(
+            f"peak of MiniLM, batch {BATCH_SIZE} x {MAX_LENGTH}, MiB",
+            (f"{int(r['peak_bytes']) / MIB:.0f}" for r in minilm),
+            "quality",
+        ),
+    ]
+
+
+def _over_weights(row: Row) -> float:
+    return max(int(row["forward_backward_peak_bytes"]), int(row["update_peak_bytes"])) / int(row["weights_bytes"])
+
+
+def _steps() -> list[list[str]]:
+    lines, of_minilm = [], times()
+    for size, measured in TIMES.load().items():
+        if size in SIZES:
+            costs = [measured.costs[name] for name in (FULL, "HiFT block", "LoRA r16")]
+            over = [statistics.median(ratios(cost, costs[0])) for cost in costs]
+            lines.append(_line(f"time of a step over full's, {size} LLaMA", map("{:.2f}".format, over), "step_cost"))
+    over = [float(of_minilm[method]["time_of_full"]) for method in METHODS]
+    return [*lines, _line("time of a step over full's, MiniLM", map("{:.2f}".format, over), "quality")]
+
+
+def _quality() -> list[list[str]]:
+    found = accuracies(FINAL.load(), equal_time)
+    data_sets = complete_data_sets(found, METHODS)
+    cells = [str(over_data_sets(found, name, data_sets)) if data_sets else NONE for name in METHODS]
+    where = f", mean of {', '.join(data_sets)}" if data_sets else ""
+    return [_line(f"test accuracy in the time of full fine-tuning{where}", cells, "quality")]
+
+
+def main() -> None:
+    PAGE.write_text(text())
+    print(text())
+
+
+if __name__ == "__main__":
+    main()
