@@ -1,9 +1,9 @@
 """A callback that tells where the rotation is, what it does to each block and what a step costs."""
 
 import importlib.util
-import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +23,6 @@ from hift_lightning.callbacks.block_watch import BlockWatch
 from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.measure import ROLES, bytes_by_role
-
-_log = logging.getLogger(__name__)
 
 
 class HiFTMonitor(L.Callback):
@@ -191,7 +189,8 @@ class HiFTMonitor(L.Callback):
             self._end(trainer)
             self._show(trainer)
         except Exception as failure:  # the user is to see what has ended the training, and not this
-            _log.warning("HiFTMonitor could not show what it had measured until then: %r", failure)
+            # not by a logger, which on a full disk shows its own failure too
+            print(f"HiFTMonitor could not show what it had measured until then: {failure!r}", file=sys.stderr)
 
     def _end(self, trainer: L.Trainer) -> None:
         self._remove_hooks()

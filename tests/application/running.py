@@ -1,5 +1,6 @@
 """How the tests run the application: as a user does, in a process of its own."""
 
+import atexit
 import os
 import runpy
 import signal
@@ -80,7 +81,10 @@ def _as_main(
     os.environ.update(environment)
     sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.argv = [str(script), *overrides]
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing ends without
 
 
 def start_application(folder: Path, *overrides: str) -> subprocess.Popen[str]:

@@ -96,7 +96,7 @@ def test_stopped_by_a_signal_it_names_the_checkpoint_and_goes_on_from_it_exactly
     told = re.search(r"the last checkpoint is (\S+);", errors.strip().splitlines()[-1])
     assert told, errors
     # what was measured until then
-    assert re.search(r"Blocks\n.*\b3 +head ", output, re.S), output
+    assert re.search(r"Blocks *\n.*\b3 +head ", output, re.S), output
     assert "pictures: stopped/memory_timeline.png, stopped/block_timeline.png" in output
     assert_goes_on(tmp_path, told.group(1), straight)
 

@@ -200,7 +200,7 @@ def test_an_unfinished_cycle_is_logged_after_an_error_too(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("in a batch"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_what_fails_while_drawing_does_not_hide_the_error(error, tmp_path, monkeypatch, caplog):
+def test_what_fails_while_drawing_does_not_hide_the_error(error, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise OSError("no room for a picture")
 
@@ -209,7 +209,7 @@ def test_what_fails_while_drawing_does_not_hide_the_error(error, tmp_path, monke
     with pytest.raises(shown) as raised:
         stopped(HiFTMonitor(tmp_path), error)
     assert error in (raised.value, raised.value.__context__)
-    assert "could not show what it had measured until then: OSError('no room for a picture')" in caplog.text
+    assert "could not show what it had measured until then: OSError('no room for a picture')" in capsys.readouterr().err
 
 
 def test_nothing_is_shown_of_an_error_before_the_first_step_or_outside_of_fit(tmp_path, capsys):
