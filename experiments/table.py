@@ -14,6 +14,24 @@ Row = dict[str, str]
 Rows = dict[str, Row]
 
 
+def read_rows(path: Path) -> Rows:
+    """The rows of a CSV file by their column `name`, in its order; none if there is no such file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def write_rows(path: Path, rows: Collection[Mapping[str, object]]) -> None:
+    """Write rows with the columns that any of them has; until all is written, what was there stays."""
+    whole = path.with_suffix(".new")
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(whole, path)
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows in a file, by name; a row that is there is not measured again unless that is asked for."""
@@ -27,10 +45,7 @@ class Table:
 
     def load(self) -> Rows:
         """The rows measured so far, in the table's order."""
-        if not self.path.exists():
-            return {}
-        with self.path.open(newline="") as file:
-            known = {row["name"]: row for row in csv.DictReader(file)}
+        known = read_rows(self.path)
         return {name: known[name] for name in self.rows if name in known}
 
     def complete(self, chosen: Collection[str], again: bool, jobs: int = 1) -> None:
@@ -60,16 +75,7 @@ class Table:
                 values = dict(self.if_killed)
         with _WRITING:
             rows = {**self.load(), name: {"name": name, **{key: str(value) for key, value in values.items()}}}
-            self._write([rows[each] for each in self.rows if each in rows])
-
-    def _write(self, rows: list[Row]) -> None:
-        columns = dict.fromkeys(key for row in rows for key in row)
-        whole = self.path.with_suffix(".new")
-        with whole.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(columns), restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(whole, self.path)
+            write_rows(self.path, [rows[each] for each in self.rows if each in rows])
 
 
 _WRITING = threading.Lock()

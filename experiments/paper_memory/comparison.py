@@ -1,11 +1,10 @@
 """The paper's figures and ours, cell by cell."""
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.table import Row, Rows
+from experiments.table import Row, Rows, read_rows
 
 MIB, GIB = 2**20, 2**30
 UNITS = {"parameters": MIB, "gradients": MIB, "states": MIB, "pgs": GIB, "residual": GIB, "total": GIB}
@@ -59,8 +58,7 @@ class Cell:
 
 def paper() -> Rows:
     """The paper's figures, by the names of rows."""
-    with Path(__file__).with_name("paper.csv").open(newline="") as file:
-        return {row["name"]: row for row in csv.DictReader(file)}
+    return read_rows(Path(__file__).with_name("paper.csv"))
 
 
 def pgs(row: Row) -> int:

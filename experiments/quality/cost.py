@@ -2,12 +2,11 @@
 
     python -m experiments.quality.cost [--rounds 20] [--again]
 
-Times are taken in one process on one thread, the methods in turn, so run it alone (seven minutes). Writes `cost.csv`
-(time and FLOPs, always anew) and the rows that `bytes.csv` lacks.
+Times are taken in one process on one thread, the methods in turn, so run it alone: some twelve minutes, and as
+long again to count FLOPs. Writes `cost.csv` (time and FLOPs, always anew) and the rows that `bytes.csv` lacks.
 """
 
 import argparse
-import csv
 import itertools
 import statistics
 import time
@@ -20,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
 from experiments.quality.methods import CONTESTANTS, Batch, Method, Training
 from experiments.quality.training import batches, network_for
-from experiments.table import Rows, Table
+from experiments.table import Rows, Table, read_rows, write_rows
 from tests import simulated_accelerator as sim
 
 HERE = Path(__file__).parent
@@ -99,10 +98,7 @@ def measure_times(rounds: int) -> list[dict[str, object]]:
 
 def times() -> Rows:
     """The rows measured last."""
-    if not TIMES.exists():
-        return {}
-    with TIMES.open(newline="") as file:
-        return {row["name"]: row for row in csv.DictReader(file)}
+    return read_rows(TIMES)
 
 
 def _turns(cycle: int) -> int:
@@ -152,10 +148,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="count also the bytes that are in the record")
     arguments = parser.parse_args()
     rows = measure_times(arguments.rounds)
-    with TIMES.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(TIMES, rows)
     BYTES.complete(BYTES.rows, arguments.again)
     for row in rows:
         print(f"{row['name']}: {row['ms']:.0f} ms, {row['time_of_full']:.3f} of full, {row['gflop']:.2f} GFLOP")

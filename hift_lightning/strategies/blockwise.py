@@ -34,9 +34,8 @@ from hift_lightning.strategies.interrupts import PatientInterrupt
 from hift_lightning.strategies.refusals import (
     refuse_callbacks_that_freeze,
     refuse_optimizers,
-    refuse_precision_of_another_strategy,
+    refuse_other_engines,
     refuse_what_needs_gradients,
-    refuse_wrapped_modules,
 )
 
 
@@ -207,8 +206,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        refuse_precision_of_another_strategy(self.precision_plugin)
-        refuse_wrapped_modules(self.lightning_module)
+        refuse_other_engines(self.lightning_module, self.precision_plugin)
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return

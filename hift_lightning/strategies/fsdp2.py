@@ -27,7 +27,7 @@ from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from hift_lightning.strategies.refusals import refuse_precision_of_another_strategy, refuse_wrapped_modules
+from hift_lightning.strategies.refusals import refuse_other_engines
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import (
     modules_to_shard,
@@ -138,8 +138,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             super().setup(trainer)
             return
         assert self.lightning_module is not None
-        refuse_precision_of_another_strategy(self.precision_plugin)
-        refuse_wrapped_modules(self.lightning_module)
+        refuse_other_engines(self.lightning_module, self.precision_plugin)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)

@@ -113,8 +113,14 @@ _NOT_WITH_BLOCKS = {
 }
 
 
-def refuse_wrapped_modules(module: LightningModule) -> None:
-    """Refuse modules that are wrapped for another kind of distributed training."""
+def refuse_other_engines(module: LightningModule, precision: Precision) -> None:
+    """Refuse parts and precision plugins that belong to DDP's wrapper, FSDP1 or DeepSpeed."""
+    if isinstance(precision, (DeepSpeedPrecision, FSDPPrecision)):
+        plugin = type(precision).__name__
+        raise MisconfigurationException(
+            f"The precision plugin `{plugin}` belongs to `{plugin.removesuffix('Precision')}Strategy`; leave the "
+            f"plugin out and give `Trainer(precision={precision.precision!r})`."
+        )
     for name, part in module.named_modules():
         if isinstance(part, (DistributedDataParallel, FullyShardedDataParallel)) or _is_of_deepspeed(part):
             raise MisconfigurationException(
@@ -125,13 +131,3 @@ def refuse_wrapped_modules(module: LightningModule) -> None:
 
 def _is_of_deepspeed(part: Module) -> bool:
     return any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(part).__mro__)
-
-
-def refuse_precision_of_another_strategy(precision: Precision) -> None:
-    """Refuse precision plugins that leave to the engine of FSDP1 or DeepSpeed what other plugins do themselves."""
-    if isinstance(precision, (DeepSpeedPrecision, FSDPPrecision)):
-        name = type(precision).__name__
-        raise MisconfigurationException(
-            f"The precision plugin `{name}` belongs to `{name.removesuffix('Precision')}Strategy`; leave the plugin "
-            f"out and give `Trainer(precision={precision.precision!r})`."
-        )

@@ -79,7 +79,8 @@ def _as_main(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    if path := environment.get("PYTHONPATH"):
+        sys.path[:0] = path.split(os.pathsep)
     sys.argv = [str(script), *overrides]
     try:
         runpy.run_path(str(script), run_name="__main__")
