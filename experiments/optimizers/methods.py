@@ -1,20 +1,13 @@
 """The paper's five optimizers, each in full fine-tuning and under HiFT."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
-from torch.optim import SGD, Adafactor, Adagrad, Optimizer
+from torch.optim import SGD, Adafactor, Adagrad
 
 from experiments.quality import methods as quality
-from experiments.quality.methods import STEPS, Method, Training, adamw, by_gradient
-from hift_lightning import HiFT, HiFTSettings
-from hift_lightning.models.sentence_classifier import SentenceClassifier
+from experiments.quality.methods import STEPS, MakeOptimizer, Method, adamw, full, hift
 
 MOMENTUM = 0.9
-
-MakeOptimizer = Callable[[nn.Module, float], Optimizer]
-"""Called with the network and the highest learning rate."""
 
 # `foreach` would have temporaries of as many bytes as all weights of a step
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -25,27 +18,6 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Adagrad": lambda network, rate: Adagrad(network.parameters(), lr=rate, foreach=False),
 }
 """By the paper's names; AdamW as in `experiments.quality`, the others with torch's defaults besides the momentum."""
-
-
-def full(make: MakeOptimizer) -> Method:
-    """All weights at each step."""
-
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        return by_gradient(network, make(network, rate), steps)
-
-    return method
-
-
-def hift(make: MakeOptimizer) -> Method:
-    """This project's engine with its default settings."""
-
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        optimizer = make(network, rate)
-        engine = HiFT(network, optimizer, HiFTSettings(seed=seed))
-        engine.start()
-        return by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
-
-    return method
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ after their papers.
 """
 
 import contextlib
+import functools
 import io
 import random
 from collections.abc import Callable
@@ -53,7 +54,7 @@ def adamw(network: nn.Module, rate: float, betas: tuple[float, float] = BETAS) -
     return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=0.01, fused=True)
 
 
-def by_gradient(
+def _by_gradient(
     network: nn.Module,
     optimizer: Optimizer,
     steps: int,
@@ -86,16 +87,29 @@ def by_gradient(
     return Training(network, step, finish)
 
 
-def full(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+MakeOptimizer = Callable[[nn.Module, float], Optimizer]
+"""Called with the network and the highest learning rate."""
+
+
+def adamw_with(beta1: float, beta2: float = BETAS[1]) -> MakeOptimizer:
+    """`adamw` with other decay rates of its moments."""
+    return functools.partial(adamw, betas=(beta1, beta2))
+
+
+def full(make: MakeOptimizer = adamw) -> Method:
     """All weights at each step."""
-    return by_gradient(network, adamw(network, rate), steps)
+
+    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+        return _by_gradient(network, make(network, rate), steps)
+
+    return method
 
 
-def hift(betas: tuple[float, float] = BETAS, fresh_momentum: bool = False, **settings: Any) -> Method:
+def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: Any) -> Method:
     """This project's engine with these settings; `fresh_momentum` has the first moment begin anew at each turn."""
 
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        optimizer = adamw(network, rate, betas)
+        optimizer = make(network, rate)
         engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}))
         engine.start()
 
@@ -106,7 +120,7 @@ def hift(betas: tuple[float, float] = BETAS, fresh_momentum: bool = False, **set
 
         if fresh_momentum:
             optimizer.register_step_pre_hook(forget)  # after the engine's, which pages the block's state in
-        return by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
+        return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
 
     return method
 
@@ -127,7 +141,7 @@ def lisa(layers: int, period: int) -> Method:
                     layer.requires_grad_(layer in chosen)
             done += 1
 
-        return by_gradient(network, adamw(network, rate), steps, begin)
+        return _by_gradient(network, adamw(network, rate), steps, begin)
 
     return method
 
@@ -149,7 +163,7 @@ def badam(period: int) -> Method:
                 switch_mode="descending",
                 verbose=0,
             )
-        return by_gradient(network, optimizer, steps)
+        return _by_gradient(network, optimizer, steps)
 
     return method
 
@@ -165,7 +179,7 @@ def lora(rank: int, dora: bool = False) -> Method:
         network.requires_grad_(False)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_("lora_" in name or name.startswith("head."))
-        return by_gradient(network, adamw(network, rate), steps)
+        return _by_gradient(network, adamw(network, rate), steps)
 
     return method
 
@@ -186,7 +200,7 @@ def galore(rank: int) -> Method:
             *parameter_groups((name, p) for name, p in network.named_parameters() if p not in taken),
             {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
         ]
-        return by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
+        return _by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
 
     return method
 
@@ -197,7 +211,7 @@ def only(chosen: Callable[[str], bool]) -> Method:
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("head.") or chosen(name))
-        return by_gradient(network, adamw(network, rate), steps)
+        return _by_gradient(network, adamw(network, rate), steps)
 
     return method
 
@@ -260,12 +274,12 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "full AdamW": Contestant(full, 0, STEPS),
+    "full AdamW": Contestant(full(), 0, STEPS),
     "HiFT": Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     "HiFT, 20 steps a block, no momentum": Contestant(
-        hift(steps_per_block=20, lr_update="step", betas=(0.0, 0.999)), 2, 350, 160
+        hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160
     ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),

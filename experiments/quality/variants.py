@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from experiments.quality.grid import SEARCH_SEED
-from experiments.quality.methods import BETAS, CONTESTANTS, Method, hift, rate_of
+from experiments.quality.methods import CONTESTANTS, Method, adamw_with, hift, rate_of
 from experiments.quality.training import run
 from experiments.table import Table
 
@@ -26,18 +26,18 @@ _KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "10 steps a block, bottom2up": (hift(steps_per_block=10, order="bottom2up", lr_update="step"), (2,)),
     "20 steps a block": (hift(steps_per_block=20, lr_update="step"), (2,)),
     "2 layers a block": (hift(group_size=2), (1,)),
-    "beta1 0.5": (hift(betas=(0.5, BETAS[1])), (2,)),
-    "beta1 0": (hift(betas=(0.0, BETAS[1])), (2, 3)),
-    "beta1 0, bottom2up": (hift(betas=(0.0, BETAS[1]), order="bottom2up"), (2,)),
-    "beta1 0, random": (hift(betas=(0.0, BETAS[1]), order="random"), (2,)),
-    "beta1 0, beta2 0.99": (hift(betas=(0.0, 0.99)), (2,)),
-    "beta1 0.5, 2 layers a block": (hift(betas=(0.5, BETAS[1]), group_size=2), (2,)),
-    "beta1 0, 2 layers a block": (hift(betas=(0.0, BETAS[1]), group_size=2), (2,)),
-    "beta1 0, 10 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=10, lr_update="step"), (2,)),
-    "beta1 0, 20 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=20, lr_update="step"), (1, 2, 3)),
-    "beta1 0, 40 steps a block": (hift(betas=(0.0, BETAS[1]), steps_per_block=40, lr_update="step"), (2,)),
+    "beta1 0.5": (hift(adamw_with(beta1=0.5)), (2,)),
+    "beta1 0": (hift(adamw_with(beta1=0.0)), (2, 3)),
+    "beta1 0, bottom2up": (hift(adamw_with(beta1=0.0), order="bottom2up"), (2,)),
+    "beta1 0, random": (hift(adamw_with(beta1=0.0), order="random"), (2,)),
+    "beta1 0, beta2 0.99": (hift(adamw_with(beta1=0.0, beta2=0.99)), (2,)),
+    "beta1 0.5, 2 layers a block": (hift(adamw_with(beta1=0.5), group_size=2), (2,)),
+    "beta1 0, 2 layers a block": (hift(adamw_with(beta1=0.0), group_size=2), (2,)),
+    "beta1 0, 10 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=10, lr_update="step"), (2,)),
+    "beta1 0, 20 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), (1, 2, 3)),
+    "beta1 0, 40 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=40, lr_update="step"), (2,)),
     "beta1 0, 20 steps a block, bottom2up": (
-        hift(betas=(0.0, BETAS[1]), steps_per_block=20, order="bottom2up", lr_update="step"),
+        hift(adamw_with(beta1=0.0), steps_per_block=20, order="bottom2up", lr_update="step"),
         (2,),
     ),
     "20 steps a block, first moment anew at each turn": (
