@@ -1,5 +1,6 @@
 """Which runs there are: the search for each method's learning rate, and the final runs with it."""
 
+import itertools
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -97,22 +98,32 @@ def climb(guess: int, tried: Callable[[int], Row], exponents: Collection[int] = 
 
 
 def complete(data_sets: Collection[str], methods: Collection[str], again: bool, jobs: int) -> None:
-    """Search and do the final runs that are missing, so many at one time; the first failure ends it."""
+    """Search, and do the final runs that are missing, so many at one time; the first failure ends it.
+
+    Those in equal time come first, on all data sets, and then those with equal steps.
+    """
     DATA.complete(data_sets, again)
     failed = threading.Event()
+    exponents: dict[tuple[str, str], int] = {}
+    done: set[str] = set()
 
-    def one(data_set: str, method: str) -> None:
+    def one(data_set: str, method: str, steps: int) -> None:
         if failed.is_set():
             return
         try:
-            exponent = best_exponent(data_set, method, again)
-            lengths = {CONTESTANTS[method].steps_in_time, STEPS}
-            FINAL.complete([Run(data_set, method, exponent, n, seed).name for n in lengths for seed in SEEDS], again)
+            if (data_set, method) not in exponents:
+                exponents[data_set, method] = best_exponent(data_set, method, again)
+            exponent = exponents[data_set, method]
+            names = {Run(data_set, method, exponent, steps, seed).name for seed in SEEDS} - done
+            FINAL.complete(names, again)
+            done.update(names)
         except BaseException:
             failed.set()
             raise
 
+    pairs = list(itertools.product(data_sets, methods))
+    in_time = [(*pair, CONTESTANTS[pair[1]].steps_in_time) for pair in pairs]
+    in_steps = [(*pair, STEPS) for pair in pairs]
     with ThreadPoolExecutor(jobs) as threads:
-        pairs = [(data_set, method) for data_set in data_sets for method in methods]
-        for _ in threads.map(lambda pair: one(*pair), pairs):
-            pass
+        for each in (in_time, in_steps):
+            list(threads.map(lambda run: one(*run), each))
