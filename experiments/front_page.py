@@ -9,10 +9,11 @@ from pathlib import Path
 
 from experiments.memory.tables import PEAKS
 from experiments.paper_memory.jobs import LLAMA7B
-from experiments.quality.comparison import FULL, accuracies, complete_data_sets, equal_time, over_data_sets
+from experiments.quality.comparison import accuracies, complete_data_sets, equal_time, over_data_sets
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
 from experiments.quality.grid import FINAL
+from experiments.quality.methods import FULL
 from experiments.step_cost.runs import SIZES, TIMES
 from experiments.step_cost.summary import ratios
 from experiments.table import Row, markdown

@@ -4,12 +4,11 @@ import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from experiments.quality.cost import bytes_row
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import SEEDS
 from experiments.quality.methods import CONTESTANTS, STEPS
 from experiments.table import Rows
-
-FULL = "full AdamW"
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,17 @@ def _by_seed(found: Accuracies, method: str, data_sets: Collection[str]) -> list
     return [statistics.fmean(values) for values in zip(*columns, strict=True)]
 
 
+def within(peaks: Rows, method: str) -> list[str]:
+    """Methods whose peak of bytes is known and not above that of this one."""
+    bytes_of = {row["name"]: int(row["peak_bytes"]) for row in peaks.values()}
+    most = bytes_of[bytes_row(method)]
+    return [name for name in CONTESTANTS if bytes_of.get(bytes_row(name), most + 1) <= most]
+
+
 def missing(search: Rows, final: Rows) -> dict[str, list[str]]:
     """For each data set the methods without all their final runs there, with a word where some runs are there."""
-    there = accuracies(final, equal_time).keys() & accuracies(final, equal_steps).keys()
+    in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
+    there = {(d, m) for d, m in in_time if STEPS not in CONTESTANTS[m].lengths or (d, m) in in_steps}
     begun = {(row["data_set"], row["method"]) for row in [*search.values(), *final.values()]}
     return {
         data_set: [

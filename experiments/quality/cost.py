@@ -1,23 +1,25 @@
 """What a step of each method costs: time, FLOPs, and bytes on the simulated accelerator.
 
-    python -m experiments.quality.cost [--rounds 20] [--again]
+    python -m experiments.quality.cost [--rounds 20] [--only METHOD ...] [--again]
 
 Times are taken in one process on one thread, the methods in turn, so run it alone: some twelve minutes, and as
-long again to count FLOPs. Writes `cost.csv` (time and FLOPs, always anew) and the rows that `bytes.csv` lacks.
+long again to count FLOPs. Writes `cost.csv` (time and FLOPs, always anew; with `--only` the rows of these methods,
+timed in turn with full fine-tuning) and the rows that `bytes.csv` lacks.
 """
 
 import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import lightning as L
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
-from experiments.quality.methods import CONTESTANTS, Batch, Method, Training
+from experiments.quality.data_sets import DATA_SETS, MAX_LENGTH
+from experiments.quality.methods import CONTESTANTS, FULL, IN_MEMORY, Batch, Method, Training
 from experiments.quality.training import batches, network_for
 from experiments.table import Rows, Table, read_rows, write_rows
 from tests import simulated_accelerator as sim
@@ -32,67 +34,69 @@ MANY = 10_000
 """Steps that schedules are told."""
 
 
-def measure_times(rounds: int) -> list[dict[str, object]]:
+def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
     """Time the methods in turn, `TURN` steps each on the same batches, on one thread.
 
     Where a cycle of a method is longer than a turn, it is put together from turns.
 
     Args:
         rounds: turns of each method that are measured; at least as many as the longest cycle needs.
+        chosen: the methods; full fine-tuning is timed with them.
 
     Returns:
-        A row for each method: median, least and most milliseconds of the mean step of a cycle; the median over cycles
-        of its ratio to full fine-tuning in the same rounds; GFLOP of the mean step.
+        A row for each chosen method: median, least and most milliseconds of the mean step of a cycle; the median over
+        cycles of its ratio to full fine-tuning in the same rounds; GFLOP of the mean step.
 
     Raises:
         ValueError: the rounds are too few for a cycle.
     """
-    longest = max(_turns(contestant.cycle) for contestant in CONTESTANTS.values())
+    contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in chosen or name == FULL}
+    longest = max(_turns(contestant.cycle) for contestant in contestants.values())
     if rounds < longest:
         raise ValueError(f"`rounds` is {rounds}, and the longest cycle takes {longest} turns; give at least so many.")
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
-    data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0)
-    data.setup("fit")
     trainings: dict[str, Training] = {}
-    for name, contestant in CONTESTANTS.items():
+    streams: dict[int, Iterator[Batch]] = {}
+    for name, contestant in contestants.items():
+        data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0, batch_size=contestant.batch_size)
+        data.setup("fit")
         network = network_for(data).train()
         trainings[name] = contestant.method(network, RATE, MANY, 0)
-    stream = batches(data)
+        streams.setdefault(contestant.batch_size, batches(data))
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     flops = dict.fromkeys(trainings, 0)
     for number in range(rounds + 1):
-        turn = list(itertools.islice(stream, TURN))
+        turn = {size: list(itertools.islice(stream, TURN)) for size, stream in streams.items()}
         for name, training in trainings.items():
             began = time.perf_counter()
-            for batch in turn:
+            for batch in turn[contestants[name].batch_size]:
                 training.step(batch)
             if number:  # the first turn builds state
                 seconds[name].append((time.perf_counter() - began) / TURN)
         print(f"round {number} of {rounds}", flush=True)
     for number in range(longest):
-        turn = list(itertools.islice(stream, TURN))
+        turn = {size: list(itertools.islice(stream, TURN)) for size, stream in streams.items()}
         for name, training in trainings.items():
             with FlopCounterMode(display=False) as counter:
-                for batch in turn:
+                for batch in turn[contestants[name].batch_size]:
                     training.step(batch)
             flops[name] += counter.get_total_flops()
         print(f"FLOPs {number + 1} of {longest}", flush=True)
-    rows: list[dict[str, object]] = []
-    for name, contestant in CONTESTANTS.items():
-        turns = _turns(contestant.cycle)
-        own, full = (_means(seconds[each], turns) for each in (name, "full AdamW"))
-        rows.append(
-            {
-                "name": name,
-                "ms": 1000 * statistics.median(own),
-                "ms_least": 1000 * min(own),
-                "ms_most": 1000 * max(own),
-                "time_of_full": statistics.median(a / b for a, b in zip(own, full, strict=True)),
-                "cycles": len(own),
-                "gflop": flops[name] / longest / TURN / 1e9,
-            }
-        )
+    rows: Rows = {}
+    for name in chosen:
+        turns = _turns(contestants[name].cycle)
+        own, full = (_means(seconds[each], turns) for each in (name, FULL))
+        values = {
+            "name": name,
+            "ms": 1000 * statistics.median(own),
+            "ms_least": 1000 * min(own),
+            "ms_most": 1000 * max(own),
+            "time_of_full": statistics.median(a / b for a, b in zip(own, full, strict=True)),
+            "cycles": len(own),
+            "gflop": flops[name] / longest / TURN / 1e9,
+        }
+        rows[name] = {key: str(value) for key, value in values.items()}
     return rows
 
 
@@ -113,11 +117,19 @@ def _means(values: list[float], count: int) -> list[float]:
 def measure_bytes(row: str) -> dict[str, object]:
     """Most bytes in use on the simulated accelerator, by a method and a batch size."""
     name, batch_size = ROWS[row]
-    return {"method": name, "batch_size": batch_size, **count_bytes(CONTESTANTS[name].method, batch_size)}
+    contestant = CONTESTANTS[name]
+    steps = max(2 * TURN, contestant.cycle)
+    return {"method": name, "batch_size": batch_size, **count_bytes(contestant.method, batch_size, steps)}
 
 
-def count_bytes(method: Method, batch_size: int) -> dict[str, object]:
-    """Most bytes in use on the simulated accelerator in the second and third turn, batches as long as they can be."""
+def count_bytes(method: Method, batch_size: int, steps: int = 2 * TURN) -> dict[str, object]:
+    """Most bytes in use on the simulated accelerator, batches as long as they can be.
+
+    Args:
+        method: the method.
+        batch_size: texts in a batch.
+        steps: that are looked at, after a first turn; a cycle of the method at least.
+    """
     sim.load()
     torch.manual_seed(0)
     data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0, batch_size=batch_size)
@@ -125,7 +137,7 @@ def count_bytes(method: Method, batch_size: int) -> dict[str, object]:
     network = network_for(data).train().to("sim")
     weights = sim.memory_allocated() - before
     training = method(network, RATE, MANY, 0)
-    for number in range(3 * TURN):
+    for number in range(TURN + steps):
         ids = torch.randint(1000, 20_000, (batch_size, MAX_LENGTH))
         labels = torch.randint(2, (batch_size,))
         batch: Batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -138,7 +150,15 @@ def count_bytes(method: Method, batch_size: int) -> dict[str, object]:
     return {"weights_bytes": weights, "peak_bytes": peak}
 
 
-ROWS = {f"{name}, batch {BATCH_SIZE}": (name, BATCH_SIZE) for name in CONTESTANTS}
+def bytes_row(method: str) -> str:
+    """Name of the row of a method with the batches that it is run with."""
+    return f"{method}, batch {CONTESTANTS[method].batch_size}"
+
+
+ROWS = {
+    **{bytes_row(name): (name, contestant.batch_size) for name, contestant in CONTESTANTS.items()},
+    f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}": ("LoRA", CONTESTANTS[IN_MEMORY].batch_size + 1),
+}
 BYTES = Table(HERE / "bytes.csv", tuple(ROWS), measure_bytes)
 
 
@@ -146,12 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="turns of each method that are timed")
     parser.add_argument("--again", action="store_true", help="count also the bytes that are in the record")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="METHOD")
     arguments = parser.parse_args()
-    rows = measure_times(arguments.rounds)
-    write_rows(TIMES, rows)
+    rows = {**times(), **measure_times(arguments.rounds, arguments.only)}
+    write_rows(TIMES, [rows[name] for name in CONTESTANTS if name in rows])
     BYTES.complete(BYTES.rows, arguments.again)
-    for row in rows:
-        print(f"{row['name']}: {row['ms']:.0f} ms, {row['time_of_full']:.3f} of full, {row['gflop']:.2f} GFLOP")
+    for row in rows.values():
+        ms, ratio, gflop = (float(row[key]) for key in ("ms", "time_of_full", "gflop"))
+        print(f"{row['name']}: {ms:.0f} ms, {ratio:.3f} of full, {gflop:.2f} GFLOP")
 
 
 if __name__ == "__main__":

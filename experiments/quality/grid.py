@@ -34,10 +34,10 @@ class Run(NamedTuple):
 
 def _measure(name: str) -> dict[str, object]:
     chosen = RUNS[name]
-    values = run(
-        chosen.data_set, CONTESTANTS[chosen.method].method, rate_of(chosen.exponent), chosen.steps, chosen.seed
-    )
-    return {**chosen._asdict(), "rate": rate_of(chosen.exponent), **values}
+    contestant = CONTESTANTS[chosen.method]
+    rate = rate_of(chosen.exponent)
+    values = run(chosen.data_set, contestant.method, rate, chosen.steps, chosen.seed, contestant.batch_size)
+    return {**chosen._asdict(), "rate": rate, **values}
 
 
 def _runs(seeds: Collection[int]) -> dict[str, Run]:
@@ -47,7 +47,7 @@ def _runs(seeds: Collection[int]) -> dict[str, Run]:
         for data_set in DATA_SETS
         for method, contestant in CONTESTANTS.items()
         for exponent in EXPONENTS
-        for steps in sorted({STEPS, contestant.steps_in_time})
+        for steps in sorted(set(contestant.lengths))
         for seed in seeds
     ]
     return {each.name: each for each in runs}
@@ -62,6 +62,7 @@ DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:
     """The exponent of the best rate of a method; see `climb`."""
+    method = CONTESTANTS[method].rate_from or method
     contestant = CONTESTANTS[method]
 
     def tried(exponent: int) -> Row:
@@ -105,14 +106,16 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
     DATA.complete(data_sets, again)
     failed = threading.Event()
     exponents: dict[tuple[str, str], int] = {}
+    searching = {pair: threading.Lock() for pair in itertools.product(data_sets, CONTESTANTS)}
     done: set[str] = set()
 
     def one(data_set: str, method: str, steps: int) -> None:
         if failed.is_set():
             return
         try:
-            if (data_set, method) not in exponents:
-                exponents[data_set, method] = best_exponent(data_set, method, again)
+            with searching[data_set, CONTESTANTS[method].rate_from or method]:
+                if (data_set, method) not in exponents:
+                    exponents[data_set, method] = best_exponent(data_set, method, again)
             exponent = exponents[data_set, method]
             names = {Run(data_set, method, exponent, steps, seed).name for seed in SEEDS} - done
             FINAL.complete(names, again)
@@ -123,7 +126,7 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
 
     pairs = list(itertools.product(data_sets, methods))
     in_time = [(*pair, CONTESTANTS[pair[1]].steps_in_time) for pair in pairs]
-    in_steps = [(*pair, STEPS) for pair in pairs]
+    in_steps = [(*pair, STEPS) for pair in pairs if STEPS in CONTESTANTS[pair[1]].lengths]
     with ThreadPoolExecutor(jobs) as threads:
         for each in (in_time, in_steps):
             list(threads.map(lambda run: one(*run), each))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
+from experiments.quality.data_sets import BATCH_SIZE
 from hift_lightning import HiFT, HiFTSettings
 from hift_lightning.models.optimization import parameter_groups
 from hift_lightning.models.sentence_classifier import SentenceClassifier
@@ -264,6 +265,8 @@ class Contestant:
         steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), rounded down to tens.
         cycle: steps after which every weight has had its turn.
         remark: for the page.
+        batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
+        rate_from: the method whose learning rate it takes, where it does not search for its own.
     """
 
     method: Method
@@ -271,11 +274,22 @@ class Contestant:
     steps_in_time: int
     cycle: int = 1
     remark: str = ""
+    batch_size: int = BATCH_SIZE
+    rate_from: str = ""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Steps of its final runs."""
+        return (self.steps_in_time,) if self.batch_size != BATCH_SIZE else (self.steps_in_time, STEPS)
+
+
+FULL = "full AdamW"
+HIFT = "HiFT"
+IN_MEMORY = "LoRA in HiFT's memory"
 
 CONTESTANTS = {
-    "full AdamW": Contestant(full(), 0, STEPS),
-    "HiFT": Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
+    FULL: Contestant(full(), 0, STEPS),
+    HIFT: Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     "HiFT, 20 steps a block, no momentum": Contestant(
@@ -284,6 +298,7 @@ CONTESTANTS = {
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
+    IN_MEMORY: Contestant(lora(rank=16), 3, 290, 1, "rate of LoRA, the largest batch within HiFT's peak", 14, "LoRA"),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),
     "BitFit": Contestant(only(lambda name: name.endswith("bias")), 4, 300),

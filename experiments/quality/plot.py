@@ -7,9 +7,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from experiments.quality.comparison import FULL, Accuracies, less, mean
+from experiments.quality.comparison import Accuracies, less, mean
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.methods import CONTESTANTS
+from experiments.quality.methods import CONTESTANTS, FULL
 
 
 def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Collection
 
 from experiments.quality.comparison import (
-    FULL,
     Accuracies,
     accuracies,
     chosen_exponents,
@@ -14,11 +13,13 @@ from experiments.quality.comparison import (
     mean,
     missing,
     over_data_sets,
+    within,
 )
+from experiments.quality.cost import bytes_row
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
 from experiments.quality.grid import SEEDS
-from experiments.quality.methods import CLIP_NORM, CONTESTANTS, STEPS, WARMUP, rate_of
-from experiments.table import Rows, markdown
+from experiments.quality.methods import CLIP_NORM, CONTESTANTS, FULL, HIFT, IN_MEMORY, STEPS, WARMUP, rate_of
+from experiments.table import Row, Rows, markdown
 
 MIB = 2**20
 
@@ -56,10 +57,12 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
             ],
         ),
         *_accuracies(in_time, in_steps),
+        *_in_memory(in_time, peaks),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'of full' is the median of the ratio in the same rounds. Peak bytes are counted on the simulated "
-        f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them.",
+        f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens ({CONTESTANTS[IN_MEMORY].batch_size} of "
+        f"{IN_MEMORY}), the weights among them.",
         _costs(cost, peaks),
         "## Learning rates",
         _rates(final),
@@ -104,10 +107,42 @@ def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
     return markdown(["method", "steps", *shown, "mean", f"over {FULL}"], lines)
 
 
+def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
+    methods = within(peaks, HIFT)
+    common = complete_data_sets(in_time, [IN_MEMORY, HIFT])
+    if not common:
+        return []
+    lines = [
+        [
+            method,
+            _mib(peaks[bytes_row(method)]),
+            str(CONTESTANTS[method].batch_size),
+            str(equal_time(method)),
+            *(str(mean(in_time[name, method])) for name in common),
+            str(over_data_sets(in_time, method, common)),
+            less(in_time, method, IN_MEMORY, common).signed() if method != IN_MEMORY else "",
+        ]
+        for method in methods
+        if all((name, method) in in_time for name in common)
+    ]
+    most = peaks[f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}"]
+    return [
+        "## In equal peak memory",
+        f"What trains within the {_mib(peaks[bytes_row(HIFT)])} MiB of HiFT, in equal time. LoRA has the largest batch "
+        f"that fits: with {most['batch_size']} texts its peak is {_mib(most)} MiB. Full AdamW fits with none: its "
+        "weights, gradients and moments alone are more.",
+        markdown(["method", "peak MiB", "batch", "steps", *common, "mean", f"over {IN_MEMORY}"], lines),
+    ]
+
+
+def _mib(row: Row) -> str:
+    return f"{int(row['peak_bytes']) / MIB:.0f}"
+
+
 def _costs(cost: Rows, peaks: Rows) -> str:
     lines = []
     for name, row in cost.items():
-        peak = peaks.get(f"{name}, batch {BATCH_SIZE}")
+        peak = peaks.get(bytes_row(name))
         lines.append(
             [
                 name,
@@ -116,7 +151,7 @@ def _costs(cost: Rows, peaks: Rows) -> str:
                 row["cycles"],
                 f"{float(row['time_of_full']):.3f}",
                 f"{float(row['gflop']):.1f}",
-                f"{int(peak['peak_bytes']) / MIB:.0f}" if peak else "",
+                _mib(peak) if peak else "",
                 CONTESTANTS[name].remark,
             ]
         )

@@ -36,7 +36,9 @@ def batches(data: SentenceDataModule) -> Iterator[Batch]:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def run(data_set: str, method: Method, rate: float, steps: int, seed: int) -> dict[str, object]:
+def run(
+    data_set: str, method: Method, rate: float, steps: int, seed: int, batch_size: int = BATCH_SIZE
+) -> dict[str, object]:
     """Train and test.
 
     Returns:
@@ -45,7 +47,7 @@ def run(data_set: str, method: Method, rate: float, steps: int, seed: int) -> di
     """
     torch.set_num_threads(1)
     L.seed_everything(seed, verbose=False)
-    data = DATA_SETS[data_set].module(data_set.replace(" ", "_"), seed, BATCH_SIZE)
+    data = DATA_SETS[data_set].module(data_set.replace(" ", "_"), seed, batch_size)
     data.setup("fit")
     network = network_for(data)
     network.train()

@@ -5,10 +5,10 @@ import torch
 
 from experiments.quality import grid
 from experiments.quality.comparison import accuracies, equal_steps, equal_time, less, mean, missing, over_data_sets
-from experiments.quality.cost import BYTES, times
+from experiments.quality.cost import BYTES, bytes_row, times
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
-from experiments.quality.methods import CONTESTANTS, STEPS, rate_of
+from experiments.quality.methods import CONTESTANTS, HIFT, IN_MEMORY, STEPS, rate_of
 from experiments.quality.summary import summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
@@ -115,6 +115,12 @@ def test_a_method_trains_what_it_should_in_its_first_step(method, film_reviews):
     assert {part for part, prefix in where.items() if any(name.startswith(prefix) for name in changed)} == set(
         TRAINS[method]
     )
+
+
+def test_lora_in_hifts_memory_has_the_largest_batch_whose_peak_is_not_above_hifts():
+    peak = {name: int(row["peak_bytes"]) for name, row in BYTES.load().items()}
+    more = CONTESTANTS[IN_MEMORY].batch_size + 1
+    assert peak[bytes_row(IN_MEMORY)] <= peak[bytes_row(HIFT)] < peak[f"LoRA, batch {more}"]
 
 
 def test_every_method_has_the_time_of_full_fine_tuning():
