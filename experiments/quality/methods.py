@@ -310,6 +310,8 @@ class Contestant:
 
 FULL = "full AdamW"
 HIFT = "HiFT"
+LONG = "HiFT, 20 steps a block, no momentum"
+LONG_HEAD = f"{LONG}, head always"
 IN_MEMORY = "LoRA in HiFT's memory"
 
 CONTESTANTS = {
@@ -317,12 +319,8 @@ CONTESTANTS = {
     HIFT: Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
-    "HiFT, 20 steps a block, no momentum": Contestant(
-        hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160
-    ),
-    "HiFT, 20 steps a block, no momentum, head always": Contestant(
-        hift_and_head(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 140
-    ),
+    LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
+    LONG_HEAD: Contestant(hift_and_head(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 140),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
