@@ -126,31 +126,6 @@ def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: 
     return method
 
 
-def hift_and_head(make: MakeOptimizer = adamw, **settings: Any) -> Method:
-    """As `hift` on all but the new head, which has an optimizer of its own and is trained in every step."""
-
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        rest, of_head = make(network.body, rate), make(network.head, rate)
-        engine = HiFT(network, rest, HiFTSettings(**{"seed": seed, **settings}), others=[of_head])
-        engine.start()
-        scheduler, scheduler_of_head = engine.delay(linear(rest, steps, WARMUP)), linear(of_head, steps, WARMUP)
-
-        def step(batch: Batch) -> float:
-            loss = loss_of(network, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
-            for each in (rest, of_head):
-                each.step()
-                each.zero_grad()
-            scheduler.step()
-            scheduler_of_head.step()
-            return loss.item()
-
-        return Training(network, step, engine.finish)
-
-    return method
-
-
 def lisa(layers: int, period: int) -> Method:
     """https://arxiv.org/abs/2403.17919, algorithm 1: so many layers drawn anew each period; the rest always trained."""
 
@@ -313,14 +288,15 @@ HIFT = "HiFT"
 LONG = "HiFT, 20 steps a block, no momentum"
 LONG_HEAD = f"{LONG}, head always"
 IN_MEMORY = "LoRA in HiFT's memory"
+LONG_TURNS: dict[str, Any] = {"steps_per_block": 20, "lr_update": "step"}
 
 CONTESTANTS = {
     FULL: Contestant(full(), 0, STEPS),
     HIFT: Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
-    LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
-    LONG_HEAD: Contestant(hift_and_head(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 140),
+    LONG: Contestant(hift(adamw_with(beta1=0.0), **LONG_TURNS), 2, 350, 160),
+    LONG_HEAD: Contestant(hift(adamw_with(beta1=0.0), **LONG_TURNS, always_active=["head.*"]), 2, 350, 140),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),

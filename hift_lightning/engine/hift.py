@@ -123,17 +123,18 @@ class HiFT:
             settings.layers_per_block,
             layers=settings.layers,
             frozen=settings.frozen,
+            always_active=settings.always_active,
             trainable=names_in_optimizer(self._parameters, optimizer),
         )
         self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
         self._shares: Shares | None = None
         if share_with is not None and share_with.size > 1:
-            blocks = [[self._parameters[name] for name in block.parameters] for block in self.plan.blocks]
+            blocks = [[self._parameters[name] for name in part.own_parameters] for part in self.plan.parts]
             self._shares = Shares(share_with, blocks)
             for parameter in (p for parameters in blocks for p in parameters if not self._keeps(p)):
                 optimizer.state.pop(parameter, None)  # Adagrad builds it in its constructor
         self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
-        self._trained = {name: self._parameters[name] for block in self.plan.blocks for name in block.parameters}
+        self._trained = {name: self._parameters[name] for part in self.plan.parts for name in part.own_parameters}
         if settings.master_weights:
             for parameter in filter(self._keeps, self._trained.values()):
                 if parameter.dtype in _SIXTEEN_BIT:
@@ -159,7 +160,7 @@ class HiFT:
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
         governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
         self._governed = list(governed.values())
-        self._warn_of_unoptimized(governed.keys() - {name for b in self.plan.blocks for name in b.parameters})
+        self._warn_of_unoptimized(governed.keys() - self._trained.keys())
         warn_of_compiled_blocks(model, self.plan)
         self.reduction: GradientReduction | None = None
         """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
@@ -177,6 +178,7 @@ class HiFT:
         self._gradient_handles: list[RemovableHandle] = []
         self._backward_ran = False
         self._updated = False
+        self._block_reached = False  # while its gradients are used inside backward
         self._search = NonfiniteSearch(self._mesh)
         self._searched = False
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
@@ -299,7 +301,7 @@ class HiFT:
         if self.will_skip:
             return
         block = self.block
-        if self.has_gradient or self._updated:
+        if self._block_reached or any(self._parameters[name].grad is not None for name in block.own_parameters):
             self._reached_blocks.add(block.index)
         elif block.index not in self._reached_blocks | self._warned_blocks:
             self._warned_blocks.add(block.index)
@@ -448,8 +450,9 @@ class HiFT:
     def report(self) -> Report:
         """What each block is, how often it has been updated, and where its state is now."""
         rows = []
-        for block in self.plan.blocks:
-            parameters = [self._parameters[name] for name in block.parameters]
+        for block in self.plan.parts:
+            always = block is self.plan.always_active
+            parameters = [self._parameters[name] for name in block.own_parameters]
             parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
             masters = sum(0 if (master := self.residency.master(p)) is None else master.nbytes for p in parameters)
             rows.append(
@@ -458,13 +461,14 @@ class HiFT:
                     name=block.name,
                     numel=block.numel,
                     weight_bytes=sum(local(p).nbytes for p in parameters),
-                    visits=self.rotation.visits(block.index, self.updates),
+                    visits=self.updates if always else self.rotation.visits(block.index, self.updates),
                     parked_bytes=parked + masters,
                     device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
-                    active=block == self.block,
+                    active=always or block == self.block,
                 )
             )
-        return Report(tuple(rows), self.rotation.cycle_length, self.updates)
+        count = len(self.plan.blocks)
+        return Report(tuple(rows[:count]), self.rotation.cycle_length, self.updates, next(iter(rows[count:]), None))
 
     def __enter__(self) -> Self:
         self.start()
@@ -553,6 +557,7 @@ class HiFT:
         if self.clip_value is not None:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
         self._updated = True
+        self._block_reached |= self._name_of[parameter] not in self.block.always_active
         if self._keeps(parameter):
             self._pieces.step([parameter])
         else:
@@ -708,7 +713,7 @@ class HiFT:
     def _forget_step(self) -> None:
         if self._pieces is not None:
             self.page_in_ms = self._pieces.take_loading_ms()
-        self._backward_ran = self._updated = self._searched = self._averaged = False
+        self._backward_ran = self._updated = self._block_reached = self._searched = self._averaged = False
         if self.reduction is not None:
             self.reduction.give_up()
         self._search = NonfiniteSearch(self._mesh)

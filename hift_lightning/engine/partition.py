@@ -20,7 +20,9 @@ are read from the module tree, never from the name of an architecture:
 
 *Nearest* means: the longest common module path, then the one registered before, then the shortest distance.
 A placement that misses what the forward pass does costs time, not correctness: whatever the order, each
-trainable parameter is in exactly one block. The `layers` patterns override what was found.
+trainable parameter is in exactly one block. The `layers` patterns override what was found, and `always_active`
+patterns take parameters out of the turns: they are trained in every step, as embeddings and head are in LISA
+(https://arxiv.org/abs/2403.17919).
 
 Rules 2 and 3 are the layout "stacks", rule 4 is "modules"; a layout of one's own (`register_layout`) is asked before.
 """
@@ -91,14 +93,16 @@ class Block:
     Attributes:
         index: Position in the plan, 0 at the bottom of the model.
         layers: The layers, bottom first.
-        numel: Elements of all its parameters.
+        numel: Elements of the parameters of its layers.
         nbytes: Bytes of these weights in the dtype that they have now.
+        always_active: Names of the parameters that are active with every block.
     """
 
     index: int
     layers: tuple[Layer, ...]
     numel: int
     nbytes: int
+    always_active: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -107,9 +111,14 @@ class Block:
         return first if len(self.layers) == 1 else f"{first} … {last}"
 
     @property
-    def parameters(self) -> tuple[str, ...]:
+    def own_parameters(self) -> tuple[str, ...]:
         """The parameter names of all its layers, bottom first."""
         return tuple(name for layer in self.layers for name in layer.parameters)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of all parameters that are active in its steps: its own, and those that always are."""
+        return self.own_parameters + self.always_active
 
 
 @dataclass(frozen=True)
@@ -119,10 +128,12 @@ class Plan:
     Attributes:
         blocks: `ceil(layers / group_size)` blocks, of which the last may have fewer layers.
         group_size: Layers per block (the paper's m).
+        always_active: What is trained in every step, as a block that has no turn; its index is that behind the last.
     """
 
     blocks: tuple[Block, ...]
     group_size: int
+    always_active: Block | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -132,7 +143,12 @@ class Plan:
     @property
     def numel(self) -> int:
         """Elements of all parameters in the plan."""
-        return sum(block.numel for block in self.blocks)
+        return sum(block.numel for block in self.parts)
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """The blocks, and what is always active: each parameter in one of them, as its own."""
+        return self.blocks if self.always_active is None else (*self.blocks, self.always_active)
 
     @property
     def largest(self) -> Block:
@@ -146,12 +162,13 @@ class Plan:
 
     def __str__(self) -> str:
         total = f"{len(self.layers)} layers"
-        width = max(len(name) for name in [total, *(block.name for block in self.blocks)])
+        width = max(len(name) for name in [total, *(block.name for block in self.parts)])
         lines = [f"block  {'layers':<{width}}  {'parameters':>15}   share  {'MiB':>12}"]
-        for block in self.blocks:
+        for block in self.parts:
             share, mib = block.numel / max(self.numel, 1), block.nbytes / 2**20
-            lines.append(f"{block.index:>5}  {block.name:<{width}}  {block.numel:>15,}  {share:>6.1%}  {mib:>12,.2f}")
-        mib = sum(block.nbytes for block in self.blocks) / 2**20
+            number = "" if block is self.always_active else block.index
+            lines.append(f"{number:>5}  {block.name:<{width}}  {block.numel:>15,}  {share:>6.1%}  {mib:>12,.2f}")
+        mib = sum(block.nbytes for block in self.parts) / 2**20
         lines.append(f"total  {total:<{width}}  {self.numel:>15,}  {1:>6.1%}  {mib:>12,.2f}")
         return "\n".join(lines)
 
@@ -162,9 +179,10 @@ def partition(
     *,
     layers: Sequence[str] | None = None,
     frozen: Sequence[str] | None = None,
+    always_active: Sequence[str] | None = None,
     trainable: Collection[str] | None = None,
 ) -> Plan:
-    """Puts each trainable parameter of a model into exactly one block.
+    """Puts each trainable parameter of a model into exactly one block, or among those that are always active.
 
     The same model gives the same plan. No value of a parameter is read, so "meta" and fake tensors will do.
 
@@ -175,12 +193,14 @@ def partition(
             parameters that it matches and no earlier pattern took; it stands where the first of them stood.
             Parameters that no pattern matches keep the layer that was found for them.
         frozen: Shell-style patterns on parameter names that are never trained. A tied weight is matched under
-            any of its names, here and in `layers`.
+            any of its names, here and in the other two.
+        always_active: Shell-style patterns on parameter names that are trained in every step, with whichever block
+            has its turn. What is frozen stays so.
         trainable: Names of the parameters to place; by default all that require a gradient.
 
     Raises:
         ConfigurationError: `group_size` is no whole number of at least 1; a pattern or name matches no
-            parameter; a parameter has no shape yet (lazy modules); nothing is left to train.
+            parameter; a parameter has no shape yet (lazy modules); nothing is left to train, or to take turns.
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ConfigurationError(
@@ -202,16 +222,26 @@ def partition(
             )
 
     placed = _override(_lay_out(model, aliases), _matched("layers", layers, aliases))
-    kept = [Layer(layer.name, tuple(name for name in layer.parameters if name in chosen)) for layer in placed]
+    constant = _matched("always_active", always_active, aliases).keys() & chosen
+    kept = [Layer(layer.name, tuple(n for n in layer.parameters if n in chosen - constant)) for layer in placed]
     kept = [layer for layer in kept if layer.parameters]
-    blocks = []
-    for index, start in enumerate(range(0, len(kept), group_size)):
-        group = tuple(kept[start : start + group_size])
+    if not kept:
+        raise ConfigurationError(
+            f"`always_active={list(always_active or [])}` takes all parameters of `{type(model).__name__}` that are "
+            "trained, and none is left to take turns: narrow it, or use full fine-tuning."
+        )
+    everywhere = tuple(name for layer in placed for name in layer.parameters if name in constant)
+
+    def block(index: int, group: tuple[Layer, ...], everywhere: tuple[str, ...]) -> Block:
         members = [weights[name] for layer in group for name in layer.parameters]
         numel = sum(weight.numel() for weight in members)
         nbytes = sum(weight.numel() * weight.element_size() for weight in members)
-        blocks.append(Block(index, group, numel, nbytes))
-    return Plan(tuple(blocks), group_size)
+        return Block(index, group, numel, nbytes, everywhere)
+
+    groups = [tuple(kept[start : start + group_size]) for start in range(0, len(kept), group_size)]
+    blocks = tuple(block(index, group, everywhere) for index, group in enumerate(groups))
+    always = block(len(blocks), (Layer("always active", everywhere),), ()) if everywhere else None
+    return Plan(blocks, group_size, always)
 
 
 def _names_of_weights(model: nn.Module) -> dict[str, list[str]]:

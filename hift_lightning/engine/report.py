@@ -29,6 +29,8 @@ class Report:
     """Updates in one cycle."""
     updates: int
     """Updates performed."""
+    always_active: BlockReport | None = None
+    """What is trained in every step."""
 
     def __str__(self) -> str:
         head = (
@@ -43,7 +45,7 @@ class Report:
         )
         rows = [head] + [
             (
-                str(b.index),
+                "" if b is self.always_active else str(b.index),
                 b.name,
                 f"{b.numel:,}",
                 f"{b.weight_bytes / 2**20:.2f}",
@@ -52,7 +54,7 @@ class Report:
                 f"{b.parked_bytes / 2**20:.2f}",
                 "active" if b.active else "",
             )
-            for b in self.blocks
+            for b in (*self.blocks, *([] if self.always_active is None else [self.always_active]))
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [

@@ -58,6 +58,9 @@ class HiFTSettings:
     """Shell-style patterns on parameter names that override the layers found: each makes one layer."""
     frozen: Sequence[str] | None = None
     """Shell-style patterns on parameter names that are never trained."""
+    always_active: Sequence[str] | None = None
+    """Shell-style patterns on parameter names that are trained in every step, with whichever block has its turn: a new
+    head, for one. Their gradients and state are on the device in each step."""
     seed: int | None = 0
     """Seed of the order; ``bottom2up`` and ``top2down`` have no use for it, and with them it may be ``None``, as it is
     in projects that do not seed."""

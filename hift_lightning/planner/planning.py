@@ -23,6 +23,7 @@ from typing_extensions import override
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.partition import Block
+from hift_lightning.engine.report import BlockReport
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local
 from hift_lightning.planner.fake_device import (
@@ -203,11 +204,12 @@ class StepPlanner:
                     f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "
                     "and there are no values while planning; use a mask of full shape instead of boolean indexing."
                 ) from error
-        blocks = watch.blocks()
+        blocks, always = watch.blocks(), watch.always_active
         return Plan(
             numel=sum(p.numel() for p in self.module.parameters()),
-            trained_numel=sum(block.numel for block in blocks),
+            trained_numel=sum(block.numel for block in blocks) + (0 if always is None else always.numel),
             blocks=blocks,
+            always_active_parked_bytes=0 if always is None else always.parked_bytes,
             ranks=1 if self.ranks is None else self.ranks.count,
             ranks_of_machine=1 if self.ranks is None else self.ranks.devices,
         )
@@ -295,6 +297,8 @@ class _Watch(Callback):
         self._due = [_Step(0, made_up=True), _Step(0, made_up=False)]
         self._done = 0
         self._seen: dict[int, BlockPlan] = {}
+        self.always_active: BlockReport | None = None
+        """What is trained in every step."""
 
     def blocks(self) -> tuple[BlockPlan, ...]:
         """What each block needs, in the order of their turns."""
@@ -394,7 +398,8 @@ class _Watch(Callback):
         if engine is None:
             numel = sum(p.numel() for p in module.parameters() if p.requires_grad)
             return BlockPlan(self._names[0], numel, trace)
-        block, residency = engine.plan.blocks[index], engine.residency
+        block, residency, report = engine.plan.blocks[index], engine.residency, engine.report()
+        self.always_active = report.always_active
         paged_in, parked = self._moved_before
         to_device, to_host = residency.bytes_paged_in - paged_in, residency.bytes_parked - parked
         if any(local(parameter).device != DEVICE for parameter in module.parameters()):
@@ -407,7 +412,7 @@ class _Watch(Callback):
             trace,
             to_device_bytes=to_device,
             to_host_bytes=to_host,
-            parked_bytes=engine.report().blocks[index].parked_bytes,
+            parked_bytes=report.blocks[index].parked_bytes,
         )
 
     def _with_role(self, method: Callable[..., Any], role: str) -> Callable[..., Any]:

@@ -54,6 +54,8 @@ class Plan:
     trained_numel: int
     blocks: tuple[BlockPlan, ...]
     """In the order of their turns; a single one, the model, under full fine-tuning."""
+    always_active_parked_bytes: int = 0
+    """State and masters of what is trained in every step, in host memory or files."""
     ranks: int = 1
     """Devices that train together; all other numbers are those of one, the first."""
     ranks_of_machine: int = 1
@@ -71,7 +73,7 @@ class Plan:
     @property
     def parked_bytes(self) -> int:
         """Optimizer state and masters in host memory or files, once every block has been updated."""
-        return sum(block.parked_bytes for block in self.blocks)
+        return sum(block.parked_bytes for block in self.blocks) + self.always_active_parked_bytes
 
     @property
     def flops(self) -> float:

@@ -79,6 +79,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             passed on at the end of the new cycle, together with its own.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
+        always_active: shell-style patterns on parameter names that are trained in every step, with whichever block has
+            its turn: a new head, for one. Their gradients and state are on the device in each step.
         seed: seed of the ``"random"`` order; with the others it may be ``None``.
         arguments: of the Lightning strategy.
 
@@ -104,6 +106,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         resume_plan: str = "same",
         layers: Sequence[str] | None = None,
         frozen: Sequence[str] | None = None,
+        always_active: Sequence[str] | None = None,
         seed: int | None = 0,
         **arguments: Any,
     ) -> None:
@@ -124,6 +127,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             resume_plan=resume_plan,
             layers=layers,
             frozen=frozen,
+            always_active=always_active,
             seed=seed,
         )
         self.engines = []
@@ -148,7 +152,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         return self.hift.report()
 
     def check_patterns(self, model: Module) -> None:
-        """Find out before any long work whether each pattern of ``frozen`` and ``layers`` matches a parameter.
+        """Find out before any long work whether each pattern of the settings matches a parameter.
 
         ``fit`` does so too, when the module is complete for certain.
 
@@ -158,7 +162,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         Raises:
             ConfigurationError: if one matches nothing.
         """
-        partition(model, layers=self.settings.layers, frozen=self.settings.frozen)
+        own = self.settings
+        partition(model, layers=own.layers, frozen=own.frozen, always_active=own.always_active)
 
     def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Choose the largest group of layers that fits ``memory_budget``, and what else that takes, by planning.

@@ -293,7 +293,7 @@ def test_a_group_size_that_is_no_number_of_layers_is_refused(group_size: object)
         partition(Stack(), group_size)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("argument", ["frozen", "layers"])
+@pytest.mark.parametrize("argument", ["frozen", "layers", "always_active"])
 def test_a_pattern_without_a_match_is_refused_with_close_names(argument: str) -> None:
     with pytest.raises(
         ConfigurationError, match=rf"^`layer\.0\.\*` in `{argument}` matches no parameter .*`layers\.0\.\*`"
@@ -316,7 +316,7 @@ def test_a_pattern_that_is_left_with_nothing_is_refused() -> None:
         partition(Stack(), layers=["layers.*", "layers.0.norm.*"])
 
 
-@pytest.mark.parametrize("argument", ["frozen", "layers"])
+@pytest.mark.parametrize("argument", ["frozen", "layers", "always_active"])
 def test_a_lone_string_is_refused_rather_than_read_by_letters(argument: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"`{argument}='\*'` is not a list of patterns: write `\['\*'\]`"):
         partition(Stack(), **{argument: "*"})

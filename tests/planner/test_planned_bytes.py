@@ -99,6 +99,7 @@ CASES = [
     Case("qwen3", "Adagrad", strategy={"update": "streamed"}),
     Case("gemma2", "RMSprop", strategy={"order": "random"}),
     Case("roberta", strategy={"group_size": 3, "order": "bottom2up"}),
+    Case(strategy={"always_active": ["network.lm_head.*"], "update": "streamed", "window": "64KiB"}),
     Case("roberta", "SGD", "16-true", strategy={"master_weights": True, "activation_checkpointing": True}),
 ]
 

@@ -55,6 +55,8 @@ CASES = {
     "split and clipping, Adagrad": Case({"shard_parked_state": True}, "Adagrad", clip=0.1),
     "split, fused": Case({"shard_parked_state": True, "update": "fused"}),
     "split, in files": Case({"shard_parked_state": True, "offload": "files"}),
+    "always active": Case({"always_active": ["head.*"], "update": "fused"}),
+    "split, always active": Case({"always_active": ["head.*"], "shard_parked_state": True}, clip=0.1),
     "masters": Case({"master_weights": True}, precision="bf16-true"),
     "split, masters": Case({"shard_parked_state": True, "master_weights": True}, precision="bf16-true"),
 }
