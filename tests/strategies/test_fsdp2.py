@@ -137,6 +137,7 @@ CASES = {
     "fused": ({"update": "fused"}, DOUBLE, 1e-10),
     "fused, clipped by value": ({"update": "fused"}, {**DOUBLE, "gradient_clip_val": 0.01, "clip": "value"}, 1e-10),
     "two layers a block": ({"group_size": 2, "order": "bottom2up"}, DOUBLE, 1e-10),
+    "always active": ({"always_active": ["head.*"]}, {**DOUBLE, "gradient_clip_val": 0.3}, 1e-10),
     "steps per block": ({"steps_per_block": 2}, DOUBLE, 1e-10),
     "clipped by norm": ({}, {**DOUBLE, "gradient_clip_val": 0.3}, 1e-10),
     "clipped by value": ({}, {**DOUBLE, "gradient_clip_val": 0.01, "clip": "value"}, 1e-10),
