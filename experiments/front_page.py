@@ -26,7 +26,7 @@ HEAD = ("", *METHODS, "page")
 RECIPES = {
     HIFT: "as in the paper",
     LONG: "20 steps a block, no momentum",
-    LONG_HEAD: "so, and the head in every step",
+    LONG_HEAD: "20 steps a block, no momentum, head always",
 }
 
 

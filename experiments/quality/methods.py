@@ -262,7 +262,7 @@ class Contestant:
     Args:
         method: the method.
         guess: exponent of the learning rate at which its search begins (see `rate_of`).
-        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), rounded down to tens.
+        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), in tens; at most 2 % longer.
         cycle: steps after which every weight has had its turn.
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.

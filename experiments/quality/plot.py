@@ -24,7 +24,7 @@ def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
     methods = [name for name in CONTESTANTS if any((data_set, name) in in_time for data_set in data_sets)]
     height = 1.2 + 0.42 * len(methods)
     figure, axes = pyplot.subplots(
-        1, len(data_sets), figsize=(4 * len(data_sets) + 2, height), sharey=True, squeeze=False
+        1, len(data_sets), figsize=(4 * len(data_sets) + 2, height), sharex=True, sharey=True, squeeze=False
     )
     for axis, data_set in zip(axes[0], data_sets, strict=True):
         for place, method in enumerate(methods):

@@ -67,7 +67,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        *_accuracies(in_time, in_steps),
+        *_accuracies(in_time, in_steps, cost),
         *_in_memory(in_time, peaks),
         *_reasons(in_time, variants),
         "## What a step costs",
@@ -85,12 +85,19 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _accuracies(in_time: Accuracies, in_steps: Accuracies) -> list[str]:
+def _longest(cost: Rows) -> str:
+    """By how much the steps of a method take longer than those of full fine-tuning, at most, in percent."""
+    shares = [equal_time(name) * float(row["time_of_full"]) / STEPS for name, row in cost.items()]
+    return f"{100 * (max(shares) - 1):.1f}"
+
+
+def _accuracies(in_time: Accuracies, in_steps: Accuracies, cost: Rows) -> list[str]:
     if not in_time:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
         "## In equal time",
-        f"As many steps as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
+        f"As many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below; the "
+        f"longest takes {_longest(cost)} % longer).",
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "## In equal steps",
@@ -156,6 +163,8 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         rows = [row for name, row in variants.items() if name.rpartition(", rate ")[0] == kind]
         return _points(max(rows, key=lambda row: float(row["validation_accuracy"])), "validation_accuracy")
 
+    common = complete_data_sets(in_time, [LONG_HEAD, IN_MEMORY])
+    versus = less(in_time, LONG_HEAD, IN_MEMORY, common).signed() if common else ""
     return [
         "## Where HiFT loses, and why",
         f"As in the paper, with a new block in every step, it is behind full AdamW in equal time: {behind(HIFT)} "
@@ -169,6 +178,7 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"order matters: without momentum `top2down` has {best('beta1 0')}, `random` {best('beta1 0, random')} and "
         f"`bottom2up` {best('beta1 0, bottom2up')}. In equal steps HiFT updates each weight in a few of them only, and "
         "is behind.",
+        *([] if not versus else [f"Against {IN_MEMORY} it has {versus} points, with the head always active."]),
     ]
 
 
