@@ -3,9 +3,9 @@
     python -m experiments.step_cost [--again] [--only NAME ...] [--threads 2]
 
 Contestants are processes that take turns, a cycle of optimizer steps each, on three models; then a model is varied in
-layers, width, length and batch; then the phases of a step are timed. The small model takes four
-minutes, all of it several times that: run it alone. Runs that `results.csv` and `phases.csv` beside this file have are
-not measured again unless `--again` is given. Prints and writes `summary.md`, and plots `step_cost.png`. The peers come
+layers, width, length and batch; then the phases of a step are timed. All of it takes a quarter of an hour of two cores:
+run it alone. Runs that `results.csv` and `phases.csv` beside this file have are not measured again unless `--again` is
+given. Prints and writes `summary.md`, and plots `step_cost.png`. The peers come
 from PyPI:
 
     pip install peft

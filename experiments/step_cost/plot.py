@@ -59,6 +59,7 @@ def _spans(axis: Any, name: str, measured: Measured) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     axis.axvline(TARGET, color="tab:red", linewidth=0.8, linestyle="--")
     axis.set_xscale("log", base=2)

@@ -33,10 +33,11 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> 
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for watch in watches:
-        for block in watch.engine.report().blocks:
+        report = watch.engine.report()
+        for block in report.parts:
             record = watch.records[block.index]
             table.add_row(
-                str(block.index),
+                "" if block is report.always_active else str(block.index),
                 watch.names[block.index],
                 _count(block.numel),
                 str(block.visits),

@@ -1,10 +1,11 @@
 """What is measured of the blocks of one optimizer, update by update."""
 
+import math
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hift_lightning.callbacks.update_ratio import UpdateRatio
@@ -32,14 +33,14 @@ class Mean:
 
 @dataclass
 class BlockRecord:
-    """What was measured of a block in this run."""
+    """What was measured in this run of a block's own parameters, or of those that are always active."""
 
     gradient_norm: Mean = field(default_factory=Mean)
     """Of its gradients; unknown under `update="fused"`."""
     update_ratio: Mean = field(default_factory=Mean)
     """The norm of its updates over that of its weights, in the cycles in which it was measured."""
     page_in_ms: Mean = field(default_factory=Mean)
-    """Milliseconds that the host spent on paging its state in."""
+    """Milliseconds that the host spent on paging state in for a step, that of what is always active with it."""
     rate: float | None = None
     """The last learning rate that it was updated with: the highest where its param groups have several."""
 
@@ -56,17 +57,25 @@ class BlockWatch:
 
     def __init__(self, engine: HiFT, ratio_every: int) -> None:
         self.engine = engine
-        self.records = {block.index: BlockRecord() for block in engine.plan.blocks}
-        self.names = short_names([block.name for block in engine.plan.blocks])
+        self.records = {part.index: BlockRecord() for part in engine.plan.parts}
+        self.names = short_names([part.name for part in engine.plan.parts])
         self.gradient_norm: float | None = None
-        """Of the last update; `None` if it was left out or the norm cannot be known."""
+        """Of all that the last update changed; `None` if it was left out or the norm cannot be known."""
         self.rate: float | None = None
-        """Of the last update."""
+        """Of the block in the last update."""
         self._ratio_every = ratio_every
-        self._ratio = UpdateRatio(engine.residency, engine.settings.master_weights)
-        self._begun: tuple[Block, int] | None = None
+        self._ratios = {
+            part.index: UpdateRatio(engine.residency, engine.settings.master_weights) for part in engine.plan.parts
+        }
+        self._begun: tuple[tuple[Block, ...], int] | None = None
+        self._norms: dict[int, float] = {}
         self._cycle: dict[str, list[float]] = {}
         self._logged_cycles = engine.cycle
+
+    @property
+    def block_names(self) -> list[str]:
+        """Of the blocks that take turns."""
+        return self.names[: len(self.engine.plan.blocks)]
 
     @property
     def fused(self) -> bool:
@@ -80,16 +89,21 @@ class BlockWatch:
             scale: what a GradScaler has multiplied the gradients by.
         """
         engine = self.engine
-        parameters = [engine.model.get_parameter(name) for name in engine.block.parameters]
-        gradients = [p.grad for p in parameters if p.grad is not None]
         self._begun = self.gradient_norm = None
-        if not (gradients or self.fused):
+        self._norms = {}
+        parts = engine.active_parts
+        for part in parts:
+            gradients = [p.grad for p in self._parameters(part) if p.grad is not None]
+            if gradients:
+                self._norms[part.index] = _norm(gradients) / scale
+        if not (self._norms or self.fused):
             return  # the step is left out, or no gradient reached the block
-        self._begun = engine.block, engine.updates
-        if gradients:
-            self.gradient_norm = _norm(gradients) / scale
+        self._begun = parts, engine.updates
+        if self._norms:
+            self.gradient_norm = math.hypot(*self._norms.values())
         if self._ratio_every and engine.cycle % self._ratio_every == 0:
-            self._ratio.begin(parameters)
+            for part in parts:
+                self._ratios[part.index].begin(self._parameters(part))
 
     def end_update(self) -> None:
         """Record an update, if there was one since it was begun."""
@@ -97,18 +111,22 @@ class BlockWatch:
         if begun is None or self.engine.updates == begun[1]:
             self.gradient_norm = None
             return
-        block = begun[0]
-        record = self.records[block.index]
-        name = f"{block.index:02d}_{self.names[block.index]}".replace(" … ", "-")
-        if self.gradient_norm is not None:
-            record.gradient_norm.add(self.gradient_norm)
-            self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(self.gradient_norm)
-        if (ratio := self._ratio.finish()) is not None:
-            record.update_ratio.add(ratio)
-            self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
-            self._cycle.setdefault("hift/update_ratio", []).append(ratio)
-        record.page_in_ms.add(self.engine.page_in_ms)
-        record.rate = self.rate = self._rate_of(block)
+        parts, _ = begun
+        block = parts[0]
+        for part in parts:
+            record = self.records[part.index]
+            name = f"{part.index:02d}_{self.names[part.index]}".replace(" … ", "-").replace(" ", "_")
+            if (norm := self._norms.get(part.index)) is not None:
+                record.gradient_norm.add(norm)
+                self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(norm)
+            if (ratio := self._ratios[part.index].finish()) is not None:
+                record.update_ratio.add(ratio)
+                self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
+                if part is block:
+                    self._cycle.setdefault("hift/update_ratio", []).append(ratio)
+            record.rate = self._rate_of(part)
+        self.records[block.index].page_in_ms.add(self.engine.page_in_ms)
+        self.rate = self.records[block.index].rate
 
     def take_cycle(self, unfinished: bool = False) -> dict[str, float]:
         """The means over a cycle, by the name that they are logged under, each cycle once.
@@ -122,8 +140,11 @@ class BlockWatch:
         measured, self._cycle = self._cycle, {}
         return {name: fmean(values) for name, values in measured.items()}
 
-    def _rate_of(self, block: Block) -> float:
-        parameters = {self.engine.model.get_parameter(name) for name in block.parameters}
+    def _parameters(self, part: Block) -> list[nn.Parameter]:
+        return [self.engine.model.get_parameter(name) for name in part.own_parameters]
+
+    def _rate_of(self, part: Block) -> float:
+        parameters = set(self._parameters(part))
         groups = self.engine.optimizer.param_groups
         return max(float(group["lr"]) for group in groups if not parameters.isdisjoint(group["params"]))
 

@@ -29,12 +29,12 @@ class HiFTMonitor(L.Callback):
     """Log the rotation and what it does to each block, and count time and bytes, at every optimizer step.
 
     Under a HiFT strategy it logs `hift/block` and `hift/cycle` (also to the progress bar), `hift/active_params`,
-    `hift/grad_norm` (of the active block, before Lightning clips it), `hift/lr`, `hift/page_in_ms`,
+    `hift/grad_norm` (of all that is active, before Lightning clips it), `hift/lr`, `hift/page_in_ms`,
     `hift/parked_bytes` and `hift/skipped_steps`; and at the end of each cycle its means: `hift/update_ratio` over all
-    blocks, and for each block `hift_grad_norm/<block>` and `hift_update_ratio/<block>`. At the end of `fit`, also one
-    that an error or Ctrl-C has ended, it prints a table of the blocks. Under every strategy it logs
-    `memory/peak_device_bytes` of the run so far and `memory/weights_bytes`, `memory/gradients_bytes` and
-    `memory/optimizer_state_bytes` of the step.
+    blocks, and for each block, and for what is always active, `hift_grad_norm/<block>` and `hift_update_ratio/<block>`.
+    At the end of `fit`, also one that an error or Ctrl-C has ended, it prints a table of the blocks. Under every
+    strategy it logs `memory/peak_device_bytes` of the run so far and `memory/weights_bytes`, `memory/gradients_bytes`
+    and `memory/optimizer_state_bytes` of the step.
 
     The update ratio is the norm of an update over that of the weights before it. Measuring it takes a copy of the
     active block's weights (or masters) in host memory, two transfers of them and a wait for the device, which is why it
@@ -135,7 +135,7 @@ class HiFTMonitor(L.Callback):
             pl_module.log_dict(
                 {"hift/block": float(hift.block.index), "hift/cycle": float(hift.cycle)}, prog_bar=True, batch_size=1
             )
-            pl_module.log("hift/active_params", float(hift.block.numel), batch_size=1)
+            pl_module.log("hift/active_params", float(sum(part.numel for part in hift.active_parts)), batch_size=1)
             self._block = hift.block.index
         self._batch_began = time.perf_counter()
 
@@ -271,7 +271,7 @@ class HiFTMonitor(L.Callback):
     def _draw(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         watch = self._watches[0] if self._watches else None
-        names, update = ([], "block") if watch is None else (watch.names, watch.engine.settings.update)
+        names, update = ([], "block") if watch is None else (watch.block_names, watch.engine.settings.update)
         try:
             pictures = draw(self._timeline.records, names, update, folder)
         except ImportError:

@@ -57,7 +57,7 @@ def warn_of_compiled_blocks(model: nn.Module, plan: Plan) -> None:
         prefix = f"{path}." if path else ""
         if not _is_compiled(module) or any(path.startswith(outer) for outer in found):
             continue
-        inside = [block for block in plan.blocks if any(name.startswith(prefix) for name in block.parameters)]
+        inside = [block for block in plan.blocks if any(name.startswith(prefix) for name in block.own_parameters)]
         if len(inside) > 1:
             found.append(prefix)
             warnings.warn(

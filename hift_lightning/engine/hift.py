@@ -193,6 +193,12 @@ class HiFT:
         return self.plan.blocks[self.rotation.block_at(self.updates)]
 
     @property
+    def active_parts(self) -> tuple[Block, ...]:
+        """What the next update changes: the active block, and what is always active."""
+        always = self.plan.always_active
+        return (self.block,) if always is None else (self.block, always)
+
+    @property
     def cycle(self) -> int:
         """Whole cycles performed."""
         return self.rotation.cycle_at(self.updates)
@@ -449,26 +455,28 @@ class HiFT:
 
     def report(self) -> Report:
         """What each block is, how often it has been updated, and where its state is now."""
-        rows = []
-        for block in self.plan.parts:
-            always = block is self.plan.always_active
-            parameters = [self._parameters[name] for name in block.own_parameters]
-            parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
-            masters = sum(0 if (master := self.residency.master(p)) is None else master.nbytes for p in parameters)
-            rows.append(
-                BlockReport(
-                    index=block.index,
-                    name=block.name,
-                    numel=block.numel,
-                    weight_bytes=sum(local(p).nbytes for p in parameters),
-                    visits=self.updates if always else self.rotation.visits(block.index, self.updates),
-                    parked_bytes=parked + masters,
-                    device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
-                    active=always or block == self.block,
-                )
-            )
-        count = len(self.plan.blocks)
-        return Report(tuple(rows[:count]), self.rotation.cycle_length, self.updates, next(iter(rows[count:]), None))
+        blocks = tuple(
+            self._report_of(block, self.rotation.visits(block.index, self.updates), block == self.block)
+            for block in self.plan.blocks
+        )
+        always = self.plan.always_active
+        constant = None if always is None else self._report_of(always, self.updates, active=True)
+        return Report(blocks, self.rotation.cycle_length, self.updates, constant)
+
+    def _report_of(self, block: Block, visits: int, active: bool) -> BlockReport:
+        parameters = [self._parameters[name] for name in block.own_parameters]
+        parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
+        masters = sum(0 if (master := self.residency.master(p)) is None else master.nbytes for p in parameters)
+        return BlockReport(
+            index=block.index,
+            name=block.name,
+            numel=block.numel,
+            weight_bytes=sum(local(p).nbytes for p in parameters),
+            visits=visits,
+            parked_bytes=parked + masters,
+            device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
+            active=active,
+        )
 
     def __enter__(self) -> Self:
         self.start()

@@ -45,7 +45,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 _TOP_WORDS = {"final", "out", "head", "classifier", "logit", "logits"}
 
@@ -223,25 +223,32 @@ def partition(
 
     placed = _override(_lay_out(model, aliases), _matched("layers", layers, aliases))
     constant = _matched("always_active", always_active, aliases).keys() & chosen
-    kept = [Layer(layer.name, tuple(n for n in layer.parameters if n in chosen - constant)) for layer in placed]
-    kept = [layer for layer in kept if layer.parameters]
+    kept = _restricted(placed, chosen - constant)
     if not kept:
         raise ConfigurationError(
             f"`always_active={list(always_active or [])}` takes all parameters of `{type(model).__name__}` that are "
             "trained, and none is left to take turns: narrow it, or use full fine-tuning."
         )
-    everywhere = tuple(name for layer in placed for name in layer.parameters if name in constant)
-
-    def block(index: int, group: tuple[Layer, ...], everywhere: tuple[str, ...]) -> Block:
-        members = [weights[name] for layer in group for name in layer.parameters]
-        numel = sum(weight.numel() for weight in members)
-        nbytes = sum(weight.numel() * weight.element_size() for weight in members)
-        return Block(index, group, numel, nbytes, everywhere)
-
+    everywhere = tuple(name for layer in _restricted(placed, constant) for name in layer.parameters)
     groups = [tuple(kept[start : start + group_size]) for start in range(0, len(kept), group_size)]
-    blocks = tuple(block(index, group, everywhere) for index, group in enumerate(groups))
-    always = block(len(blocks), (Layer("always active", everywhere),), ()) if everywhere else None
+    blocks = tuple(_block(index, group, weights, everywhere) for index, group in enumerate(groups))
+    always = _block(len(blocks), (Layer("always active", everywhere),), weights) if everywhere else None
     return Plan(blocks, group_size, always)
+
+
+def _restricted(layers: Sequence[Layer], names: Collection[str]) -> list[Layer]:
+    """The layers with none but these parameters, without those that have nothing left."""
+    left = [Layer(layer.name, tuple(name for name in layer.parameters if name in names)) for layer in layers]
+    return [layer for layer in left if layer.parameters]
+
+
+def _block(
+    index: int, layers: tuple[Layer, ...], weights: Mapping[str, nn.Parameter], always_active: tuple[str, ...] = ()
+) -> Block:
+    members = [weights[name] for layer in layers for name in layer.parameters]
+    numel = sum(weight.numel() for weight in members)
+    nbytes = sum(weight.numel() * weight.element_size() for weight in members)
+    return Block(index, layers, numel, nbytes, always_active)
 
 
 def _names_of_weights(model: nn.Module) -> dict[str, list[str]]:

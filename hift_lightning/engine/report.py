@@ -32,6 +32,11 @@ class Report:
     always_active: BlockReport | None = None
     """What is trained in every step."""
 
+    @property
+    def parts(self) -> tuple[BlockReport, ...]:
+        """The blocks, and what is trained in every step."""
+        return self.blocks if self.always_active is None else (*self.blocks, self.always_active)
+
     def __str__(self) -> str:
         head = (
             "block",
@@ -54,7 +59,7 @@ class Report:
                 f"{b.parked_bytes / 2**20:.2f}",
                 "active" if b.active else "",
             )
-            for b in (*self.blocks, *([] if self.always_active is None else [self.always_active]))
+            for b in self.parts
         ]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [

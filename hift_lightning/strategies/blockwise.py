@@ -393,6 +393,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             f"HiFT: {len(plan.blocks)} blocks from {len(plan.layers)} layers (group_size={settings.group_size}, "
             f"order={settings.order}); the largest, `{largest.name}`, has {largest.numel:,} of {plan.numel:,} "
             f"parameters ({largest.numel / plan.numel:.0%}); one cycle is {rotation.cycle_length} optimizer steps."
+            + ("" if plan.always_active is None else f" {plan.always_active.numel:,} parameters are always active.")
         )
         steps = self._trainer.estimated_stepping_batches
         if engine.updates < steps < rotation.cycle_length:

@@ -31,24 +31,24 @@ class Witness(Callback):
     def __init__(self):
         self.gradient_norms, self.update_ratios = {}, {}
 
-    def weights(self, trainer):
-        hift = trainer.strategy.hift
-        state = hift.master_state_dict()
-        return {name: state[name].to("cpu", torch.float64, copy=True) for name in hift.block.parameters}
-
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.block = trainer.strategy.hift.block
-        self.before = self.weights(trainer)
+        state = trainer.strategy.hift.master_state_dict()
+        self.parts = trainer.strategy.hift.active_parts
+        names = self.parts[0].parameters
+        self.before = {name: state[name].to("cpu", torch.float64, copy=True) for name in names}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        squares = [p.grad.double().square().sum().item() for p in pl_module.parameters() if p.grad is not None]
-        self.gradient_norms.setdefault(self.block.index, []).append(math.sqrt(sum(squares)))
+        gradients = {name: p.grad.double() for name, p in pl_module.named_parameters() if p.grad is not None}
+        for part in self.parts:
+            own = [gradients[name] for name in part.own_parameters if name in gradients]
+            self.gradient_norms.setdefault(part.index, []).append(math.sqrt(sum(g.square().sum().item() for g in own)))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         state = trainer.strategy.hift.master_state_dict()
-        old = torch.cat([value.flatten() for value in self.before.values()])
-        new = torch.cat([state[name].cpu().double().flatten() for name in self.before])
-        self.update_ratios.setdefault(self.block.index, []).append(((new - old).norm() / old.norm()).item())
+        for part in self.parts:
+            old = torch.cat([self.before[name].flatten() for name in part.own_parameters])
+            new = torch.cat([state[name].cpu().double().flatten() for name in part.own_parameters])
+            self.update_ratios.setdefault(part.index, []).append(((new - old).norm() / old.norm()).item())
 
 
 def fitted(strategy, steps=STEPS, callbacks=(), module=None, update_ratio_every=1, **arguments):
@@ -94,6 +94,31 @@ def test_ratio_and_norm_are_those_of_copies_made_beside_it(any_device, update):
         assert record.page_in_ms.count == record.update_ratio.count
         assert record.page_in_ms.value > 0
         assert record.rate == 0.01
+
+
+def test_what_is_always_active_is_measured_apart_from_the_blocks(tmp_path, capsys):
+    witness = Witness()
+    strategy = HiFTStrategy(always_active=["norm.*", "head.*"], order="bottom2up")
+    monitor = fitted(strategy, callbacks=[witness], **logging_to(tmp_path))
+    records = monitor._watches[0].records
+    assert set(records) == set(witness.gradient_norms) == set(range(LAYERS))
+    for index, record in records.items():
+        assert of(record.gradient_norm) == mean_of(witness.gradient_norms[index])
+        assert of(record.update_ratio) == mean_of(witness.update_ratios[index])
+    assert records[LAYERS - 1].gradient_norm.count == STEPS
+
+    steps, cycles = rows_of(tmp_path)
+    norms = [math.hypot(witness.gradient_norms[0][0], witness.gradient_norms[LAYERS - 1][0])]
+    assert [float(steps[0]["hift/grad_norm"])] == close(norms)
+    active = sum(part.numel for part in (strategy.hift.plan.blocks[0], strategy.hift.plan.always_active))
+    assert float(steps[0]["hift/active_params"]) == active
+    first_cycle = witness.gradient_norms[LAYERS - 1][: LAYERS - 1]
+    assert float(cycles[0]["hift_grad_norm/03_always_active"]) == close(fmean(first_cycle))
+    of_blocks = [witness.update_ratios[index][0] for index in range(LAYERS - 1)]
+    assert float(cycles[0]["hift/update_ratio"]) == close(fmean(of_blocks))
+
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if "always active" in line)
+    assert row[:4] == ["always", "active", "83", str(STEPS)]
 
 
 @pytest.mark.parametrize("update", ["block", "streamed", "fused"])

@@ -128,6 +128,14 @@ def test_of_nested_compiled_modules_the_outermost_is_named_once():
     assert len(told) == 1
 
 
+def test_a_compiled_part_that_is_always_active_is_not_told_of():
+    model = Net(2)
+    model.head.compile(backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiFT(model, torch.optim.SGD(model.parameters()), HiFTSettings(always_active=["head.*"]))
+
+
 def test_a_forward_that_is_kept_from_compilation_is_not_taken_for_compiled():
     model = Net(2)
     model.forward = torch.compiler.disable(model.forward)
