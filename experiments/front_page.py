@@ -13,7 +13,7 @@ from experiments.quality.comparison import accuracies, complete_data_sets, equal
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
 from experiments.quality.grid import FINAL
-from experiments.quality.methods import FULL, HIFT, IN_MEMORY, LONG, LONG_HEAD
+from experiments.quality.methods import FULL, HIFT, IN_MEMORY, LONG, ONE_TURN
 from experiments.step_cost.runs import SIZES, TIMES
 from experiments.step_cost.summary import ratios
 from experiments.table import Row, markdown
@@ -26,7 +26,7 @@ HEAD = ("", *METHODS, "page")
 RECIPES = {
     HIFT: "as in the paper",
     LONG: "20 steps a block, no momentum",
-    LONG_HEAD: "20 steps a block, no momentum, head always",
+    ONE_TURN: "one turn a block, no momentum, head always",
 }
 
 

@@ -30,8 +30,6 @@ DATA = "film reviews"
 TURN = 8
 """Steps that a method has before the next one's turn: those in which HiFT has all blocks of the model."""
 RATE = 1e-4
-MANY = 10_000
-"""Steps that schedules are told."""
 
 
 def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
@@ -62,7 +60,7 @@ def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
         data = DATA_SETS[DATA].module(DATA.replace(" ", "_"), seed=0, batch_size=contestant.batch_size)
         data.setup("fit")
         network = network_for(data).train()
-        trainings[name] = contestant.method(network, RATE, MANY, 0)
+        trainings[name] = contestant.method(network, RATE, contestant.steps_in_time, 0)
         streams.setdefault(contestant.batch_size, batches(data))
     seconds: dict[str, list[float]] = {name: [] for name in trainings}
     flops = dict.fromkeys(trainings, 0)
@@ -136,7 +134,7 @@ def count_bytes(method: Method, batch_size: int, steps: int = 2 * TURN) -> dict[
     before = sim.memory_allocated()
     network = network_for(data).train().to("sim")
     weights = sim.memory_allocated() - before
-    training = method(network, RATE, MANY, 0)
+    training = method(network, RATE, steps, 0)
     for number in range(TURN + steps):
         ids = torch.randint(1000, 20_000, (batch_size, MAX_LENGTH))
         labels = torch.randint(2, (batch_size,))

@@ -111,7 +111,7 @@ def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: 
 
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         optimizer = make(network, rate)
-        engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}))
+        engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}), total_steps=steps)
         engine.start()
 
         def forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -262,7 +262,7 @@ class Contestant:
     Args:
         method: the method.
         guess: exponent of the learning rate at which its search begins (see `rate_of`).
-        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), in tens; at most 2 % longer.
+        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), rounded down to tens.
         cycle: steps after which every weight has had its turn.
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
@@ -286,17 +286,18 @@ class Contestant:
 FULL = "full AdamW"
 HIFT = "HiFT"
 LONG = "HiFT, 20 steps a block, no momentum"
-LONG_HEAD = f"{LONG}, head always"
+ONE_TURN = "HiFT, one turn a block, no momentum, head always"
 IN_MEMORY = "LoRA in HiFT's memory"
-LONG_TURNS: dict[str, Any] = {"steps_per_block": 20, "lr_update": "step"}
 
 CONTESTANTS = {
     FULL: Contestant(full(), 0, STEPS),
     HIFT: Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
     "HiFT bottom2up": Contestant(hift(order="bottom2up"), 2, 360, 8),
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
-    LONG: Contestant(hift(adamw_with(beta1=0.0), **LONG_TURNS), 2, 350, 160),
-    LONG_HEAD: Contestant(hift(adamw_with(beta1=0.0), **LONG_TURNS, always_active=["head.*"]), 2, 350, 140),
+    LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
+    ONE_TURN: Contestant(
+        hift(adamw_with(beta1=0.0), steps_per_block="once", lr_update="step", always_active=["head.*"]), 2, 340, 340
+    ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),

@@ -25,7 +25,7 @@ from experiments.quality.methods import (
     HIFT,
     IN_MEMORY,
     LONG,
-    LONG_HEAD,
+    ONE_TURN,
     STEPS,
     WARMUP,
     rate_of,
@@ -67,7 +67,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        *_accuracies(in_time, in_steps, cost),
+        *_accuracies(in_time, in_steps),
         *_in_memory(in_time, peaks),
         *_reasons(in_time, variants),
         "## What a step costs",
@@ -85,19 +85,13 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _longest(cost: Rows) -> str:
-    """By how much the steps of a method take longer than those of full fine-tuning, at most, in percent."""
-    shares = [equal_time(name) * float(row["time_of_full"]) / STEPS for name, row in cost.items()]
-    return f"{100 * (max(shares) - 1):.1f}"
-
-
-def _accuracies(in_time: Accuracies, in_steps: Accuracies, cost: Rows) -> list[str]:
+def _accuracies(in_time: Accuracies, in_steps: Accuracies) -> list[str]:
     if not in_time:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
         "## In equal time",
-        f"As many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below; the "
-        f"longest takes {_longest(cost)} % longer).",
+        f"As many steps, rounded down to tens, as take as long as {STEPS} steps of full fine-tuning (measured, see "
+        "below).",
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "## In equal steps",
@@ -140,13 +134,13 @@ def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
             str(over_data_sets(in_time, method, common)),
             less(in_time, method, IN_MEMORY, common).signed() if method != IN_MEMORY else "",
         ]
-        for method in within(peaks, LONG_HEAD)
+        for method in within(peaks, ONE_TURN)
         if all((name, method) in in_time for name in common)
     ]
     most = peaks[f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}"]
     return [
         "## In equal peak memory",
-        f"What trains within the {_mib(peaks[bytes_row(LONG_HEAD)])} MiB of HiFT, in equal time. LoRA has the largest "
+        f"What trains within the {_mib(peaks[bytes_row(ONE_TURN)])} MiB of HiFT, in equal time. LoRA has the largest "
         f"batch that fits: with {most['batch_size']} texts its peak is {_mib(most)} MiB. Full AdamW fits with none: "
         "its weights, gradients and moments alone are more.",
         markdown(["method", "peak MiB", "batch", "steps", *common, "mean", f"over {IN_MEMORY}"], lines),
@@ -165,9 +159,9 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
     return [
         "## Where HiFT loses, and why",
         f"As in the paper, with a new block in every step, it is behind full AdamW in equal time: "
-        f"{against(FULL, HIFT)}. With 20 steps a block and without momentum (`experiment=long_turns`) it is hardly: "
-        f'{against(FULL, LONG)}; with the new head trained in every step as well (`always_active=["head.*"]`): '
-        f"{against(FULL, LONG_HEAD)}.",
+        f"{against(FULL, HIFT)}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With one turn for "
+        'each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head trained in '
+        f'every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}.',
         "Validation accuracy on film reviews with the best rate that was tried, from the settings at the end of this "
         f"page: as in the paper {best('as in the paper')}, and with a rate that is not delayed "
         f"{best('rate not delayed')}, so the delay is not the reason. Without momentum {best('beta1 0')}, with 20 "
@@ -176,7 +170,7 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"order matters: without momentum `top2down` has {best('beta1 0')}, `random` {best('beta1 0, random')} and "
         f"`bottom2up` {best('beta1 0, bottom2up')}. In equal steps HiFT updates each weight in a few of them only, and "
         "is behind.",
-        f"Against {IN_MEMORY}, with the head always active: {against(IN_MEMORY, LONG_HEAD)}.",
+        f"Against {IN_MEMORY}, with one turn a block: {against(IN_MEMORY, ONE_TURN)}.",
     ]
 
 

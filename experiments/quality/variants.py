@@ -35,6 +35,10 @@ _KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
     "beta1 0, 2 layers a block": (hift(adamw_with(beta1=0.0), group_size=2), (2,)),
     "beta1 0, 10 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=10, lr_update="step"), (2,)),
     "beta1 0, 20 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), (1, 2, 3)),
+    "beta1 0, 20 steps a block, head always": (
+        hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step", always_active=["head.*"]),
+        (1, 2, 3),
+    ),
     "beta1 0, 40 steps a block": (hift(adamw_with(beta1=0.0), steps_per_block=40, lr_update="step"), (2,)),
     "beta1 0, 20 steps a block, bottom2up": (
         hift(adamw_with(beta1=0.0), steps_per_block=20, order="bottom2up", lr_update="step"),

@@ -46,7 +46,7 @@ from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reduction import GradientReduction, Ranks
 from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
-from hift_lightning.engine.rotation import Rotation
+from hift_lightning.engine.rotation import Rotation, length_of_turn
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
@@ -82,6 +82,7 @@ class HiFT:
             that makes one from a list of parameters. Parameters that require a gradient but are in no param
             group are frozen while training.
         settings: see :class:`HiFTSettings`.
+        total_steps: optimizer steps of the run; only ``steps_per_block="once"`` has to know it.
         others: further optimizers on the same model, whose parameters are left alone.
         ranks: the processes that train this model together, each on its own batches; every one builds its engine.
             Gradients are averaged over them in the backward pass, so call :meth:`after_backward` after it.
@@ -100,6 +101,7 @@ class HiFT:
         optimizer: Optimizer | Callable[[list[nn.Parameter]], Optimizer],
         settings: HiFTSettings | None = None,
         *,
+        total_steps: int | None = None,
         others: Sequence[Optimizer] = (),
         ranks: Ranks | None = None,
         bucket_bytes: int = 25 * 2**20,
@@ -126,7 +128,8 @@ class HiFT:
             always_active=settings.always_active,
             trainable=names_in_optimizer(self._parameters, optimizer),
         )
-        self.rotation = Rotation(len(self.plan.blocks), settings.order, settings.steps_per_block, settings.seed)
+        turn = length_of_turn(settings.steps_per_block, len(self.plan.blocks), total_steps)
+        self.rotation = Rotation(len(self.plan.blocks), settings.order, turn, settings.seed)
         self._shares: Shares | None = None
         if share_with is not None and share_with.size > 1:
             blocks = [[self._parameters[name] for name in part.own_parameters] for part in self.plan.parts]

@@ -21,6 +21,9 @@ cycles count from 0. A seed is always given to orders that are not built in."""
 ORDERS: Registry[Order] = Registry("register_order")
 """The orders by name. Those built in are fixed once before training (HiFT, arXiv 2401.15207)."""
 
+ONCE = "once"
+"""``steps_per_block`` with which each block has one turn in the whole run."""
+
 _COMPARED_CYCLES = 16
 """In a checkpoint an order is known by its turns in so many cycles."""
 
@@ -75,7 +78,7 @@ def check_order(order: str) -> None:
 
 
 def check_steps_per_block(steps_per_block: Any) -> None:
-    """Raise unless the value is an integer of at least 1.
+    """Raise unless the value is an integer of at least 1, or ``once``.
 
     Args:
         steps_per_block: optimizer steps before the next block has its turn.
@@ -83,11 +86,35 @@ def check_steps_per_block(steps_per_block: Any) -> None:
     Raises:
         ConfigurationError: if it is not.
     """
+    if steps_per_block == ONCE:
+        return
     if not isinstance(steps_per_block, int) or isinstance(steps_per_block, bool) or steps_per_block < 1:
         raise ConfigurationError(
-            f"`steps_per_block={steps_per_block!r}` must be an integer of at least 1: "
-            "the optimizer steps that a block makes before the next one has its turn."
+            f"`steps_per_block={steps_per_block!r}` must be an integer of at least 1, the optimizer steps that a block "
+            f"makes before the next one has its turn, or `{ONCE}`."
         )
+
+
+def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | None) -> int:
+    """Optimizer steps of a turn.
+
+    Args:
+        steps_per_block: a number, which is returned, or ``once``.
+        blocks: number of blocks.
+        total_steps: optimizer steps of the run, looked at under ``once``: as many turns of equal length are made of
+            them as there are blocks, and what is left over begins a second cycle.
+
+    Raises:
+        ConfigurationError: under ``once``, if the number of steps is not known.
+    """
+    if isinstance(steps_per_block, int):
+        return steps_per_block
+    if total_steps is None:
+        raise ConfigurationError(
+            f"`steps_per_block={steps_per_block!r}` divides the optimizer steps of the run among the blocks, and their "
+            "number is not known here: give it (`HiFT(..., total_steps=1000)`), or a number of steps a block."
+        )
+    return max(1, total_steps // blocks)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from hift_lightning.engine.residency import (
     parameters_stay_themselves,
     replaces_parameters,
 )
+from hift_lightning.engine.rotation import ONCE
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
@@ -58,7 +59,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             its turn, by as many scheduler steps as there were optimizer steps; ``"cycle_once"``: then, by one step,
             as the published code does; ``"step"``: at every optimizer step. Schedulers with ``interval="epoch"`` and
             ReduceLROnPlateau are left as they are.
-        steps_per_block: optimizer steps before the next block has its turn.
+        steps_per_block: optimizer steps before the next block has its turn; ``"once"`` divides the steps of the run
+            among the blocks, so that each has one turn (wants ``lr_update="step"`` and automatic optimization).
         offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), ``"none"`` (it stays on the
             device), or a registered tier (:func:`~hift_lightning.engine.tiers.register_tier`).
         update: ``"block"`` pages all state of the block in and makes one optimizer step; ``"streamed"`` takes it piece
@@ -95,7 +97,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         memory_budget: str | int | None = None,
         order: str = "top2down",
         lr_update: str = "cycle",
-        steps_per_block: int = 1,
+        steps_per_block: int | str = 1,
         offload: str | Path = "cpu",
         update: str = "block",
         window: str | int = "256MiB",
@@ -254,6 +256,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 module,
                 optimizer,
                 self.settings,
+                total_steps=self._total_steps(trainer),
                 others=[other for other in self.optimizers if other is not optimizer],
                 **self.engine_arguments(),
             )
@@ -263,6 +266,26 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         for config in self.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
+
+    def _total_steps(self, trainer: Trainer) -> int | None:
+        """Optimizer steps of the run, where the length of a turn depends on them."""
+        if self.settings.steps_per_block != ONCE:
+            return None
+        module = self.lightning_module
+        assert module is not None
+        if not module.automatic_optimization:
+            raise ConfigurationError(
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and of "
+                f"`{type(module).__name__}`, which optimizes by hand, their number is not known; give a number of "
+                "steps a block."
+            )
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigurationError(
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and this run has "
+                "no end; give the Trainer `max_epochs` or `max_steps`, or a number of steps a block."
+            )
+        return int(steps)
 
     @override
     def model_to_device(self) -> None:

@@ -106,10 +106,11 @@ def test_full_fine_tuning_brings_its_own_rate_and_the_command_line_has_the_last_
     assert composed("strategy=full", "learning_rate=0.3").optimizer.lr == 0.3
 
 
-def test_long_turns_have_many_steps_and_no_momentum() -> None:
+def test_long_turns_are_one_for_each_block_without_momentum() -> None:
     cfg = composed("experiment=long_turns")
     assert (cfg.optimizer.lr, cfg.optimizer.betas) == (4.0e-4, [0.0, 0.999])
-    assert (cfg.strategy.steps_per_block, cfg.strategy.lr_update) == (20, "step")
+    assert (cfg.strategy.steps_per_block, cfg.strategy.lr_update) == ("once", "step")
+    assert cfg.strategy.always_active == ["network.head.*"]
 
 
 def test_the_file_of_the_strategy_sets_nothing_else() -> None:

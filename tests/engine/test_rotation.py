@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.rotation import ORDERS, Rotation, register_order
+from hift_lightning.engine.rotation import ORDERS, Rotation, length_of_turn, register_order
+from hift_lightning.engine.settings import HiFTSettings
 
 rotations = st.builds(
     Rotation,
@@ -63,6 +64,27 @@ def test_orders_permute_the_turns_only():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Rotation(3, **arguments)
+
+
+@given(st.integers(1, 40), st.integers(1, 2000))
+def test_once_gives_every_block_one_turn_of_the_run(blocks, total_steps):
+    rotation = Rotation(blocks, steps_per_block=length_of_turn("once", blocks, total_steps))
+    if total_steps >= blocks:
+        assert rotation.cycle_length <= total_steps < rotation.cycle_length + blocks
+    assert length_of_turn(3, blocks, None) == 3
+
+
+def test_once_wants_the_steps_of_the_run_and_a_rate_that_is_not_held():
+    with pytest.raises(
+        ConfigurationError, match=r"^`steps_per_block='once'` divides .*`HiFT\(..., total_steps=1000\)`"
+    ):
+        length_of_turn("once", 3, None)
+    with pytest.raises(
+        ConfigurationError, match="^`steps_per_block='once'` .*`lr_update='cycle'`.*give `lr_update='st"
+    ):
+        HiFTSettings(steps_per_block="once")
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='twice'` must be .* or `once`"):
+        HiFTSettings(steps_per_block="twice", lr_update="step")
 
 
 def test_a_registered_order_that_is_no_permutation_is_refused(registries):

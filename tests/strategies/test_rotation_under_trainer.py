@@ -32,6 +32,29 @@ def test_steps_per_block_keeps_a_block_for_that_many_steps():
     assert steps == [block for block in BOTTOM_UP for _ in range(2)]
 
 
+@pytest.mark.parametrize(
+    ("batches", "arguments", "turn"),
+    [(2 * LAYERS + 1, {}, 2), (LAYERS, {"max_epochs": 3}, 3), (4 * LAYERS, {"accumulate_grad_batches": 2}, 2)],
+)
+def test_once_gives_every_block_one_turn_in_the_run(batches, arguments, turn):
+    strategy = HiFTStrategy(order="bottom2up", steps_per_block="once", lr_update="step")
+    _, _, steps = fit(strategy, batches=batches, **arguments)
+    assert steps[: LAYERS * turn] == [block for block in BOTTOM_UP for _ in range(turn)]
+    assert strategy.hift.updates - strategy.hift.rotation.cycle_length == batches % LAYERS
+
+
+def test_once_wants_a_run_whose_steps_are_known():
+    once = {"steps_per_block": "once", "lr_update": "step"}
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* no end; give the Trainer `max_epochs`"):
+        fit(HiFTStrategy(**once), max_epochs=-1)
+
+    class ByHand(SmallTransformer):
+        automatic_optimization = False
+
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* `ByHand`, which optimizes by hand"):
+        fit(HiFTStrategy(**once), module=ByHand())
+
+
 def test_rotation_counts_optimizer_steps_not_micro_batches():
     _, _, steps = fit(HiFTStrategy(order="bottom2up"), batches=3 * LAYERS, accumulate_grad_batches=3)
     assert steps == BOTTOM_UP
