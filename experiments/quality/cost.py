@@ -43,7 +43,8 @@ def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
 
     Returns:
         A row for each chosen method: median, least and most milliseconds of the mean step of a cycle; the median over
-        cycles of its ratio to full fine-tuning in the same rounds; GFLOP of the mean step.
+        cycles of its ratio to full fine-tuning in the same rounds; FLOPs of the mean step over those of full
+        fine-tuning on the same batches.
 
     Raises:
         ValueError: the rounds are too few for a cycle.
@@ -92,7 +93,7 @@ def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
             "ms_most": 1000 * max(own),
             "time_of_full": statistics.median(a / b for a, b in zip(own, full, strict=True)),
             "cycles": len(own),
-            "gflop": flops[name] / longest / TURN / 1e9,
+            "flops_of_full": flops[name] / flops[FULL],
         }
         rows[name] = {key: str(value) for key, value in values.items()}
     return rows
@@ -170,8 +171,8 @@ def main() -> None:
     write_rows(TIMES, [rows[name] for name in CONTESTANTS if name in rows])
     BYTES.complete(BYTES.rows, arguments.again)
     for row in rows.values():
-        ms, ratio, gflop = (float(row[key]) for key in ("ms", "time_of_full", "gflop"))
-        print(f"{row['name']}: {ms:.0f} ms, {ratio:.3f} of full, {gflop:.2f} GFLOP")
+        ms, of_time, of_flops = (float(row[key]) for key in ("ms", "time_of_full", "flops_of_full"))
+        print(f"{row['name']}: {ms:.0f} ms, {of_time:.3f} of the time of full fine-tuning, {of_flops:.3f} of its FLOPs")
 
 
 if __name__ == "__main__":

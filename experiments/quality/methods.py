@@ -115,7 +115,7 @@ def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: 
         engine.start()
 
         def forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if engine.updates % engine.settings.steps_per_block == 0:
+            if engine.updates % engine.rotation.steps_per_block == 0:
                 for state in optimizer.state.values():
                     state["exp_avg"].zero_()
 
@@ -262,7 +262,7 @@ class Contestant:
     Args:
         method: the method.
         guess: exponent of the learning rate at which its search begins (see `rate_of`).
-        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), rounded down to tens.
+        steps_in_time: steps that take as long as `STEPS` of full fine-tuning (`cost.csv`), in tens, and not more.
         cycle: steps after which every weight has had its turn.
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.

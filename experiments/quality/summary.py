@@ -72,9 +72,9 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         *_reasons(in_time, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
-        "one thread; 'of full' is the median of the ratio in the same rounds. Peak bytes are counted on the simulated "
-        f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens ({CONTESTANTS[IN_MEMORY].batch_size} of "
-        f"{IN_MEMORY}), the weights among them.",
+        "one thread; 'time of full' is the median of the ratio in the same rounds, and FLOPs were counted in the same "
+        f"rounds too. Peak bytes are counted on the simulated accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} "
+        f"tokens ({CONTESTANTS[IN_MEMORY].batch_size} of {IN_MEMORY}), the weights among them.",
         _costs(cost, peaks),
         "## Learning rates",
         _rates(final),
@@ -90,8 +90,7 @@ def _accuracies(in_time: Accuracies, in_steps: Accuracies) -> list[str]:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
         "## In equal time",
-        f"As many steps, rounded down to tens, as take as long as {STEPS} steps of full fine-tuning (measured, see "
-        "below).",
+        f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "## In equal steps",
@@ -152,6 +151,10 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         common = complete_data_sets(in_time, [other, method])
         return f"{less(in_time, method, other, common).signed()} points ({', '.join(common)})" if common else "not run"
 
+    def each_against(other: str, method: str) -> str:
+        common = complete_data_sets(in_time, [other, method])
+        return ", ".join(f"{name} {less(in_time, method, other, [name]).signed()}" for name in common) or "not run"
+
     def best(kind: str) -> str:
         rows = [row for name, row in variants.items() if name.rpartition(", rate ")[0] == kind]
         return _points(max(rows, key=lambda row: float(row["validation_accuracy"])), "validation_accuracy")
@@ -161,7 +164,8 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"As in the paper, with a new block in every step, it is behind full AdamW in equal time: "
         f"{against(FULL, HIFT)}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With one turn for "
         'each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head trained in '
-        f'every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}.',
+        f'every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}; by data set '
+        f"{each_against(FULL, ONE_TURN)}.",
         "Validation accuracy on film reviews with the best rate that was tried, from the settings at the end of this "
         f"page: as in the paper {best('as in the paper')}, and with a rate that is not delayed "
         f"{best('rate not delayed')}, so the delay is not the reason. Without momentum {best('beta1 0')}, with 20 "
@@ -170,7 +174,8 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"order matters: without momentum `top2down` has {best('beta1 0')}, `random` {best('beta1 0, random')} and "
         f"`bottom2up` {best('beta1 0, bottom2up')}. In equal steps HiFT updates each weight in a few of them only, and "
         "is behind.",
-        f"Against {IN_MEMORY}, with one turn a block: {against(IN_MEMORY, ONE_TURN)}.",
+        f"Against {IN_MEMORY}, with one turn a block: {against(IN_MEMORY, ONE_TURN)}; by data set "
+        f"{each_against(IN_MEMORY, ONE_TURN)}.",
     ]
 
 
@@ -189,12 +194,12 @@ def _costs(cost: Rows, peaks: Rows) -> str:
                 f"{float(row['ms_least']):.0f} to {float(row['ms_most']):.0f}",
                 row["cycles"],
                 f"{float(row['time_of_full']):.3f}",
-                f"{float(row['gflop']):.1f}",
+                f"{float(row['flops_of_full']):.3f}",
                 _mib(peak) if peak else "",
                 CONTESTANTS[name].remark,
             ]
         )
-    return markdown(["method", "ms", "of cycles", "cycles", "of full", "GFLOP", "peak MiB", ""], lines)
+    return markdown(["method", "ms", "of cycles", "cycles", "time of full", "FLOPs of full", "peak MiB", ""], lines)
 
 
 def _rates(final: Rows) -> str:

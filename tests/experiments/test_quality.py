@@ -125,4 +125,5 @@ def test_lora_in_hifts_memory_has_the_largest_batch_whose_peak_is_not_above_hift
 
 def test_every_method_has_the_time_of_full_fine_tuning():
     for name, row in times().items():
-        assert CONTESTANTS[name].steps_in_time == 10 * int(STEPS / float(row["time_of_full"]) / 10), name
+        share = CONTESTANTS[name].steps_in_time * float(row["time_of_full"]) / STEPS
+        assert 0.9 < share <= 1, name
