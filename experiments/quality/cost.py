@@ -1,8 +1,8 @@
 """What a step of each method costs: time, FLOPs, and bytes on the simulated accelerator.
 
-    python -m experiments.quality.cost [--rounds 20] [--only METHOD ...] [--again]
+    python -m experiments.quality.cost [--rounds N] [--only METHOD ...] [--again]
 
-Times are taken in one process on one thread, the methods in turn, so run it alone: some twelve minutes, and as
+Times are taken in one process on one thread, the methods in turn, so run it alone: some twenty-five minutes, and as
 long again to count FLOPs. Writes `cost.csv` (time and FLOPs, always anew; with `--only` the rows of these methods,
 timed in turn with full fine-tuning) and the rows that `bytes.csv` lacks.
 """
@@ -44,7 +44,7 @@ def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
     Returns:
         A row for each chosen method: median, least and most milliseconds of the mean step of a cycle; the median over
         cycles of its ratio to full fine-tuning in the same rounds; FLOPs of the mean step over those of full
-        fine-tuning on the same batches.
+        fine-tuning in rounds after those.
 
     Raises:
         ValueError: the rounds are too few for a cycle.
@@ -163,11 +163,12 @@ BYTES = Table(HERE / "bytes.csv", tuple(ROWS), measure_bytes)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each method that are timed")
+    parser.add_argument("--rounds", type=int, help="turns of each method that are timed (default: 20, or a cycle)")
     parser.add_argument("--again", action="store_true", help="count also the bytes that are in the record")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="METHOD")
     arguments = parser.parse_args()
-    rows = {**times(), **measure_times(arguments.rounds, arguments.only)}
+    rounds = arguments.rounds or max(20, *(_turns(CONTESTANTS[name].cycle) for name in arguments.only))
+    rows = {**times(), **measure_times(rounds, arguments.only)}
     write_rows(TIMES, [rows[name] for name in CONTESTANTS if name in rows])
     BYTES.complete(BYTES.rows, arguments.again)
     for row in rows.values():

@@ -72,9 +72,11 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         *_reasons(in_time, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
-        "one thread; 'time of full' is the median of the ratio in the same rounds, and FLOPs were counted in the same "
-        f"rounds too. Peak bytes are counted on the simulated accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} "
-        f"tokens ({CONTESTANTS[IN_MEMORY].batch_size} of {IN_MEMORY}), the weights among them.",
+        "one thread; 'time of full' is the median of the ratio in the same rounds. The one with one turn a block was "
+        "timed in another session, with full fine-tuning: compare its ratio, not its milliseconds. FLOPs are those of "
+        "rounds after the timed ones. Peak bytes are counted on the simulated accelerator with batches of "
+        f"{BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them; {IN_MEMORY} has batches of "
+        f"{CONTESTANTS[IN_MEMORY].batch_size} in all columns.",
         _costs(cost, peaks),
         "## Learning rates",
         _rates(final),

@@ -16,7 +16,7 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> 
 
     Args:
         watches: one for each optimizer.
-        ratio_every: cycles from one in which the update-to-weight ratio was measured to the next; 0: none.
+        ratio_every: updates of a block from one whose update-to-weight ratio was measured to the next; 0: none.
         ranks: processes that trained together.
     """
     table = Table(
@@ -75,4 +75,4 @@ def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> list[
 
 
 def _measured(ratio_every: int) -> str:
-    return "measured in each cycle" if ratio_every == 1 else f"measured in one of {ratio_every} cycles"
+    return "measured in each update" if ratio_every == 1 else f"measured in one of {ratio_every} updates of a block"

@@ -38,7 +38,7 @@ class BlockRecord:
     gradient_norm: Mean = field(default_factory=Mean)
     """Of its gradients; unknown under `update="fused"`."""
     update_ratio: Mean = field(default_factory=Mean)
-    """The norm of its updates over that of its weights, in the cycles in which it was measured."""
+    """The norm of its updates over that of its weights, in the updates in which it was measured."""
     page_in_ms: Mean = field(default_factory=Mean)
     """Milliseconds that the host spent on paging state in for a step, that of what is always active with it."""
     rate: float | None = None
@@ -52,7 +52,7 @@ class BlockWatch:
 
     Args:
         engine: has been started.
-        ratio_every: cycles from one in which the update-to-weight ratio is measured to the next; 0: none.
+        ratio_every: updates of a block from one whose update-to-weight ratio is measured to the next; 0: none.
     """
 
     def __init__(self, engine: HiFT, ratio_every: int) -> None:
@@ -101,7 +101,8 @@ class BlockWatch:
         self._begun = parts, engine.updates
         if self._norms:
             self.gradient_norm = math.hypot(*self._norms.values())
-        if self._ratio_every and engine.cycle % self._ratio_every == 0:
+        visits = engine.rotation.visits(engine.block.index, engine.updates)
+        if self._ratio_every and visits % self._ratio_every == 0:
             for part in parts:
                 self._ratios[part.index].begin(self._parameters(part))
 

@@ -38,8 +38,8 @@ class HiFTMonitor(L.Callback):
 
     The update ratio is the norm of an update over that of the weights before it. Measuring it takes a copy of the
     active block's weights (or masters) in host memory, two transfers of them and a wait for the device, which is why it
-    is done in one of `update_ratio_every` cycles; the device needs 4 MiB for it, when gradients are gone. It is not
-    measured where ranks split the masters of a block (`shard_parked_state` with `master_weights`). With
+    is done in one of `update_ratio_every` updates of a block; the device needs 4 MiB for it, when gradients are gone.
+    It is not measured where ranks split the masters of a block (`shard_parked_state` with `master_weights`). With
     `update="fused"` gradients are used inside backward, so there is no gradient norm.
 
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
@@ -53,7 +53,7 @@ class HiFTMonitor(L.Callback):
             `None`: no pictures.
         pictures: `None` draws them where matplotlib is installed, `False` never, and `True` is an error where they
             cannot be.
-        update_ratio_every: cycles from one in which the update ratio is measured to the next; 0: none.
+        update_ratio_every: updates of a block from one whose ratio is measured to the next; 0: none.
 
     Raises:
         ConfigurationError: pictures are wanted, and matplotlib is not installed or no folder is given; or

@@ -109,10 +109,11 @@ def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | N
     """
     if isinstance(steps_per_block, int):
         return steps_per_block
-    if total_steps is None:
+    if total_steps is None or total_steps < 1:
         raise ConfigurationError(
             f"`steps_per_block={steps_per_block!r}` divides the optimizer steps of the run among the blocks, and their "
-            "number is not known here: give it (`HiFT(..., total_steps=1000)`), or a number of steps a block."
+            f"number is not known here (`total_steps={total_steps}`): give it (`HiFT(..., total_steps=1000)`), or a "
+            "number of steps a block."
         )
     return max(1, total_steps // blocks)
 

@@ -79,8 +79,8 @@ class HiFTSettings:
         check_steps_per_block(self.steps_per_block)
         if self.steps_per_block == ONCE and self.lr_update != "step":
             raise ConfigurationError(
-                f"`steps_per_block={ONCE!r}` makes the run one cycle, and `lr_update={self.lr_update!r}` would hold the "
-                "learning rate all through it; give `lr_update='step'`."
+                f"`steps_per_block={ONCE!r}` makes the run one cycle, and `lr_update={self.lr_update!r}` would hold "
+                "the learning rate all through it; give `lr_update='step'`."
             )
         check_offload(self.offload)
         check_parked_dtype(self.parked_dtype)

@@ -60,7 +60,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             as the published code does; ``"step"``: at every optimizer step. Schedulers with ``interval="epoch"`` and
             ReduceLROnPlateau are left as they are.
         steps_per_block: optimizer steps before the next block has its turn; ``"once"`` divides the steps of the run
-            among the blocks, so that each has one turn (wants ``lr_update="step"`` and automatic optimization).
+            among the blocks, so that each has one turn (wants ``lr_update="step"`` and automatic optimization). Steps
+            that are left over, fewer than there are blocks, begin a second cycle; a run that is stopped early leaves
+            the blocks untrained whose turn had not come.
         offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), ``"none"`` (it stays on the
             device), or a registered tier (:func:`~hift_lightning.engine.tiers.register_tier`).
         update: ``"block"`` pages all state of the block in and makes one optimizer step; ``"streamed"`` takes it piece
@@ -280,10 +282,10 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 "steps a block."
             )
         steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if steps == float("inf") or steps < 1:  # Lightning gives -1 where a data loader has no length
             raise ConfigurationError(
                 f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and this run has "
-                "no end; give the Trainer `max_epochs` or `max_steps`, or a number of steps a block."
+                "no end that is known; give the Trainer `max_steps`, or a number of steps a block."
             )
         return int(steps)
 

@@ -96,6 +96,16 @@ def test_ratio_and_norm_are_those_of_copies_made_beside_it(any_device, update):
         assert record.rate == 0.01
 
 
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+def test_what_is_always_active_is_measured_under_every_update(any_device, update):
+    witness = Witness()
+    strategy = HiFTStrategy(update=update, always_active=["norm.*", "head.*"])
+    monitor = fitted(strategy, callbacks=[witness], accelerator=any_device.type)
+    for index, record in monitor._watches[0].records.items():
+        assert of(record.update_ratio) == mean_of(witness.update_ratios[index])
+        assert of(record.gradient_norm) == mean_of([] if update == "fused" else witness.gradient_norms[index])
+
+
 def test_what_is_always_active_is_measured_apart_from_the_blocks(tmp_path, capsys):
     witness = Witness()
     strategy = HiFTStrategy(always_active=["norm.*", "head.*"], order="bottom2up")
@@ -214,8 +224,9 @@ def test_each_cycle_logs_the_means_of_every_block_once(tmp_path):
 
 
 @pytest.mark.parametrize(("every", "measured"), [(0, 0), (1, 3), (2, 2), (4, 1)])
-def test_the_ratio_is_measured_in_one_of_so_many_cycles(every, measured):
-    monitor = fitted(HiFTStrategy(), steps=3 * LAYERS, update_ratio_every=every)
+@pytest.mark.parametrize("settings", [{}, {"steps_per_block": "once", "lr_update": "step"}])
+def test_the_ratio_is_measured_in_one_of_so_many_updates_of_a_block(settings, every, measured):
+    monitor = fitted(HiFTStrategy(**settings), steps=3 * LAYERS, update_ratio_every=every)
     assert {record.update_ratio.count for record in monitor._watches[0].records.values()} == {measured}
 
 

@@ -95,6 +95,7 @@ TRAINS = {
     "HiFT": ("head",),
     "HiFT bottom2up": ("embeddings",),
     "HiFT, 20 steps a block, no momentum": ("head",),
+    "HiFT, one turn a block, no momentum, head always": ("encoder", "head"),
     "LoRA": ("encoder", "head"),
     "BitFit": ("embeddings", "encoder", "head"),
     "head only": ("head",),

@@ -7,11 +7,19 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+
+
+class Stream(IterableDataset):
+    """Batches without a number of them."""
+
+    def __iter__(self):
+        return iter(make_batches(3 * LAYERS))
 
 
 def fit(strategy="hift", batches=LAYERS, module=None, **arguments):
@@ -45,8 +53,14 @@ def test_once_gives_every_block_one_turn_in_the_run(batches, arguments, turn):
 
 def test_once_wants_a_run_whose_steps_are_known():
     once = {"steps_per_block": "once", "lr_update": "step"}
-    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* no end; give the Trainer `max_epochs`"):
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* no end .* give the Trainer `max_steps`"):
         fit(HiFTStrategy(**once), max_epochs=-1)
+    stream = DataLoader(Stream(), batch_size=None)
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* no end .* give the Trainer `max_steps`"):
+        trainer(HiFTStrategy(**once)).fit(SmallTransformer(), stream)
+    endless = trainer(HiFTStrategy(**once), max_steps=2 * LAYERS)
+    endless.fit(SmallTransformer(), stream)
+    assert endless.strategy.hift.rotation.steps_per_block == 2
 
     class ByHand(SmallTransformer):
         automatic_optimization = False
