@@ -32,13 +32,14 @@ TURN = 8
 RATE = 1e-4
 
 
-def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
+def measure_times(rounds: int | None, chosen: Collection[str]) -> Rows:
     """Time the methods in turn, `TURN` steps each on the same batches, on one thread.
 
     Where a cycle of a method is longer than a turn, it is put together from turns.
 
     Args:
-        rounds: turns of each method that are measured; at least as many as the longest cycle needs.
+        rounds: turns of each method that are measured; at least as many as the longest cycle needs, and if `None` at
+            least 20.
         chosen: the methods; full fine-tuning is timed with them.
 
     Returns:
@@ -51,6 +52,7 @@ def measure_times(rounds: int, chosen: Collection[str]) -> Rows:
     """
     contestants = {name: CONTESTANTS[name] for name in CONTESTANTS if name in chosen or name == FULL}
     longest = max(_turns(contestant.cycle) for contestant in contestants.values())
+    rounds = max(20, longest) if rounds is None else rounds
     if rounds < longest:
         raise ValueError(f"`rounds` is {rounds}, and the longest cycle takes {longest} turns; give at least so many.")
     torch.set_num_threads(1)
@@ -167,8 +169,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="count also the bytes that are in the record")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="METHOD")
     arguments = parser.parse_args()
-    rounds = arguments.rounds or max(20, *(_turns(CONTESTANTS[name].cycle) for name in arguments.only))
-    rows = {**times(), **measure_times(rounds, arguments.only)}
+    rows = {**times(), **measure_times(arguments.rounds, arguments.only)}
     write_rows(TIMES, [rows[name] for name in CONTESTANTS if name in rows])
     BYTES.complete(BYTES.rows, arguments.again)
     for row in rows.values():
