@@ -9,10 +9,10 @@ from experiments.optimizers.methods import CONTESTANTS
 from experiments.quality import grid as quality
 from experiments.quality.cost import count_bytes
 from experiments.quality.data_sets import BATCH_SIZE
-from experiments.quality.grid import SEARCH_SEED, climb
+from experiments.quality.grid import SEARCH_SEED, climb, on_validation
 from experiments.quality.methods import rate_of
 from experiments.quality.training import run
-from experiments.table import Row, Table
+from experiments.table import Table
 
 HERE = Path(__file__).parent
 DATA = "film reviews"
@@ -87,12 +87,12 @@ def best_exponent(optimizer: str, way: str) -> int:
     """The exponent of the best rate of a contestant; its search is completed if it is not."""
     contestant = CONTESTANTS[optimizer, way]
 
-    def tried(exponent: int) -> Row:
+    def merit(exponent: int) -> tuple[float, float]:
         name = Run(optimizer, way, exponent, contestant.steps[-1], SEARCH_SEED).name
         SEARCH.complete([name], again=False)
-        return SEARCH.load()[name]
+        return on_validation(SEARCH.load()[name])
 
-    return climb(contestant.guess, tried, EXPONENTS)
+    return climb(contestant.guess, merit, EXPONENTS)
 
 
 def complete(optimizers: Collection[str], jobs: int) -> None:

@@ -4,9 +4,9 @@ from experiments.optimizers.grid import EXPONENTS, SEEDS, Run
 from experiments.optimizers.methods import CONTESTANTS, MOMENTUM, OPTIMIZERS
 from experiments.quality.comparison import mean
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
-from experiments.quality.grid import SEARCH_SEED, climb
+from experiments.quality.grid import SEARCH_SEED, climb, on_validation
 from experiments.quality.methods import CLIP_NORM, STEPS, WARMUP, rate_of
-from experiments.table import Row, Rows, markdown
+from experiments.table import Rows, markdown
 
 MIB = 2**20
 WAYS = ("full", "HiFT")
@@ -57,11 +57,11 @@ def best(search: Rows, optimizer: str, way: str) -> int | None:
     """The exponent that the search has ended with; `None` if it has not."""
     contestant = CONTESTANTS[optimizer, way]
 
-    def tried(exponent: int) -> Row:
-        return search[Run(optimizer, way, exponent, contestant.steps[-1], SEARCH_SEED).name]
+    def merit(exponent: int) -> tuple[float, float]:
+        return on_validation(search[Run(optimizer, way, exponent, contestant.steps[-1], SEARCH_SEED).name])
 
     try:
-        return climb(contestant.guess, tried, EXPONENTS)
+        return climb(contestant.guess, merit, EXPONENTS)
     except KeyError:
         return None
 

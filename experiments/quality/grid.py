@@ -65,31 +65,33 @@ def best_exponent(data_set: str, method: str, again: bool = False) -> int:
     method = CONTESTANTS[method].rate_from or method
     contestant = CONTESTANTS[method]
 
-    def tried(exponent: int) -> Row:
+    def merit(exponent: int) -> tuple[float, float]:
         name = Run(data_set, method, exponent, contestant.steps_in_time, SEARCH_SEED).name
         SEARCH.complete([name], again and name not in done)
         done.add(name)
-        return SEARCH.load()[name]
+        return on_validation(SEARCH.load()[name])
 
     done: set[str] = set()
-    return climb(contestant.guess, tried)
+    return climb(contestant.guess, merit)
 
 
-def climb(guess: int, tried: Callable[[int], Row], exponents: Collection[int] = EXPONENTS) -> int:
-    """The exponent of the rate with the highest validation accuracy, of equal ones that with the lower loss.
+def on_validation(row: Row) -> tuple[float, float]:
+    """What a run is chosen by: accuracy, and of equal ones the lower loss."""
+    return float(row["validation_accuracy"]), -float(row["validation_loss"])
+
+
+def climb(
+    guess: int, merit: Callable[[int], float | tuple[float, float]], exponents: Collection[int] = EXPONENTS
+) -> int:
+    """The exponent of the rate with the most merit.
 
     From the guess the grid is climbed until both neighbours of the best rate have been tried.
 
     Args:
         guess: exponent at which to begin.
-        tried: gives the row of a run at the rate of an exponent.
+        merit: that of a run at the rate of an exponent.
         exponents: the grid.
     """
-
-    def merit(exponent: int) -> tuple[float, float]:
-        row = tried(exponent)
-        return float(row["validation_accuracy"]), -float(row["validation_loss"])
-
     best = guess
     while True:
         winner = max((exponent for exponent in (best, best - 1, best + 1) if exponent in exponents), key=merit)

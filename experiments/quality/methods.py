@@ -37,8 +37,12 @@ class Training:
     finish: Callable[[], None] = lambda: None
 
 
-Method = Callable[[SentenceClassifier, float, int, int], Training]
+Method = Callable[[Any, float, int, int], Training]
 """Called with the pretrained network, the highest learning rate, the number of steps and a seed."""
+
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Called with the network and a batch."""
 
 
 def loss_of(network: nn.Module, batch: Batch) -> Tensor:
@@ -55,10 +59,11 @@ def adamw(network: nn.Module, rate: float, betas: tuple[float, float] = BETAS) -
     return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=0.01, fused=True)
 
 
-def _by_gradient(
+def by_gradient(
     network: nn.Module,
     optimizer: Optimizer,
     steps: int,
+    loss_of: Loss = loss_of,
     begin: Callable[[], None] = lambda: None,
     delay: Callable[[Any], Any] = lambda scheduler: scheduler,
     finish: Callable[[], None] = lambda: None,
@@ -69,6 +74,7 @@ def _by_gradient(
         network: what is trained.
         optimizer: over its parameters.
         steps: that the schedule is told.
+        loss_of: what is minimised.
         begin: called at the beginning of each step.
         delay: given the scheduler, returns what is stepped in its place.
         finish: called at the end of training.
@@ -97,19 +103,19 @@ def adamw_with(beta1: float, beta2: float = BETAS[1]) -> MakeOptimizer:
     return functools.partial(adamw, betas=(beta1, beta2))
 
 
-def full(make: MakeOptimizer = adamw) -> Method:
+def full(make: MakeOptimizer = adamw, loss_of: Loss = loss_of) -> Method:
     """All weights at each step."""
 
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        return _by_gradient(network, make(network, rate), steps)
+    def method(network: nn.Module, rate: float, steps: int, seed: int) -> Training:
+        return by_gradient(network, make(network, rate), steps, loss_of)
 
     return method
 
 
-def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: Any) -> Method:
+def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, loss_of: Loss = loss_of, **settings: Any) -> Method:
     """This project's engine with these settings; `fresh_momentum` has the first moment begin anew at each turn."""
 
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
+    def method(network: nn.Module, rate: float, steps: int, seed: int) -> Training:
         optimizer = make(network, rate)
         engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}), total_steps=steps)
         engine.start()
@@ -121,16 +127,20 @@ def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, **settings: 
 
         if fresh_momentum:
             optimizer.register_step_pre_hook(forget)  # after the engine's, which pages the block's state in
-        return _by_gradient(network, optimizer, steps, delay=engine.delay, finish=engine.finish)
+        return by_gradient(network, optimizer, steps, loss_of, delay=engine.delay, finish=engine.finish)
 
     return method
 
 
-def lisa(layers: int, period: int) -> Method:
+def _encoder_layers(network: Any) -> Any:
+    return network.body.encoder.layer
+
+
+def lisa(layers: int, period: int, stack_of: Callable[[Any], Any] = _encoder_layers, loss_of: Loss = loss_of) -> Method:
     """https://arxiv.org/abs/2403.17919, algorithm 1: so many layers drawn anew each period; the rest always trained."""
 
-    def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
-        stack = list(network.body.encoder.layer)  # type: ignore[union-attr, arg-type]
+    def method(network: nn.Module, rate: float, steps: int, seed: int) -> Training:
+        stack = list(stack_of(network))
         draw = random.Random(seed)
         done = 0
 
@@ -142,7 +152,7 @@ def lisa(layers: int, period: int) -> Method:
                     layer.requires_grad_(layer in chosen)
             done += 1
 
-        return _by_gradient(network, adamw(network, rate), steps, begin)
+        return by_gradient(network, adamw(network, rate), steps, loss_of, begin)
 
     return method
 
@@ -164,7 +174,7 @@ def badam(period: int) -> Method:
                 switch_mode="descending",
                 verbose=0,
             )
-        return _by_gradient(network, optimizer, steps)
+        return by_gradient(network, optimizer, steps)
 
     return method
 
@@ -175,17 +185,17 @@ def lora(rank: int, dora: bool = False) -> Method:
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         from peft import LoraConfig, inject_adapter_in_model
 
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_layers(network.body), use_dora=dora)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear_layers(network.body), use_dora=dora)
         inject_adapter_in_model(config, network.body)
         network.requires_grad_(False)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_("lora_" in name or name.startswith("head."))
-        return _by_gradient(network, adamw(network, rate), steps)
+        return by_gradient(network, adamw(network, rate), steps)
 
     return method
 
 
-def _linear_layers(body: nn.Module) -> list[str]:
+def linear_layers(body: nn.Module) -> list[str]:
     return [name for name, module in body.named_modules() if isinstance(module, nn.Linear)]
 
 
@@ -201,7 +211,7 @@ def galore(rank: int) -> Method:
             *parameter_groups((name, p) for name, p in network.named_parameters() if p not in taken),
             {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"},
         ]
-        return _by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
+        return by_gradient(network, GaLoreAdamW(groups, lr=rate, weight_decay=0.01), steps)
 
     return method
 
@@ -212,7 +222,7 @@ def only(chosen: Callable[[str], bool]) -> Method:
     def method(network: SentenceClassifier, rate: float, steps: int, seed: int) -> Training:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name.startswith("head.") or chosen(name))
-        return _by_gradient(network, adamw(network, rate), steps)
+        return by_gradient(network, adamw(network, rate), steps)
 
     return method
 

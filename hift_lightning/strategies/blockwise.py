@@ -420,12 +420,14 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             f"parameters ({largest.numel / plan.numel:.0%}); one cycle is {rotation.cycle_length} optimizer steps."
             + ("" if plan.always_active is None else f" {plan.always_active.numel:,} parameters are always active.")
         )
-        steps = self._trainer.estimated_stepping_batches
-        if engine.updates < steps < rotation.cycle_length:
+        done = self._trainer.global_step
+        to_come = self._trainer.estimated_stepping_batches - done
+        if to_come > 0 and engine.updates + to_come < rotation.cycle_length:
             rank_zero_warn(
-                f"HiFT: {steps:.0f} optimizer steps are planned and one cycle takes {rotation.cycle_length}, so "
-                f"{_unvisited(engine, int(steps))} of the {len(plan.blocks)} blocks will not be trained; train for "
-                "longer, or use a larger `group_size` or a smaller `steps_per_block`."
+                f"HiFT: {to_come:.0f} optimizer steps are {'left' if done else 'planned'} and one cycle takes "
+                f"{rotation.cycle_length}, so {_unvisited(engine, engine.updates + int(to_come))} of the "
+                f"{len(plan.blocks)} blocks will not be trained; train for longer, or use a larger `group_size` or a "
+                "smaller `steps_per_block`."
             )
 
 

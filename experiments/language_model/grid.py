@@ -1,0 +1,93 @@
+"""Which runs there are: the search for each method's learning rate, and the final runs with it."""
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.language_model.measuring import cost, run, untrained
+from experiments.language_model.methods import CONTESTANTS
+from experiments.quality.grid import EXPONENTS, SEARCH_SEED, climb
+from experiments.quality.methods import rate_of
+from experiments.table import Rows, Table
+
+HERE = Path(__file__).parent
+SEEDS = (1, 2, 3)
+UNTRAINED = "untrained"
+
+
+class Run(NamedTuple):
+    """A run."""
+
+    method: str
+    exponent: int
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, rate 2^{self.exponent}, {self.steps} steps, seed {self.seed}"
+
+
+def _runs(seeds: Collection[int]) -> dict[str, Run]:
+    """All that there could be, in the order of the table."""
+    runs = [
+        Run(method, exponent, contestant.steps, seed)
+        for method, contestant in CONTESTANTS.items()
+        for exponent in EXPONENTS
+        for seed in seeds
+    ]
+    return {each.name: each for each in runs}
+
+
+def _measure(name: str) -> dict[str, object]:
+    chosen = RUNS[name]
+    rate = rate_of(chosen.exponent)
+    return {**chosen._asdict(), "rate": rate, **run(CONTESTANTS[chosen.method], rate, chosen.seed)}
+
+
+def _measure_untrained(name: str) -> dict[str, object]:
+    return untrained()
+
+
+_SEARCH, _FINAL = _runs((SEARCH_SEED,)), _runs(SEEDS)
+RUNS = {**_SEARCH, **_FINAL}
+SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
+FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
+BEFORE = Table(HERE / "untrained.csv", (UNTRAINED,), _measure_untrained)
+COST = Table(HERE / "cost.csv", tuple(CONTESTANTS), cost)
+
+
+def best_exponent(search: Rows, method: str) -> int | None:
+    """The exponent of the rate with the lowest validation perplexity; `None` if its search has not ended."""
+    contestant = CONTESTANTS[method]
+
+    def merit(exponent: int) -> float:
+        row = search[Run(method, exponent, contestant.steps, SEARCH_SEED).name]
+        return -float(row["validation_perplexity"])
+
+    try:
+        return climb(contestant.guess, merit)
+    except KeyError:
+        return None
+
+
+def complete(methods: Collection[str], jobs: int) -> None:
+    """Search, and do the final runs that are missing, so many methods at one time."""
+
+    def one(method: str) -> None:
+        contestant = CONTESTANTS[method]
+
+        def merit(exponent: int) -> float:
+            name = Run(method, exponent, contestant.steps, SEARCH_SEED).name
+            SEARCH.complete([name], again=False)
+            return -float(SEARCH.load()[name]["validation_perplexity"])
+
+        exponent = climb(contestant.guess, merit)
+        FINAL.complete([Run(method, exponent, contestant.steps, seed).name for seed in SEEDS], again=False)
+
+    BEFORE.complete(BEFORE.rows, again=False)
+    COST.complete(methods, again=False)
+    with ThreadPoolExecutor(jobs) as threads:
+        for _ in threads.map(one, methods):
+            pass
