@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from experiments.language_model import grid as language_model
+from experiments.language_model import methods as of_language_model
+from experiments.language_model.page import perplexities
 from experiments.memory.tables import PEAKS
 from experiments.paper_memory.jobs import LLAMA7B
-from experiments.quality.comparison import accuracies, complete_data_sets, equal_time, over_data_sets
+from experiments.quality.comparison import accuracies, complete_data_sets, equal_time, mean, over_data_sets
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
 from experiments.quality.grid import FINAL
@@ -37,7 +40,7 @@ def text() -> str:
         "Each folder has the command, the raw results as CSV, a picture and a page in which every number comes from "
         "them; `python -m experiments.NAME` computes what is missing and writes the page anew. This page is written by "
         "`python -m experiments.front_page`.",
-        markdown(HEAD, [*_memory(), *_steps(), *_quality()]),
+        markdown(HEAD, [*_memory(), *_steps(), *_quality(), *_language_model()]),
         f"{NONE}: not planned, since the paper's table has no LoRA.",
         "![Peak bytes of each method](memory/memory.png)",
         "![Accuracy of each method over full fine-tuning](quality/quality.png)",
@@ -96,6 +99,18 @@ def _quality() -> list[list[str]]:
             cells = [str(over_data_sets(found, name, data_sets)) for name in methods]
             words = f"accuracy on {', '.join(data_sets)} in equal time ({told}; LoRA in HiFT's memory)"
             lines.append(_line(words, cells, "quality"))
+    return lines
+
+
+def _language_model() -> list[list[str]]:
+    search, final = language_model.SEARCH.load(), language_model.FINAL.load()
+    lines = []
+    for recipe, told in ((of_language_model.HIFT, "as in the paper"), (of_language_model.ONE_TURN, "one turn a block")):
+        methods = (of_language_model.FULL, recipe, of_language_model.LORA)
+        found = [perplexities(search, final, method) for method in methods]
+        if all(found):
+            words = f"perplexity of SmolLM2 on Moby-Dick in equal FLOPs, less is better ({told})"
+            lines.append(_line(words, (str(mean(values)) for values in found), "language_model"))
     return lines
 
 

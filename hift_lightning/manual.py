@@ -26,6 +26,8 @@ class _AccumulationWindow:
     """The micro-batches of one optimizer step in the making."""
 
     size: int
+    owner: object = None
+    """The engine, or without HiFT the Trainer, that it was opened under; under another one it is of an earlier run."""
     seen: int = 0
     updates: int = 0
     """The engine's updates when the window was opened."""
@@ -199,8 +201,9 @@ class HiFTManualMixin(_Base):
 
     def _open_window(self, index: int, size: int, engine: HiFT | None) -> _AccumulationWindow:
         window = self._windows.get(index)
-        if window is None or window.seen == 0:
-            window = self._windows[index] = _AccumulationWindow(size, updates=engine.updates if engine else 0)
+        owner = engine or self.trainer
+        if window is None or window.seen == 0 or window.owner is not owner:
+            window = self._windows[index] = _AccumulationWindow(size, owner, updates=engine.updates if engine else 0)
             if engine is not None and len(self.trainer.optimizers) == 1 and engine.has_gradient:
                 raise MisconfigurationException(
                     f"Block `{engine.block.name}` already has gradients when `{type(self).__name__}.hift_step` begins "

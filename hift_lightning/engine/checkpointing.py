@@ -1,6 +1,7 @@
 """Activation checkpointing of each layer, and never of one below the active block."""
 
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class ActivationCheckpointing:
         """Begin to checkpoint."""
         for layer in self._layers:
             self._own.append((layer, layer.__dict__.get("forward")))
-            layer.forward = _checkpointed(layer, layer.forward)
+            # bound to the layer, so that a deep copy of the model computes with its own
+            layer.forward = MethodType(_checkpointed(_function_of(layer)), layer)
 
     def stop(self) -> None:
         """Give the layers their own ``forward`` back."""
@@ -46,12 +48,20 @@ class ActivationCheckpointing:
         self._own = []
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+def _function_of(layer: nn.Module) -> Callable[..., Any]:
+    """What computes a layer, to be called with the layer first."""
+    forward = layer.forward
+    if isinstance(forward, MethodType) and forward.__self__ is layer:
+        return forward.__func__
+    return lambda _, *args, **kwargs: forward(*args, **kwargs)
+
+
+def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in [*tensors, *layer.parameters()]):
-            return forward(*args, **kwargs)
+            return function(layer, *args, **kwargs)
         kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(function, layer, *args, use_reentrant=False, **kwargs)
 
     return checkpointed

@@ -37,7 +37,7 @@ from hift_lightning.engine.compatibility import (
     record_of_plan,
     refuse_other_plan,
 )
-from hift_lightning.engine.compilation import warn_of_compiled_blocks
+from hift_lightning.engine.compilation import guard_requires_grad, warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
@@ -173,6 +173,7 @@ class HiFT:
             )
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
+        self._delayed: list[DelayedLRScheduler] = []
         self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
         self._averaged = False
         self._nonfinite_loss: str | None = None
@@ -182,6 +183,7 @@ class HiFT:
         self._backward_ran = False
         self._updated = False
         self._block_reached = False  # while its gradients are used inside backward
+        self._updated_in_backward: set[str] = set()  # with `update="fused"`, in the step in progress
         self._search = NonfiniteSearch(self._mesh)
         self._searched = False
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
@@ -222,19 +224,22 @@ class HiFT:
         return self._nonfinite is not None
 
     def start(self) -> None:
-        """Freeze everything but the active block and attach to the optimizer."""
+        """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
         if self.settings.master_weights:
             self._check_that_masters_have_a_use()
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
+        guard_requires_grad()
         self._required_grad = [p.requires_grad for p in self._governed]
         for parameter in self._governed:
             parameter.requires_grad_(False)
+            parameter.grad = None
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
+            self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state()),
         ]
         self.residency.adopt_state()
         if self.settings.activation_checkpointing:
@@ -344,9 +349,11 @@ class HiFT:
         """
         if self.settings.lr_update == "step":
             return scheduler
-        return DelayedLRScheduler(
+        delayed = DelayedLRScheduler(
             scheduler, self.settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped
         )
+        self._delayed.append(delayed)
+        return delayed
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the rotation, the plan and the masters: primitives and tensors only.
@@ -360,6 +367,7 @@ class HiFT:
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
+            "held_lr_steps": [scheduler.held_steps for scheduler in self._delayed],
             **record_of_plan(self.plan, self.rotation),
             "parameters": self._names_in_groups(),
             "parked_dtype": self.settings.parked_dtype,
@@ -402,6 +410,9 @@ class HiFT:
                 else:  # not updated yet, or a checkpoint without masters: its weights are all there is
                     self.residency.make_master_when_updated(parameter)
         self.move_to(state_dict["updates"] if self.has_plan_of(state_dict) else 0)
+        # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
+        for scheduler, held_steps in zip(self._delayed, state_dict["held_lr_steps"], strict=False):
+            scheduler.resume(held_steps)
 
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""
@@ -451,8 +462,9 @@ class HiFT:
         """The model's state dict, with the fp32 master in place of every weight that has one.
 
         What training would go on from, and so what to export. Masters are host tensors, and all are the tensors
-        themselves and no copies; a weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A
-        tied weight has the same master under each of its names.
+        themselves and no copies, but where weights have been set by something else than a step: then these count. A
+        weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A tied weight has the same
+        master under each of its names.
         """
         return state_dict_with_masters(self.model, [self.residency])
 
@@ -562,13 +574,21 @@ class HiFT:
         assert self._pieces is not None
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
+        name = self._name_of[parameter]
+        if name in self._updated_in_backward:
+            raise ConfigurationError(
+                f"`{name}` has a gradient for the second time in one step, and `update='fused'` has used the first one "
+                "inside backward; run one backward pass a step, and keep losses of other optimizers from reaching it "
+                "(`toggle_optimizer`, `hift_step`), or use `update='streamed'`."
+            )
+        self._updated_in_backward.add(name)
         if not self._updated:
             self._note_versions()
-        self._search.look_at(self._name_of[parameter], local(parameter.grad))
+        self._search.look_at(name, local(parameter.grad))
         if self.clip_value is not None:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
         self._updated = True
-        self._block_reached |= self._name_of[parameter] not in self.block.always_active
+        self._block_reached |= name not in self.block.always_active
         if self._keeps(parameter):
             self._pieces.step([parameter])
         else:
@@ -661,9 +681,20 @@ class HiFT:
                 stacklevel=3,
             )
 
+    def _refuse_gradients_elsewhere(self) -> None:
+        active = set(self._block_parameters())
+        strange = next((p for p in self._governed if p.grad is not None and p not in active), None)
+        if strange is not None:
+            raise ConfigurationError(
+                f"`{self._name_of[strange]}` has a gradient and is not in the active block `{self.block.name}`, so the "
+                "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out; what "
+                "keeps a loss from the parameters of another optimizer is `toggle_optimizer`, or `hift_step`."
+            )
+
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
+        self._refuse_gradients_elsewhere()
         if self.reduction is not None and not self._averaged:
             self._average_gradients(scaled)
         elif not self._searched and not scaled:
@@ -731,3 +762,4 @@ class HiFT:
         self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}
+        self._updated_in_backward = set()

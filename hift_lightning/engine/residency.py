@@ -464,6 +464,34 @@ def _fitting(known: list[_ParkedLeaf | None], leaf: Tensor, dtype: torch.dtype) 
     return buffer if buffer is not None and (buffer.tensor.shape, buffer.tensor.dtype) == (leaf.shape, dtype) else None
 
 
+_TOGETHER = 2**20
+"""Elements that are compared at a time, for the memory that it takes."""
+
+
+def follow_weights(master: Tensor, weights: Tensor) -> None:
+    """Change a master in place wherever the weight is not the rounded master: something else has set it since.
+
+    So weights that are loaded, clamped or averaged while training count, and the others keep their lower bits.
+
+    Args:
+        master: fp32, contiguous.
+        weights: 16-bit, of the same shape and on the same device.
+    """
+    parts = (torch.split(tensor, _TOGETHER) for tensor in (master.view(-1), weights.reshape(-1)))
+    for values, rounded in zip(*parts, strict=True):
+        values.copy_(torch.where(values.to(rounded.dtype) == rounded, values, rounded))
+
+
+def master_of(weights: Tensor, master: Tensor) -> Tensor:
+    """The master of these weights in host memory: the given one, or a copy that follows them, see `follow_weights`."""
+    on_host = weights.to(master.device)
+    if torch.equal(master.to(on_host.dtype), on_host):
+        return master
+    following = master.contiguous().clone()
+    follow_weights(following, on_host)
+    return following
+
+
 def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) -> dict[str, Any]:
     """The model's state dict with masters in place of the weights that have one; see :meth:`HiFT.master_state_dict`.
 
@@ -476,7 +504,7 @@ def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) 
         residency.synchronize()
         for name, value in weights.items():
             master = residency.master(value) if isinstance(value, nn.Parameter) else None
-            weights[name] = value if master is None else master
+            weights[name] = value if master is None else master_of(local(value).detach(), master)
     return {name: value.detach() if isinstance(value, Tensor) else value for name, value in weights.items()}
 
 

@@ -46,13 +46,15 @@ class Shares:
         return self._keeper[parameter] == self._ranks.rank
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise unless the optimizer comes to the same when ranks step a share of the parameters each; it is tried.
+        """Raise unless the optimizer comes to the same when ranks step a share of the parameters each.
+
+        It is tried on parameters that this rank keeps: of the others an optimizer may lack the state that it needs.
 
         Raises:
             ConfigurationError: if it does not treat parameters one by one.
         """
         for group in optimizer.param_groups:
-            kept = next((p for p in group["params"] if p in self._keeper), None)
+            kept = next((p for p in group["params"] if p in self._keeper and self.keeps(p)), None)
             if kept is not None and not probe(optimizer, kept, kept.dtype).separate:
                 raise ConfigurationError(
                     f"The optimizer `{type(optimizer).__name__}` does not treat parameters one by one, so ranks that "

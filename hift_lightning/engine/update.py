@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.residency import Place, Residency
+from hift_lightning.engine.residency import Place, Residency, follow_weights
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS
@@ -133,7 +133,7 @@ class PieceUpdate:
     def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:
         whole = [Piece(parameter, ALL_ROWS, last=True)]
         sparse = parameter.grad is not None and parameter.grad.layout != torch.strided  # which has no rows to cut
-        if sparse or not self.residency.copies(parameter):
+        if sparse:
             return whole
         trial = self._probe(parameter)
         if not trial.separate:
@@ -141,6 +141,8 @@ class PieceUpdate:
                 f"The optimizer `{type(self.optimizer).__name__}` does not treat parameters one by one, so stepping "
                 "them so would change the result; use `update='block'`."
             )
+        if not self.residency.copies(parameter):
+            return whole
         half = window // 2
         if not trial.elementwise or parameter.dim() == 0 or local(parameter).numel() == 0:
             if (needed := self._bytes(whole[0])) > window:
@@ -210,8 +212,7 @@ class PieceUpdate:
         if self.residency.has_master(piece.parameter):
             weights = self.residency.load_master(piece.parameter, piece.rows, place)
         else:
-            weights = local(piece.parameter).detach()
-            weights = weights if piece.whole else weights[piece.rows]
+            weights = _rows_of(piece)
         self._loading_ms += (time.perf_counter() - started) * 1000
         return nn.Parameter(weights), state
 
@@ -220,6 +221,8 @@ class PieceUpdate:
             assert piece.parameter.grad is not None
             gradient = local(piece.parameter.grad)
             weights.grad = (gradient if piece.whole else gradient[piece.rows]).to(weights.dtype)
+            if self.residency.has_master(piece.parameter):
+                follow_weights(weights.detach(), _rows_of(piece))
             if state:
                 self.optimizer.state[weights] = state
         try:
@@ -233,8 +236,7 @@ class PieceUpdate:
             parameter = piece.parameter
             weights.grad = None
             if self.residency.has_master(parameter):
-                target = local(parameter).detach()
-                (target if piece.whole else target[piece.rows]).copy_(weights.detach())
+                _rows_of(piece).copy_(weights.detach())
                 self.residency.store_master(parameter, weights.detach(), piece.rows, last=piece.last)
             if state := self.optimizer.state.pop(weights, None):
                 self.residency.store(parameter, state, piece.rows, last=piece.last)
@@ -253,6 +255,11 @@ class PieceUpdate:
         finally:
             for group, parameters in zip(groups, before, strict=True):
                 group["params"] = parameters
+
+
+def _rows_of(piece: Piece) -> Tensor:
+    weights = local(piece.parameter).detach()
+    return weights if piece.whole else weights[piece.rows]
 
 
 class _Arena:

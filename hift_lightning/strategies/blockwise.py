@@ -1,13 +1,15 @@
 """What every HiFT strategy does, whatever the number of devices: the hooks between Lightning and the engine."""
 
+import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -223,7 +225,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
         refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":
-            refuse_what_needs_gradients(trainer, self.precision_plugin)
+            refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -280,6 +282,12 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and of "
                 f"`{type(module).__name__}`, which optimizes by hand, their number is not known; give a number of "
                 "steps a block."
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and with "
+                "`GradientAccumulationScheduler` their number is not known at its start; leave the callback out, or "
+                "give a number of steps a block."
             )
         steps = trainer.estimated_stepping_batches
         if steps == float("inf") or steps < 1:  # Lightning gives -1 where a data loader has no length
@@ -353,9 +361,13 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if not closure_loss.requires_grad and training:
             # no parameter of the active block took part in the loss, so there is nothing to go back through
             loss = closure_loss.detach()
+        elif len(training) > 1 and "inputs" not in kwargs:
+            # whose loss this is will be known at an optimizer's step, so that is when gradients are averaged
+            with _averaging_later(training):
+                loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         else:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-        if len(training) == 1:  # with several optimizers, which one a loss is for is known at its step only
+        if len(training) == 1:
             self.after_backward(training[0], closure_loss)
         return loss
 
@@ -429,6 +441,18 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 f"{len(plan.blocks)} blocks will not be trained; train for longer, or use a larger `group_size` or a "
                 "smaller `steps_per_block`."
             )
+
+
+@contextlib.contextmanager
+def _averaging_later(engines: Sequence[HiFT]) -> Iterator[None]:
+    before = [engine.averages_gradients for engine in engines]
+    for engine in engines:
+        engine.averages_gradients = False
+    try:
+        yield
+    finally:
+        for engine, averages in zip(engines, before, strict=True):
+            engine.averages_gradients = averages
 
 
 def _unvisited(engine: HiFT, steps: int) -> int:

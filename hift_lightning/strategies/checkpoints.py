@@ -12,7 +12,6 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities.types import LRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,7 +21,6 @@ from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.residency import state_dict_with_masters
 from hift_lightning.strategies.exact_resume import ExactResume
 
@@ -91,11 +89,7 @@ class BlockwiseCheckpoints(_Base):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _complete(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hift"] = {
-            "held_lr_steps": [
-                delayed.held_steps if delayed else 0 for delayed in map(_delayed, self.lr_scheduler_configs)
-            ],
-        }
+        checkpoint["hift"] = {}
         self._make_ready(checkpoint)
         checkpoint["hift"]["engines"] = [engine.state_dict() for engine in self.engines]
 
@@ -167,13 +161,8 @@ class BlockwiseCheckpoints(_Base):
                         "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
                         f"begins with block `{engine.block.name}`."
                     )
-        if saved is None:
-            return
-        # like Lightning, which leaves a scheduler as it is that the checkpoint knows nothing of
-        for config, held_steps in zip(self.lr_scheduler_configs, saved["held_lr_steps"], strict=False):
-            if delayed := _delayed(config):
-                delayed.resume(held_steps)
-        self._resume.load(saved["resume"])
+        if saved is not None:
+            self._resume.load(saved["resume"])
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.
@@ -189,8 +178,3 @@ class BlockwiseCheckpoints(_Base):
     def _trainer(self) -> Trainer:
         assert self.lightning_module is not None
         return self.lightning_module.trainer
-
-
-def _delayed(config: LRSchedulerConfig) -> DelayedLRScheduler | None:
-    scheduler: object = config.scheduler
-    return scheduler if isinstance(scheduler, DelayedLRScheduler) else None

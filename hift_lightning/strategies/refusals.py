@@ -12,6 +12,7 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import Module
@@ -32,7 +33,7 @@ def refuse_callbacks_that_freeze(trainer: Trainer) -> None:
             )
 
 
-def refuse_what_needs_gradients(trainer: Trainer, precision: Precision) -> None:
+def refuse_what_needs_gradients(trainer: Trainer, module: LightningModule, precision: Precision) -> None:
     """Refuse what looks at gradients after backward, for `update="fused"`."""
     what = needs_gradients(
         trainer.gradient_clip_val,
@@ -43,6 +44,8 @@ def refuse_what_needs_gradients(trainer: Trainer, precision: Precision) -> None:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if what is None and any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         what = "`GradientAccumulationScheduler` sums gradients over batches"
+    if what is None and is_overridden("configure_gradient_clipping", module):
+        what = f"`{type(module).__name__}.configure_gradient_clipping` clips gradients in its own way"
     if what is not None:
         raise MisconfigurationException(not_with_fused(what))
 

@@ -119,6 +119,16 @@ def test_a_model_compiled_as_a_whole_trains_alike_and_is_told_of(how):
     assert_same(weights, train(Net(8)))
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_graph_of_one_block_is_not_used_for_another(depth):
+    model = torch.compile(Net(depth), backend="aot_eager")
+    tokens = torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(0))
+    model(tokens).square().mean().backward()  # compiled before HiFT comes
+    with pytest.warns(UserWarning, match=WHOLE.format(depth + 2)):
+        weights = train(model)
+    assert_same(weights, train(Net(depth)))
+
+
 def test_of_nested_compiled_modules_the_outermost_is_named_once():
     model = nn.Sequential(Net(2), nn.Linear(2, 2))
     model[0].compile(backend="eager")

@@ -60,7 +60,7 @@ def test_a_checkpoint_saved_after_fit_holds_everything_and_loads_with_weights_on
     assert_same(saved["state_dict"], dict(module.state_dict()))
     assert len(saved["optimizer_states"][0]["state"]) == len(list(module.parameters()))
     assert saved["hift"]["engines"][0]["updates"] == STEPS
-    assert saved["hift"]["held_lr_steps"] == [1]
+    assert saved["hift"]["engines"][0]["held_lr_steps"] == [1]
 
 
 def test_a_hift_checkpoint_goes_on_in_a_plain_trainer(tmp_path):
