@@ -187,6 +187,25 @@ def test_fused_clips_by_value_and_refuses_what_needs_all_gradients():
             trainer(HiFTStrategy(update="fused")).fit(Manual(**arguments), loader(make_batches(LAYERS)))
 
 
+@pytest.mark.parametrize("strategy", [HiFTStrategy, lambda: "auto"], ids=["hift", "plain"])
+@pytest.mark.parametrize("batches", [2, 6])
+def test_a_window_that_an_error_has_left_open_is_not_gone_on_with_in_the_next_run(strategy, batches):
+    class Interrupted(Manual):
+        stops_at = batches
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx == self.stops_at:
+                raise KeyError
+            super().training_step(batch, batch_idx)
+
+    module = Interrupted(accumulate_grad_batches=4)
+    with pytest.raises(KeyError):
+        trainer(strategy()).fit(module, loader(make_batches(8)))
+    module.stops_at, module.stepped = None, []
+    trainer(strategy()).fit(module, loader(make_batches(8)))
+    assert module.stepped == [False, False, False, True] * 2
+
+
 def test_calling_it_in_validation_is_refused():
     class InValidation(Manual):
         def validation_step(self, batch, batch_idx):

@@ -1,5 +1,6 @@
 """The engine in a plain PyTorch loop, without Lightning."""
 
+import copy
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LinearLR
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
+from tests.comparing import assert_same
 from tests.reference_loop import reference_loop, turns_of
 from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 
@@ -174,3 +176,108 @@ def test_the_engine_imports_without_lightning_hydra_or_transformers():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+# --- gradients that do not belong to the step ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_a_gradient_outside_of_the_active_block_is_refused_before_anything_is_changed(update):
+    model = SmallTransformer()
+    with HiFT(model, torch.optim.AdamW(model.parameters()), HiFTSettings(update=update)) as hift:
+        before = copy.deepcopy(model.state_dict())
+        model.requires_grad_(True)
+        model.loss(make_batches(1)[0]).backward()
+        with pytest.raises(ConfigurationError, match=r"`embedding.weight` has a gradient and is not in"):
+            hift.optimizer.step()
+        assert_same(dict(model.state_dict()), dict(before))
+
+
+def test_gradients_from_before_the_start_are_freed():
+    model = SmallTransformer()
+    model.loss(make_batches(1)[0]).backward()
+    before = copy.deepcopy(model.state_dict())
+    with HiFT(model, torch.optim.AdamW(model.parameters())) as hift:
+        assert all(parameter.grad is None for parameter in model.parameters())
+        model.loss(make_batches(1)[0]).backward()
+        hift.optimizer.step()
+        active = hift.plan.blocks[-1].parameters
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == set(active)
+
+
+def test_fused_refuses_a_second_backward_pass_in_one_step():
+    model = SmallTransformer()
+    batch = make_batches(1)[0]
+    with HiFT(model, torch.optim.AdamW(model.parameters()), HiFTSettings(update="fused")) as hift:
+        model.loss(batch).backward()
+        with pytest.raises(ConfigurationError, match=r"`head.*` has a gradient for the second time in one step"):
+            model.loss(batch).backward()
+        hift.settle()
+        model.loss(batch).backward()
+        hift.optimizer.step()
+    assert hift.updates == 1
+
+
+# --- going on in a plain loop --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parked_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_state_loaded_by_the_optimizer_itself_while_training_is_what_is_trained_with(update, parked_dtype):
+    def state_after(load):
+        model = SmallTransformer()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)  # moments are what is looked at
+        with HiFT(model, optimizer, HiFTSettings(update=update, parked_dtype=parked_dtype)) as hift:
+            for batch in make_batches(LAYERS):
+                model.loss(batch).backward()
+                optimizer.step()
+            if load:
+                state = copy.deepcopy(optimizer.state_dict())
+                for moments in state["state"].values():
+                    moments["exp_avg"].fill_(100.0)
+                optimizer.load_state_dict(state)
+            for batch in make_batches(LAYERS):
+                model.loss(batch).backward()
+                optimizer.step()
+            return [hift.optimizer.state[p]["exp_avg"].float().mean().item() for p in model.parameters()]
+
+    assert all(value < 1 for value in state_after(load=False))
+    assert state_after(load=True) == pytest.approx([90.0] * len(state_after(load=True)), rel=0.01)
+
+
+@pytest.mark.parametrize("lr_update", ["cycle", "cycle_once", "step"])
+def test_a_plain_loop_goes_on_within_a_cycle_with_the_held_rate(lr_update):
+    batches = make_batches(3 * LAYERS)
+    stop = LAYERS + 2
+
+    def start():
+        model = SmallTransformer()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        hift = HiFT(model, optimizer, HiFTSettings(lr_update=lr_update))
+        hift.start()
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+        return model, hift, hift.delay(decay)
+
+    def train(model, hift, scheduler, batches):
+        rates = []
+        for batch in batches:
+            rates.append(hift.optimizer.param_groups[0]["lr"])
+            model.loss(batch).backward()
+            hift.optimizer.step()
+            scheduler.step()
+        return rates
+
+    straight, hift, scheduler = start()
+    expected = train(straight, hift, scheduler, batches)
+    model, hift, scheduler = start()
+    rates = train(model, hift, scheduler, batches[:stop])
+    saved = copy.deepcopy([each.state_dict() for each in (model, hift.optimizer, hift, scheduler)])
+    model, hift, scheduler = start()
+    model.load_state_dict(saved[0])
+    hift.load_optimizer_state_dict(saved[1])
+    hift.load_state_dict(saved[2])
+    scheduler.load_state_dict(saved[3])
+    rates += train(model, hift, scheduler, batches[stop:])
+    assert rates == expected
+    assert_same(dict(model.state_dict()), dict(straight.state_dict()))

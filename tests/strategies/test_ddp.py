@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hift_lightning import HiFTDDPStrategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
+from tests.adversarial import Adversarial
 from tests.comparing import assert_same
 from tests.processes import RankError, run
 from tests.small_transformer import LAYERS, SmallTransformer, make_batches, trainer
@@ -373,6 +374,26 @@ def test_a_layer_that_only_some_ranks_use_is_trained_by_them(update: str, agreem
 def test_ranks_at_different_updates_are_an_error_on_all_at_once(agreements: Any) -> None:
     for rank in agreements:
         assert "not at the same step (rank 0: update 5; rank 1: update 9)" in rank["disagreement"]
+
+
+ADVERSARIAL = {"as it is": {}, "toggled": {"toggle": True}, "toggled, 2 batches": {"toggle": True, "accumulate": 2}}
+
+
+def adversarial_on_two_ranks() -> Any:
+    batches = [part[dist.get_rank() :: 2] for part in torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0))]
+    return {
+        name: weights(fit(Case(), HiFTDDPStrategy(), batches, Adversarial(**arguments).double())[0])
+        for name, arguments in ADVERSARIAL.items()
+    }
+
+
+def test_two_optimizers_by_hand_each_take_the_averages_of_their_own_loss() -> None:
+    batches = list(torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(0)))
+    first, second = run(adversarial_on_two_ranks, 2)
+    for name, arguments in ADVERSARIAL.items():
+        one, _ = fit(Case(), HiFTStrategy(), batches, Adversarial(**arguments).double())
+        assert_same(first[name], second[name])
+        assert_close(first[name], weights(one), 1e-10)
 
 
 # --- buffers, manual optimization ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -22,10 +23,10 @@ class Stream(IterableDataset):
         return iter(make_batches(3 * LAYERS))
 
 
-def fit(strategy="hift", batches=LAYERS, module=None, **arguments):
+def fit(strategy="hift", batches=LAYERS, module=None, extra=(), **arguments):
     seen = BlocksSeen()
     module = module or SmallTransformer()
-    trainer_ = trainer(strategy, callbacks=[seen], **arguments)
+    trainer_ = trainer(strategy, callbacks=[seen, *extra], **arguments)
     trainer_.fit(module, loader(make_batches(batches)))
     return module, trainer_, seen.steps
 
@@ -53,6 +54,8 @@ def test_once_gives_every_block_one_turn_in_the_run(batches, arguments, turn):
 
 def test_once_wants_a_run_whose_steps_are_known():
     once = {"steps_per_block": "once", "lr_update": "step"}
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* `GradientAccumulationScheduler`"):
+        fit(HiFTStrategy(**once), extra=[GradientAccumulationScheduler({0: 2})])
     with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* no end .* give the Trainer `max_steps`"):
         fit(HiFTStrategy(**once), max_epochs=-1)
     stream = DataLoader(Stream(), batch_size=None)

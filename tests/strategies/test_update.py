@@ -10,6 +10,7 @@ from hift_lightning import HiFTStrategy
 from hift_lightning.engine.elementwise import probe
 from hift_lightning.engine.errors import ConfigurationError
 from tests import simulated_accelerator as sim
+from tests.adversarial import Adversarial
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
 
@@ -109,12 +110,11 @@ class CountsInItsGroup(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("make", [GlobalNorm, lambda p: CountsInItsGroup([{"params": p, "calls": 0}], lr=0.1)])
-def test_an_optimizer_that_couples_parameters_is_refused(device, make):
+@pytest.mark.parametrize("arguments", [{"update": "streamed"}, {"update": "fused", "offload": "none"}])
+def test_an_optimizer_that_couples_parameters_is_refused(any_device, make, arguments):
     module = SmallTransformer(lambda parameters: make(list(parameters)))
     with pytest.raises(ConfigurationError, match="does not treat parameters one by one"):
-        trainer(HiFTStrategy(update="streamed"), accelerator=device.type, devices=1).fit(
-            module, loader(make_batches(1))
-        )
+        trainer(HiFTStrategy(**arguments), accelerator=any_device.type, devices=1).fit(module, loader(make_batches(1)))
 
 
 def test_a_window_that_one_tensor_does_not_fit_is_refused_with_the_size_needed(device):
@@ -163,6 +163,20 @@ def test_streamed_goes_with_norm_clipping_accumulation_and_a_scaler():
 def test_fused_refuses_what_needs_all_gradients(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         fit(strategy=HiFTStrategy(update="fused"), **arguments)
+
+
+def test_fused_refuses_a_module_that_clips_in_its_own_way():
+    class Clips(SmallTransformer):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+    with pytest.raises(MisconfigurationException, match=r"`Clips.configure_gradient_clipping` clips gradients"):
+        trainer(HiFTStrategy(update="fused")).fit(Clips(), loader(make_batches(1)))
+
+
+def test_fused_refuses_a_loss_that_reaches_another_optimizers_parameters():
+    with pytest.raises(ConfigurationError, match=r"`discriminator.* has a gradient for the second time in one step"):
+        trainer(HiFTStrategy(update="fused")).fit(Adversarial(), loader([torch.randn(3, 4)] * 2))
 
 
 @pytest.mark.parametrize(
