@@ -59,7 +59,7 @@ class ChangedParameters(L.Callback):
         changed = [name for name, checksum in self._checksums.items() if checksum != before[name]]
         step: dict[str, Any] = {
             "step": trainer.global_step,
-            "loss": float(trainer.callback_metrics["train/loss"]),
+            "loss": None if (loss := trainer.callback_metrics.get("train/loss")) is None else float(loss),
             "changed": changed,
         }
         if self._block is not None:

@@ -68,7 +68,8 @@ class HiFT:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()  # gradients are freed here; no `zero_grad` is needed
 
-    Gradient accumulation is calling ``backward`` several times before ``optimizer.step()``. Three things differ
+    Gradient accumulation is calling ``backward`` several times before ``optimizer.step()``. A GradScaler does not call
+    the optimizer in a step with inf, so under one call ``optimizer.zero_grad()`` after each step. Three things differ
     from full fine-tuning: the gradient norm is that of the active block; Adam's ``step`` counts a parameter's own
     updates; and a delayed scheduler (:meth:`delay`) changes the rate between cycles only.
 
@@ -515,7 +516,9 @@ class HiFT:
 
     def _warn_of_unoptimized(self, names: Collection[str]) -> None:
         chosen = self.settings.frozen or ()
-        forgotten = sorted(name for name in names if not any(fnmatchcase(name, pattern) for pattern in chosen))
+        aliases = self.model.named_parameters(remove_duplicate=False)  # a tied weight is frozen under any of its names
+        frozen = {p for name, p in aliases if any(fnmatchcase(name, pattern) for pattern in chosen)}
+        forgotten = sorted(name for name in names if self._parameters[name] not in frozen)
         if forgotten:
             warnings.warn(
                 f"{len(forgotten)} parameters require a gradient but are in no param group of the optimizer, so they "

@@ -90,11 +90,16 @@ class PieceUpdate:
             those of all parameters given, in one call of the optimizer.
 
     Raises:
-        ConfigurationError: while stepping, if the optimizer does not treat parameters one by one, or the state of a
-            tensor that cannot be cut does not fit the window.
+        ConfigurationError: if the optimizer is a wrapper of another one; while stepping, if it does not treat
+            parameters one by one, or the state of a tensor that cannot be cut does not fit the window.
     """
 
     def __init__(self, optimizer: Optimizer, residency: Residency, window: int | None) -> None:
+        if not hasattr(type(optimizer).step, "__wrapped__"):  # which torch gives the class of every optimizer
+            raise ConfigurationError(
+                f"`{type(optimizer).__name__}` wraps another optimizer, and parameters are stepped one by one "
+                "here; give HiFT the optimizer that it wraps (with Fabric the one that `fabric.setup` was given)."
+            )
         self.optimizer = optimizer
         self.residency = residency
         self.window = window

@@ -3,9 +3,11 @@
 import copy
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -176,6 +178,22 @@ def test_the_engine_imports_without_lightning_hydra_or_transformers():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_wrapper_of_an_optimizer_is_refused_where_pieces_are_stepped():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    model = SmallTransformer()
+    optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigurationError, match="`Fabric.*` wraps another optimizer"):
+        HiFT(model, optimizer, HiFTSettings(update="streamed"))
+
+
+def test_a_tied_weight_that_is_frozen_under_another_name_is_not_warned_of():
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 8), nn.Linear(8, 5, bias=False))
+    model[2].weight = model[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        HiFT(model, torch.optim.AdamW(model.parameters()), HiFTSettings(frozen=["2.*"]))
 
 
 # --- gradients that do not belong to the step ---------------------------------------------------------------------
