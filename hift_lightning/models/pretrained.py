@@ -35,17 +35,18 @@ def check_transformers() -> None:
         )
 
 
-def locate(pretrained: str, files: tuple[str, ...]) -> Path:
+def locate(pretrained: str, files: tuple[str, ...], *, download: bool = True) -> Path:
     """Return the local folder that `pretrained` names, downloading it when it is a hub name.
 
     Args:
         pretrained: the path of a folder; or `package:<import name>/<folder>`, a folder inside an installed
             package, which is not imported; or `<owner>/<name>` of a hub repository.
         files: shell-style patterns of the files needed, for the download.
+        download: `False` asks no hub: of a hub name, only what has been downloaded before is taken.
 
     Raises:
         ConfigurationError: the package is not installed, the folder does not exist, or the hub cannot be
-            reached within five seconds.
+            reached within five seconds, or may not be asked.
     """
     if pretrained.startswith("package:"):
         return _folder_of_package(pretrained)
@@ -56,7 +57,7 @@ def locate(pretrained: str, files: tuple[str, ...]) -> Path:
             f"The folder `model.pretrained={pretrained}` does not exist; give `model.pretrained=/path/to/folder` "
             "with weights and tokenizer, or `model.pretrained=null` for random weights."
         )
-    return _download(pretrained, files)
+    return _from_hub(pretrained, list(files), download)
 
 
 def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
@@ -181,6 +182,38 @@ def pretrained_architecture(model_class: Any, pretrained: str) -> Any:
     return model
 
 
+def pretrained_shape(pretrained: str) -> dict[str, Any]:
+    """Return the numbers of a config.json on this disk, as `random_model` takes those of `model.network.config`.
+
+    Args:
+        pretrained: as for `locate`; no hub is asked.
+
+    Raises:
+        ConfigurationError: see `locate`; or the folder has no configuration that transformers reads, or it is a GGUF
+            file, whose configuration is read only when it is converted.
+    """
+    check_transformers()
+    from transformers import AutoConfig
+
+    if pretrained.endswith(".gguf"):
+        raise ConfigurationError(
+            f"The shape in the file `model.pretrained={pretrained}` is not known before it has been converted; give "
+            "the folder that a run has converted it to, below `~/.cache/hift_lightning/models`."
+        )
+    folder = locate(pretrained, (CONFIG,), download=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
+            "`model.pretrained=/path/to/folder` with a config.json."
+        ) from error
+    numbers: dict[str, Any] = config.to_diff_dict()
+    for name in ("dtype", "architectures", "transformers_version"):  # of the files, and not of the shape
+        numbers.pop(name, None)
+    return {"model_type": config.model_type, **numbers}
+
+
 def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:
     """Return the dtype that holds all weights without loss, after a look at the head of every file."""
     from safetensors import SafetensorError, safe_open
@@ -247,15 +280,19 @@ def _folder_of_package(pretrained: str) -> Path:
     return folder
 
 
-def _download(name: str, files: tuple[str, ...]) -> Path:
+def _from_hub(name: str, patterns: list[str], download: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-    patterns = list(files)
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub
+    except LocalEntryNotFoundError as error:  # not in the cache: ask the hub
+        if not download:
+            raise ConfigurationError(
+                f"`model.pretrained={name}` is neither a folder nor downloaded from the hub before, which is not asked "
+                "here; give `model.pretrained=/path/to/folder`, or `model.pretrained=null` for the shape that "
+                "`model.network.config` tells."
+            ) from error
     try:
         # one question with a short timeout first: the download itself repeats a failed connection for a minute
         HfApi().model_info(name, timeout=HUB_TIMEOUT_SECONDS)

