@@ -1,5 +1,7 @@
 """Values of the configuration that libraries would refuse late, or in words that do not help."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,27 @@ def check_configuration(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"The checkpoint `ckpt_path={cfg.ckpt_path}` does not exist; give the path of one, or "
             "`ckpt_path=null` to start anew."
+        )
+
+
+def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a `learning_rate` of the command that the optimizer does not read.
+
+    Args:
+        cfg: the composed configuration of `conf/train.yaml`.
+        overrides: those of the command, or of a run of a sweep.
+
+    Raises:
+        ConfigurationError: it has a rate of its own, and a sweep over the other one would compare a run with itself.
+    """
+    given = any(override.lstrip("+").startswith("learning_rate=") for override in overrides)
+    if not given or not OmegaConf.is_dict(cfg.get("optimizer")):
+        return
+    optimizer = OmegaConf.to_container(cfg.optimizer, resolve=False)
+    if re.search(r"\$\{[^}]*\blearning_rate\b", str(optimizer)) is None:
+        raise ConfigurationError(
+            f"`learning_rate={cfg.learning_rate}` is not read by `{cfg.optimizer._target_}`, which has its own "
+            f"`optimizer.lr={cfg.optimizer.get('lr')}`; give `optimizer.lr={cfg.learning_rate}` instead."
         )
 
 

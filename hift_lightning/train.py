@@ -8,11 +8,12 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from hift_lightning.checks import check_configuration
+from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
@@ -111,6 +112,7 @@ def main() -> None:
 def run(cfg: DictConfig) -> float:
     """Run `train` on the command line's configuration; return what a sweep optimises."""
     with one_sentence_errors():
+        check_that_the_rate_is_read(cfg, HydraConfig.get().overrides.task)
         metrics = train(cfg, trusted_by_the_user(cfg))
         if cfg.objective not in metrics:
             raise ConfigurationError(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hift_lightning.checks import check_configuration
+from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
 from tests.application.test_configuration import composed
 
@@ -39,3 +39,32 @@ def test_what_cannot_work_is_told_with_the_remedy(overrides: list[str], named: s
 )
 def test_what_can_work_passes(overrides: list[str]) -> None:
     check_configuration(composed(*overrides))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adafactor", "rmsprop"])
+@pytest.mark.parametrize("rate", ["learning_rate=0.5", "++learning_rate=0.5"])
+def test_a_rate_of_the_command_that_the_optimizer_does_not_read_is_refused(optimizer: str, rate: str) -> None:
+    overrides = [f"optimizer={optimizer}", rate]
+    with pytest.raises(ConfigurationError, match=r"learning_rate=0\.5` is not read.*give `optimizer\.lr=0\.5` instead"):
+        check_that_the_rate_is_read(composed(*overrides), overrides)
+
+
+def test_a_rate_of_the_command_beside_one_of_the_optimizer_is_refused() -> None:
+    overrides = ["learning_rate=0.5", "optimizer.lr=0.1"]
+    with pytest.raises(ConfigurationError, match=r"has its own `optimizer\.lr=0\.1`"):
+        check_that_the_rate_is_read(composed(*overrides), overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learning_rate=0.5"],
+        ["optimizer=sgd", "optimizer.lr=0.5"],
+        ["experiment=adafactor"],
+        ["experiment=long_turns", "learning_rate=0.5"],
+        ["strategy=full", "optimizer=sgd"],
+        ["optimizer=sgd", "learning_rate=0.5", "optimizer.lr=${learning_rate}"],
+    ],
+)
+def test_a_rate_that_is_read_or_is_not_of_the_command_passes(overrides: list[str]) -> None:
+    check_that_the_rate_is_read(composed(*overrides), overrides)

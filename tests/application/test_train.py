@@ -33,6 +33,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "trainer.max_steps=many": ("trainer.max_steps=many",),
     "+trainer.speed=1": ("trainer", "speed"),
     "learning_rate=fast": ("learning_rate=fast",),
+    "experiment=adafactor learning_rate=0.1": ("learning_rate=0.1", "optimizer.lr=0.01", "give `optimizer.lr=0.1`"),
     "optimizer.betas=[2,3]": ("optimizer", "2"),
     "model.pretrained=somebody/no-such-model": ("somebody/no-such-model", "/path/to/folder", "model.pretrained=null"),
     "model=llama7b": ("huggyllama/llama-7b", "/path/to/folder", "model.pretrained=null"),
@@ -50,7 +51,7 @@ def mistaken_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, subproc
     def run(mistake: str) -> subprocess.CompletedProcess[str]:
         # with the pretrained model left as it is, where the mistake is in it
         smaller = ["trainer=quick"] if mistake.startswith("model") else TINY
-        return run_application(folder, *smaller, "logger=none", mistake)
+        return run_application(folder, *smaller, "logger=none", *mistake.split(" "))
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(MISTAKES, pool.map(run, MISTAKES), strict=True))
