@@ -1,10 +1,17 @@
 """Values that are refused before anything is built."""
 
+import re
+import shlex
+import warnings
+from pathlib import Path
+
 import pytest
 
 from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
+from tests.application.running import CONFIGURATION
 from tests.application.test_configuration import composed
+from tests.pages import check_application
 
 
 @pytest.mark.parametrize(
@@ -68,3 +75,43 @@ def test_a_rate_of_the_command_beside_one_of_the_optimizer_is_refused() -> None:
 )
 def test_a_rate_that_is_read_or_is_not_of_the_command_passes(overrides: list[str]) -> None:
     check_that_the_rate_is_read(composed(*overrides), overrides)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("strategy", ["hift", "hift_ddp", "hift_fsdp2"])
+def test_16_bit_weights_without_masters_are_warned_of(strategy: str, precision: str) -> None:
+    overrides = [f"strategy={strategy}", f"trainer.precision={precision}"]
+    with pytest.warns(
+        UserWarning, match=rf"precision={precision}` without fp32 masters.*strategy\.master_weights=true"
+    ):
+        check_configuration(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["trainer.precision=bf16-mixed"],
+        ["trainer.precision=bf16-true", "strategy.master_weights=true"],
+        ["trainer.precision=bf16-true", "strategy=full"],
+    ],
+)
+def test_nothing_is_warned_of_where_weights_or_masters_have_32_bits(overrides: list[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_configuration(composed(*overrides))
+
+
+# a remark on a command stands two spaces behind it
+COMMANDS = {
+    re.sub(r"\\\n# +", "", command).partition("  ")[0]
+    for path in sorted(CONFIGURATION.rglob("*.yaml"))
+    for command in re.findall(r"^#   python ((?:.*\\\n)*.*)$", path.read_text(), re.M)
+}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_a_command_in_a_comment_composes_and_nothing_is_warned_of(command: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_application(shlex.split(command), tmp_path) > 0
