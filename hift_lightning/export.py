@@ -3,12 +3,15 @@
     hift-export outputs/2026-11-24/10-15-00 my-model
     hift-export outputs/2026-11-24/10-15-00/checkpoints/step-300.ckpt my-model --dtype float16
 
+A checkpoint of `strategy=hift_fsdp2` may be a folder of shards.
+
 `python -m hift_lightning.export` is the same command.
 """
 
 import argparse
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
-from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
@@ -104,7 +107,8 @@ def export_run(
     """Export what a run of the application has trained; its masters where it has any.
 
     Args:
-        run: the run's folder, for its newest checkpoint that is whole, or one of its checkpoints.
+        run: the run's folder, for its newest checkpoint that is whole, or one of its checkpoints; the folder of a
+            sharded run is read whole into host memory.
         folder: as for `export`.
         dtype: as for `export`; `None` for that of the weights in the checkpoint.
         max_shard_size: as for `export`.
@@ -247,7 +251,7 @@ def _run_of(path: Path) -> Path:
     for folder in (path, *path.absolute().parents):
         if (folder / ".hydra" / "config.yaml").is_file():
             return folder
-        if path.is_dir():
+        if path.is_dir() and not (path / META).is_file():
             break
     raise ConfigurationError(
         f"`{path}` is {'no folder of a run' if path.is_dir() else 'not in the folder of a run'}: there is no "
@@ -290,7 +294,7 @@ def _targets(node: Any) -> Iterator[str]:
 
 def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that is named, or the newest of the run that is whole."""
-    if run.is_file():
+    if run.is_file() or (run / META).is_file():
         return run, _trainer_checkpoint(run)
     folder = Path(OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or root / "checkpoints")
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -305,12 +309,53 @@ def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]
 
 
 def _trainer_checkpoint(path: Path) -> dict[str, Any]:
-    checkpoint = StreamingCheckpointIO().load_checkpoint(path)
+    sharded = (path / META).is_file()
+    checkpoint = StreamingCheckpointIO().load_checkpoint(path / META if sharded else path)
+    if sharded:
+        _put_together(checkpoint, path)
     if not isinstance(checkpoint, dict) or not _below(_NETWORK, checkpoint.get("state_dict", {})):
         raise ConfigurationError(
             f"`{path}` is no checkpoint of a run of `train.py`: it has no weights of a network; give one that is."
         )
     return checkpoint
+
+
+def _put_together(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Put the weights and masters that `hift_fsdp2` has saved in shards where tensors on "meta" stand for them."""
+    tensors = _sharded_tensors(folder)
+    places = [("state_dict", checkpoint.get("state_dict", {}))]
+    places += [(f"masters_{i}", one["masters"]) for i, one in enumerate(checkpoint.get("hift", {}).get("engines", []))]
+    for prefix, place in places:
+        # a tied weight is saved under one of its names, and one tensor on "meta" stands for it under all of them
+        whole = {id(place[name]): tensors[f"{prefix}.{name}"] for name in place if f"{prefix}.{name}" in tensors}
+        place.update({name: whole.get(id(tensor), tensor) for name, tensor in place.items()})
+
+
+def _sharded_tensors(folder: Path) -> dict[str, Tensor]:
+    """All weights and masters of a sharded checkpoint, whole and by their names in the folder."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    from hift_lightning.strategies.sharded_checkpoints import _CarefulReader
+
+    try:
+        reader = _CarefulReader(folder)
+        tensors = {
+            name: torch.empty(saved.size, dtype=saved.properties.dtype)
+            for name, saved in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(("state_dict.", "masters_")) and isinstance(saved, TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            # this process reads for itself, which is told of as if it were a mistake
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(tensors, storage_reader=reader, no_dist=True)
+    # damaged files make the reader raise many unrelated types, or an error that is no `Exception`
+    except (Exception, CheckpointException) as error:
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise ConfigurationError(f"The checkpoint `{folder}` is not whole ({reason}); give an earlier one.") from error
+    return tensors
 
 
 if __name__ == "__main__":

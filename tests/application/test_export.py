@@ -39,6 +39,19 @@ def run_of_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def runs_of_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The same run of two ranks, saved as a folder and as one file."""
+    folder = tmp_path_factory.mktemp("shards")
+    for sharded in (True, False):
+        run = run_application(
+            folder, *TINY_DECODER, *MASTERS, "strategy=hift_fsdp2", "trainer.devices=2", "logger=none",
+            f"strategy.save_distributed_checkpoint={str(sharded).lower()}", f"hydra.run.dir={sharded}",
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    return {sharded: folder / str(sharded) for sharded in (True, False)}
+
+
+@pytest.fixture(scope="module")
 def run_of_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from pretrained fp32 weights in shards, with masters and a tokenizer."""
     folder = tmp_path_factory.mktemp("pretrained")
@@ -106,6 +119,32 @@ def test_an_exported_run_is_its_masters_rounded_once(
     for name, weight in expected.named_parameters():
         weight.data = masters[name].to(target)
     assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("given", ["run", "checkpoint"])
+def test_a_sharded_checkpoint_is_exported_as_the_file_of_the_same_run_is(
+    given: str, runs_of_shards: dict[bool, Path], tmp_path: Path
+) -> None:
+    (sharded,) = (runs_of_shards[True] / "checkpoints").iterdir()
+    assert sharded.is_dir()
+    export_run(sharded if given == "checkpoint" else runs_of_shards[True], tmp_path / "sharded", torch.float32)
+    export_run(runs_of_shards[False], tmp_path / "whole", torch.float32)
+    masters = masters_of(runs_of_shards[False])
+    model, whole = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("sharded", "whole"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for (name, weight), other in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(weight, other), name
+        assert torch.equal(weight, masters[name]), name
+
+
+@pytest.mark.parametrize("how", ["cut short", "gone"])
+def test_a_damaged_sharded_checkpoint_is_refused(how: str, runs_of_shards: dict[bool, Path], tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs_of_shards[True], tmp_path / "run"))
+    shard = next(run.rglob("__1_*.distcp"))
+    shard.unlink() if how == "gone" else shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(ConfigurationError, match=r"step-8\.ckpt` is not whole \(.*give an earlier one"):
+        export_run(next((run / "checkpoints").iterdir()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokenizer_and_generation_settings_are_exported(run_of_pretrained: Path, tmp_path: Path) -> None:
