@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.architecture import check_positions
 from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
@@ -146,6 +147,7 @@ def build_network(cfg: DictConfig, trainer: L.Trainer, tokenizer: Any) -> Any:
 
 
 def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.LightningModule:
+    check_positions(network, cfg.data.max_length)
     module: L.LightningModule = instantiate(cfg.model.module)(
         network, instantiate(cfg.optimizer), instantiate(cfg.get("scheduler"))
     )

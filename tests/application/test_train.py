@@ -34,6 +34,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "+trainer.speed=1": ("trainer", "speed"),
     "learning_rate=fast": ("learning_rate=fast",),
     "experiment=adafactor learning_rate=0.1": ("learning_rate=0.1", "optimizer.lr=0.01", "give `optimizer.lr=0.1`"),
+    "data.max_length=600": ("data.max_length=600", "512 positions", "give `data.max_length=512` or less"),
     "optimizer.betas=[2,3]": ("optimizer", "2"),
     "model.pretrained=somebody/no-such-model": ("somebody/no-such-model", "/path/to/folder", "model.pretrained=null"),
     "model=llama7b": ("huggyllama/llama-7b", "/path/to/folder", "model.pretrained=null"),
