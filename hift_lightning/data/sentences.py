@@ -33,7 +33,7 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     class 1.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8, with or without a byte order mark.
         num_classes: number of classes; a class outside 0 ... num_classes - 1 is an error.
 
     Raises:
@@ -45,13 +45,13 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
             f"The data file `{path}` does not exist; give `data.path` the path of a tab-separated file."
         )
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
     header = lines[0] if lines else ""
     if header not in ("label\tsentence", "rating\tsentence"):
         raise ConfigurationError(
-            f"`{path}`, line 1: the header is `{header[:60]}`; "
+            f"`{path}`, line 1: the header is {header[:60]!r}; "
             "write `label<TAB>sentence` (classes 0, 1, ...) or `rating<TAB>sentence` (below or above 0)."
         )
     rated = header.startswith("rating")

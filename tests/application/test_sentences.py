@@ -56,11 +56,16 @@ def test_labels_and_ratings_are_read_by_the_header(tmp_path: Path) -> None:
     assert read_sentences(written(tmp_path, "rating\tsentence\n-0.5\tbad\r\n3\tgood"), 2) == [("bad", 0), ("good", 1)]
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    assert read_sentences(written(tmp_path, "\ufefflabel\tsentence\n1\tgood\n"), 2) == [("good", 1)]
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("", ["line 1", "label<TAB>sentence"]),
-        ("text\tclass\n", ["line 1", "`text\tclass`"]),
+        ("text\tclass\n", ["line 1", r"'text\tclass'"]),
+        ("label \tsentence\n", ["line 1", r"'label \tsentence'"]),
         ("label\tsentence\n", ["empty"]),
         ("label\tsentence\n0\tfine\nno tab here\n", ["line 3", "`no tab here`"]),
         ("label\tsentence\n0\tfine\ttwo tabs\n", ["line 2"]),
