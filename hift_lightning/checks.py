@@ -8,10 +8,13 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
+from hift_lightning.checkpoint_io import META
 from hift_lightning.engine.errors import ConfigurationError
 
 # precisions of Lightning under which the weights themselves have 16 bits
 WITH_MASTERS = ("bf16-true", "16-true")
+# what a module measures begins with one of these
+PARTS = ("train", "val", "test")
 
 
 def check_configuration(cfg: DictConfig) -> None:
@@ -28,6 +31,7 @@ def check_configuration(cfg: DictConfig) -> None:
         if cfg.get(group) is None:
             raise ConfigurationError(f"`{group}` must be given; `python train.py --help` tells the choices.")
     _check_that_data_fit_the_model(cfg)
+    _check_that_the_strategy_is_one(cfg.get("strategy"))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigurationError(f"`{missing[0]}` must be given; add `{missing[0]}=...` to the command.")
@@ -54,13 +58,11 @@ def check_configuration(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"`objective={cfg.objective}` is not measured with `evaluate=false`; add `objective=train/loss`."
         )
+    _check_monitors(cfg)
     if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
         raise ConfigurationError(f"`learning_rate={cfg.learning_rate}` is not possible; give a number above 0.")
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).exists():
-        raise ConfigurationError(
-            f"The checkpoint `ckpt_path={cfg.ckpt_path}` does not exist; give the path of one, or "
-            "`ckpt_path=null` to start anew."
-        )
+    if cfg.ckpt_path is not None:
+        _check_checkpoint(Path(cfg.ckpt_path))
 
 
 def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -84,6 +86,37 @@ def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> No
         )
 
 
+def check_objective(objective: str, module: type) -> None:
+    """Refuse an objective of which it is known before any work that nobody measures it.
+
+    Args:
+        objective: a name of `metrics.json`.
+        module: class of the LightningModule; one that tells what it has `measured` is looked at.
+
+    Raises:
+        ConfigurationError: the module measures no such thing. What callbacks measure is known after the run.
+    """
+    measured: tuple[str, ...] | None = getattr(module, "measured", None)
+    part, slash, _ = objective.partition("/")
+    if measured is None or (slash and part not in PARTS) or objective == "steps":
+        return
+    known = ["train/loss", *(f"{part}/{name}" for part in ("val", "test") for name in measured)]
+    if objective not in [*known, *(f"test/{name}_before" for name in measured)]:
+        raise ConfigurationError(
+            f"`objective={objective}` is not measured by `{module.__name__}`; give one of {', '.join(known)}."
+        )
+
+
+def _check_monitors(cfg: DictConfig) -> None:
+    for name, callback in (cfg.get("callbacks") or {}).items():
+        monitor = callback.get("monitor") if OmegaConf.is_dict(callback) else None
+        if not cfg.evaluate and str(monitor).startswith("val/"):
+            raise ConfigurationError(
+                f"`callbacks.{name}.monitor={monitor}` is not measured with `evaluate=false`; give another one, or "
+                "leave `evaluate` out."
+            )
+
+
 def _check_that_data_fit_the_model(cfg: DictConfig) -> None:
     # by the keys alone: a number of classes that the model looks up in the data may not be there
     classifies = "num_classes" in cfg.model.module.keys()  # noqa: SIM118
@@ -99,6 +132,30 @@ def _check_that_data_fit_the_model(cfg: DictConfig) -> None:
         raise ConfigurationError(
             "`model.tokenizer=null` leaves a classifier nothing to read sentences with; give "
             "`model.tokenizer.pretrained=/path/to/folder`."
+        )
+
+
+def _check_that_the_strategy_is_one(strategy: Any) -> None:
+    if OmegaConf.is_dict(strategy) and "_target_" not in strategy:
+        settings = ", ".join(f"`strategy.{name}`" for name in strategy)
+        raise ConfigurationError(
+            f"`strategy` names no class with `_target_`, and has only {settings or 'nothing'}, as where a preset or a "
+            "command sets what is HiFT's under `strategy=full`; give `strategy=hift`, or leave the preset or the "
+            "settings out."
+        )
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise ConfigurationError(
+            f"The checkpoint `ckpt_path={path}` does not exist; give the path of one, or `ckpt_path=null` to start "
+            "anew."
+        )
+    if path.is_dir() and not (path / META).is_file():
+        checkpoints = sorted(path.rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
+        remedy = f"give its newest, `ckpt_path={checkpoints[-1]}`" if checkpoints else "give the path of one"
+        raise ConfigurationError(
+            f"`ckpt_path={path}` is a folder and no checkpoint; {remedy}, or `ckpt_path=null` to start anew."
         )
 
 

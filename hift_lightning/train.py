@@ -9,11 +9,11 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
+from hift_lightning.checks import check_configuration, check_objective, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.output import check_writable
@@ -49,6 +49,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     """
     check_configuration(cfg)
     check_targets(cfg, trusted_targets)
+    check_objective(cfg.objective, get_class(cfg.model.module._target_))
     check_writable("output_dir", cfg.output_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
@@ -58,6 +59,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         strategy=_built(cfg.strategy),
         callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback is not None],
         logger=_built(cfg.logger),
+        **({} if cfg.evaluate else {"limit_val_batches": 0}),
     )
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:

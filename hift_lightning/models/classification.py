@@ -26,6 +26,8 @@ class ClassificationModule(OptimizedModule):
         ConfigurationError: the optimizer or the scheduler refuses its arguments.
     """
 
+    measured = ("loss", "accuracy")
+
     def __init__(
         self,
         network: nn.Module,

@@ -39,6 +39,8 @@ class LanguageModelingModule(OptimizedModule):
             have more different tokens than the network.
     """
 
+    measured = ("loss", "perplexity")
+
     def __init__(
         self, network: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
     ) -> None:

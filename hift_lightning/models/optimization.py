@@ -29,6 +29,9 @@ class OptimizedModule(L.LightningModule):
         ConfigurationError: the optimizer or the scheduler refuses its arguments.
     """
 
+    measured: tuple[str, ...] | None = None
+    """What is logged of validation and test, as `val/<name>` and `test/<name>`; `None` where that is not told."""
+
     def __init__(
         self, network: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
     ) -> None:

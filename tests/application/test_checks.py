@@ -1,14 +1,18 @@
 """Values that are refused before anything is built."""
 
+import os
 import re
 import shlex
 import warnings
 from pathlib import Path
 
 import pytest
+from lightning import LightningModule
 
-from hift_lightning.checks import check_configuration, check_that_the_rate_is_read
+from hift_lightning.checks import check_configuration, check_objective, check_that_the_rate_is_read
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.classification import ClassificationModule
+from hift_lightning.models.language_modeling import LanguageModelingModule
 from tests.application.running import CONFIGURATION
 from tests.application.test_configuration import composed
 from tests.pages import check_application
@@ -22,7 +26,16 @@ from tests.pages import check_application
         (["~data"], r"`data` must be given"),
         (["model.tokenizer=null"], r"model\.tokenizer=null.*model\.tokenizer\.pretrained=/path/to/folder"),
         (["evaluate=perhaps"], r"evaluate=perhaps.*`true` or `false`"),
+        (["ckpt_path=/no/such.ckpt"], r"ckpt_path=/no/such\.ckpt` does not exist"),
         (["evaluate=false"], r"objective=val/accuracy.*objective=train/loss"),
+        (
+            ["evaluate=false", "objective=train/loss", "+callbacks.checkpoint.monitor=val/loss"],
+            r"callbacks\.checkpoint\.monitor=val/loss` is not measured with `evaluate=false`",
+        ),
+        (
+            ["experiment=long_turns", "strategy=full"],
+            r"`strategy` names no class.*only `strategy\.steps_per_block`.*give `strategy=hift`",
+        ),
         (["strategy.master_weights=true"], r"trainer\.precision=32-true.*bf16-true"),
         (["strategy.master_weights=true", "trainer.precision=bf16-mixed"], r"trainer\.precision=bf16-mixed"),
     ],
@@ -46,6 +59,47 @@ def test_what_cannot_work_is_told_with_the_remedy(overrides: list[str], named: s
 )
 def test_what_can_work_passes(overrides: list[str]) -> None:
     check_configuration(composed(*overrides))
+
+
+def test_of_the_folder_of_a_run_the_newest_checkpoint_is_named(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    with pytest.raises(ConfigurationError, match=r"is a folder and no checkpoint; give the path of one"):
+        check_configuration(composed(f"ckpt_path={tmp_path}"))
+    for age, step in enumerate((7, 10, 9)):
+        (checkpoints / f"step-{step}.ckpt").write_text("")
+        os.utime(checkpoints / f"step-{step}.ckpt", (age, age))
+    for folder in (tmp_path, checkpoints):
+        with pytest.raises(
+            ConfigurationError, match=rf"no checkpoint; give its newest, `ckpt_path={checkpoints}/step-9"
+        ):
+            check_configuration(composed(f"ckpt_path={folder}"))
+
+
+def test_the_folder_of_a_sharded_checkpoint_passes(tmp_path: Path) -> None:
+    (tmp_path / "meta.pt").write_text("")
+    check_configuration(composed(f"ckpt_path={tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "module", "remedy"),
+    [
+        ("val/accurcy", ClassificationModule, "train/loss, val/loss, val/accuracy, test/loss, test/accuracy"),
+        ("accuracy", ClassificationModule, "val/accuracy"),
+        ("val/accuracy", LanguageModelingModule, "val/perplexity"),
+        ("train/los", LanguageModelingModule, "train/loss"),
+    ],
+)
+def test_an_objective_that_the_module_does_not_measure_is_refused(objective: str, module: type, remedy: str) -> None:
+    told = rf"objective={objective}` is not measured by `{module.__name__}`; give one of .*{remedy}"
+    with pytest.raises(ConfigurationError, match=told):
+        check_objective(objective, module)
+
+
+@pytest.mark.parametrize("objective", ["val/accuracy", "test/loss_before", "train/loss", "steps", "hift/cycles"])
+def test_an_objective_that_may_be_measured_passes(objective: str) -> None:
+    check_objective(objective, ClassificationModule)
+    check_objective("val/of_ones_own", LightningModule)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adafactor", "rmsprop"])

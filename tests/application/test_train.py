@@ -35,6 +35,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "learning_rate=fast": ("learning_rate=fast",),
     "experiment=adafactor learning_rate=0.1": ("learning_rate=0.1", "optimizer.lr=0.01", "give `optimizer.lr=0.1`"),
     "data.max_length=600": ("data.max_length=600", "512 positions", "give `data.max_length=512` or less"),
+    "objective=val/accurcy": ("objective=val/accurcy", "val/accuracy"),
+    "ckpt_path=.": ("ckpt_path=.", "is a folder and no checkpoint"),
     "optimizer.betas=[2,3]": ("optimizer", "2"),
     "model.pretrained=somebody/no-such-model": ("somebody/no-such-model", "/path/to/folder", "model.pretrained=null"),
     "model=llama7b": ("huggyllama/llama-7b", "/path/to/folder", "model.pretrained=null"),
@@ -106,6 +108,16 @@ def test_a_run_leaves_its_numbers_a_checkpoint_a_log_and_a_table(tmp_path: Path,
     pictures = {path.name for path in (tmp_path / "here").glob("*_timeline.png")}
     assert pictures == {"memory_timeline.png"} | ({"block_timeline.png"} if strategy == "hift" else set())
     assert ("gradient" in run.stdout.partition("peak bytes")[0]) == (strategy == "hift")  # in the table of the blocks
+
+
+def test_without_evaluation_nothing_but_training_is_done(tmp_path: Path) -> None:
+    only = [*TINY, "evaluate=false", "objective=train/loss", "trainer.val_check_interval=2", "hydra.run.dir=here"]
+    run = run_application(tmp_path, *only)
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "here" / "log" / "metrics.csv").open() as file:
+        logged = set(next(csv.reader(file)))
+    assert "train/loss" in logged
+    assert not [name for name in logged if name.startswith(("val/", "test/"))]
 
 
 def interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
