@@ -86,18 +86,19 @@ def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> No
         )
 
 
-def check_objective(objective: str, module: type) -> None:
+def check_objective(objective: Any, module: Any) -> None:
     """Refuse an objective of which it is known before any work that nobody measures it.
 
     Args:
         objective: a name of `metrics.json`.
-        module: class of the LightningModule; one that tells what it has `measured` is looked at.
+        module: the class that makes the LightningModule; only one that tells itself what it has `measured` is looked
+            at, since a class derived from it may measure more.
 
     Raises:
         ConfigurationError: the module measures no such thing. What callbacks measure is known after the run.
     """
-    measured: tuple[str, ...] | None = getattr(module, "measured", None)
-    part, slash, _ = objective.partition("/")
+    measured: tuple[str, ...] | None = vars(module).get("measured")
+    part, slash, _ = str(objective).partition("/")
     if measured is None or (slash and part not in PARTS) or objective == "steps":
         return
     known = ["train/loss", *(f"{part}/{name}" for part in ("val", "test") for name in measured)]

@@ -9,7 +9,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,7 +49,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     """
     check_configuration(cfg)
     check_targets(cfg, trusted_targets)
-    check_objective(cfg.objective, get_class(cfg.model.module._target_))
+    check_objective(cfg.objective, instantiate(cfg.model.module).func)
     check_writable("output_dir", cfg.output_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 

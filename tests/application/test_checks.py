@@ -99,7 +99,14 @@ def test_an_objective_that_the_module_does_not_measure_is_refused(objective: str
 @pytest.mark.parametrize("objective", ["val/accuracy", "test/loss_before", "train/loss", "steps", "hift/cycles"])
 def test_an_objective_that_may_be_measured_passes(objective: str) -> None:
     check_objective(objective, ClassificationModule)
-    check_objective("val/of_ones_own", LightningModule)
+
+
+def test_modules_of_ones_own_may_measure_other_things() -> None:
+    class Derived(ClassificationModule):
+        pass
+
+    for module in (LightningModule, Derived):
+        check_objective("val/f1", module)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adafactor", "rmsprop"])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import causal_lm, sentence_classifier
+from hift_lightning.models.pretrained import pretrained_shape
 
 LLAMA = {
     "model_type": "llama",
@@ -159,6 +160,23 @@ def test_a_broken_folder_is_refused_with_a_sentence(tmp_path: Path, how: str, na
         causal_lm(None, str(tmp_path), {})
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_the_shape_of_a_hub_model_is_read_where_it_has_been_downloaded_and_the_hub_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi, constants
+
+    repository = tmp_path / "models--somebody--small"
+    saved(repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(HfApi, "model_info", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    shape = pretrained_shape("somebody/small")
+    assert LLAMA.items() <= shape.items()
+    with pytest.raises(ConfigurationError, match=r"somebody/large` is neither a folder nor downloaded.*give"):
+        pretrained_shape("somebody/large")
 
 
 def test_a_gated_model_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
