@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hydra.errors import ConfigCompositionException
 
+from tests.application.running import TINY, run_application
+from tests.comparing import assert_same
 from tests.pages import ROOT, blocks_of, check_application, run_page
 
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "design.md"]
@@ -68,6 +71,38 @@ def test_figures_on_a_page_are_those_of_an_experiment(page):
     measured = {number for path in MEASURED for number in re.findall(r"\d+\.\d+", path.read_text())}
     prose = re.sub(r"```.*?```|`[^`]*`|\([^)]*\)", "", page.read_text(), flags=re.S)
     assert {*re.findall(r"\d+\.\d+", prose)} <= measured | VERSIONS
+
+
+@pages([ROOT / "docs/tutorial.md", ROOT / "docs/how-to/resume.md"])
+def test_a_run_that_goes_on_as_a_page_says_equals_the_one_that_did_not_stop(page, tmp_path):
+    goes_on = next(block for block in blocks_of(page) if "ckpt_path=" in block.code)
+    whole, resumed = (run_tiny(tmp_path, *words[2:]) for words in goes_on.commands)
+    assert whole["global_step"] == 16
+    assert_same(resumed.pop("callbacks").keys(), whole.pop("callbacks").keys())  # they hold the paths of their files
+    assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize(("scheduler", "equal"), [("linear", False), ("constant", True)])
+def test_a_schedule_made_for_another_length_is_another_run(scheduler, equal, tmp_path):
+    chosen = f"scheduler={scheduler}"
+    whole = run_tiny(tmp_path, chosen, "trainer.max_epochs=2", "hydra.run.dir=whole")
+    short = run_tiny(tmp_path, chosen, "trainer.max_epochs=1", "hydra.run.dir=short")
+    longer = run_tiny(
+        tmp_path, chosen, "trainer.max_epochs=2", "hydra.run.dir=longer", "ckpt_path=short/checkpoints/step-8.ckpt"
+    )
+    assert (short["global_step"], longer["global_step"]) == (8, 16)
+    assert {group["lr"] == 0 for group in short["optimizer_states"][0]["param_groups"]} == {not equal}
+    same = [torch.equal(weights, whole["state_dict"][name]) for name, weights in longer["state_dict"].items()]
+    assert all(same) == equal
+
+
+def run_tiny(folder, *overrides):
+    """Run the application with an encoder that trains in no time, and return its newest checkpoint."""
+    run = run_application(folder, *TINY, "logger=none", "evaluate=false", "objective=train/loss", *overrides)
+    assert run.returncode == 0, run.stderr
+    told = re.search(r"checkpoint: +(\S+)", run.stdout)
+    assert told, run.stdout
+    return torch.load(folder / told.group(1), weights_only=True)
 
 
 @pytest.mark.parametrize(
