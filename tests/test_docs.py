@@ -1,5 +1,6 @@
 """The documentation: the site builds without a warning, and all blocks of all pages do what they say."""
 
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.usefixtures("registries")
 VERSIONS = {"2.7", "3.10", "0.18", "0.50"}
 
 _LOADED = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"]+)"')
+
+# a row of the README's table of runs
+_RUN = re.compile(
+    r"^\| `(?P<command>python train\.py[^`]*)` \| (?P<accuracy>.*?) "
+    r"\| (?P<device>\d+) MiB \| (?:(?P<parked>\d+) MiB )?\|$",
+    re.M,
+)
 
 
 def pages(chosen):
@@ -66,11 +74,26 @@ def test_a_new_order_tier_or_layout_takes_fewer_than_20_lines():
     assert all(block.code.count("\n") < 20 for block in examples)
 
 
-@pages(WRITTEN)
+@pages([ROOT / "README.md", *WRITTEN])
 def test_figures_on_a_page_are_those_of_an_experiment(page):
     measured = {number for path in MEASURED for number in re.findall(r"\d+\.\d+", path.read_text())}
-    prose = re.sub(r"```.*?```|`[^`]*`|\([^)]*\)", "", page.read_text(), flags=re.S)
+    text = _RUN.sub("", page.read_text())  # the next test looks at these
+    prose = re.sub(r"```.*?```|`[^`]*`|\([^)]*\)", "", text, flags=re.S)
     assert {*re.findall(r"\d+\.\d+", prose)} <= measured | VERSIONS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [*_RUN.finditer((ROOT / "README.md").read_text())], ids=lambda run: run["command"])
+def test_figures_beside_a_command_are_those_that_it_prints(run, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *run["command"].split()[2:], "hydra.run.dir=here"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=1200)
+    numbers = json.loads((tmp_path / "here" / "metrics.json").read_text())
+    accuracy, before = (re.search(rf"([\d.]+) %{word}", run["accuracy"]) for word in ("", " before"))
+    assert 100 * numbers["test/accuracy"] == pytest.approx(float(accuracy[1]), abs=1)  # other machines round otherwise
+    if before:
+        assert 100 * numbers["test/accuracy_before"] == pytest.approx(float(before[1]), abs=0.1)
+    assert int(numbers["memory/peak_device_bytes"] / 2**20) == int(run["device"])
+    assert int(numbers.get("memory/parked_bytes", 0) / 2**20) == int(run["parked"] or 0)
 
 
 @pages([ROOT / "docs/tutorial.md", ROOT / "docs/how-to/resume.md"])
