@@ -18,7 +18,7 @@ WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name !
 MEASURED = sorted((ROOT / "experiments").rglob("*.md"))
 PAGES = [page for page in [ROOT / "README.md", *WRITTEN, *MEASURED] if blocks_of(page)]
 pytestmark = pytest.mark.usefixtures("registries")
-VERSIONS = {"2.7", "3.10", "0.18", "0.50"}
+VERSIONS = {"2.6", "2.7", "2.8", "3.10", "0.18", "0.50"}
 
 _LOADED = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"]+)"')
 
@@ -126,6 +126,17 @@ def run_tiny(folder, *overrides):
     told = re.search(r"checkpoint: +(\S+)", run.stdout)
     assert told, run.stdout
     return torch.load(folder / told.group(1), weights_only=True)
+
+
+def test_the_versions_that_it_takes_are_those_of_the_package():
+    package = (ROOT / "pyproject.toml").read_text()
+    python = re.search(r'requires-python = ">=([\d.]+)"', package)[1]
+    torch_ = re.search(r'"torch>=([\d.]+)"', package)[1]
+    lightning = re.search(r'"lightning>=([\d.]+),<([\d.]+)"', package)
+    assert (
+        f"It takes Python {python} or newer, torch {torch_} or newer, and lightning {lightning[1]} or newer, up to but "
+        f"not including {lightning[2]}."
+    ) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
