@@ -37,9 +37,11 @@ def text() -> str:
     """All of it."""
     parts = [
         "# Experiments",
-        "Each folder has the command, the raw results as CSV, a picture and a page in which every number comes from "
-        "them; `python -m experiments.NAME` computes what is missing and writes the page anew. This page is written by "
-        "`python -m experiments.front_page`.",
+        "Each folder has the program of an experiment, and where it has been run the raw results as CSV and a page in "
+        "which every number comes from them, some with a picture; `python -m experiments.NAME` computes what is "
+        "missing and writes the page anew. A page of what waits for its runs or for a GPU says so. "
+        "[llama7b_cpu](llama7b_cpu/README.md) is a single run of `train.py`, with a page by hand. This page is "
+        "written by `python -m experiments.front_page`.",
         markdown(HEAD, [*_memory(), *_steps(), *_quality(), *_language_model()]),
         f"{NONE}: not planned, since the paper's table has no LoRA.",
         "![Peak bytes of each method](memory/memory.png)",

@@ -128,6 +128,19 @@ def run_tiny(folder, *overrides):
     return torch.load(folder / told.group(1), weights_only=True)
 
 
+def test_as_many_other_ways_are_measured_as_the_page_says():
+    def others(experiment, *not_counted):
+        table = (ROOT / f"experiments/{experiment}/summary.md").read_text().split("| --- |", 1)[1].split("\n\n", 1)[0]
+        names = re.findall(r"^\| (?!\*\*|full AdamW)([^|]+?) \|", table, re.M)
+        return {name.split(",")[0] for name in names if not name.startswith(("---", *not_counted))}
+
+    page = (ROOT / "docs/measured.md").read_text()
+    assert len(others("memory")) == 9
+    assert "this project and nine other ways to train with less" in page
+    assert len(others("step_cost", "rotation by hand", "published HiFT")) == 8
+    assert "eight other ways to train with less and loops written by hand" in page
+
+
 def test_the_versions_that_it_takes_are_those_of_the_package():
     package = (ROOT / "pyproject.toml").read_text()
     python = re.search(r'requires-python = ">=([\d.]+)"', package)[1]

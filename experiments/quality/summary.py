@@ -67,7 +67,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        *_accuracies(in_time, in_steps),
+        *_accuracies(in_time, in_steps, cost),
         *_in_memory(in_time, peaks),
         *_reasons(in_time, variants),
         "## What a step costs",
@@ -87,18 +87,38 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _accuracies(in_time: Accuracies, in_steps: Accuracies) -> list[str]:
+def _accuracies(in_time: Accuracies, in_steps: Accuracies, cost: Rows) -> list[str]:
     if not in_time:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
         "## In equal time",
-        f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below).",
+        f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below)."
+        + _fewer({name: row for name, row in cost.items() if any(method == name for _, method in in_time)}),
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "## In equal steps",
         f"{STEPS} steps each.",
         _table(in_steps, equal_steps),
     ]
+
+
+def _fewer(cost: Rows) -> str:
+    """A sentence for each method that has fewer steps than its time allows."""
+    sentences = []
+    for name, row in cost.items():
+        steps, by_time, by_flops = equal_time(name), _steps(row["time_of_full"]), _steps(row["flops_of_full"])
+        if steps < by_time:
+            assert steps <= by_flops  # the reason that is given
+            sentences.append(
+                f" '{name}' has {steps}, though by its time, {float(row['time_of_full']):.3f} of full fine-tuning's, "
+                f"it could have {by_time}: it was given what its FLOPs, {float(row['flops_of_full']):.3f}, allow, to "
+                "be on the safe side."
+            )
+    return "".join(sentences)
+
+
+def _steps(of_full: str) -> int:
+    return int(STEPS / float(of_full)) // 10 * 10
 
 
 def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
