@@ -20,7 +20,7 @@ with HiFT(model, optimizer, HiFTSettings(group_size=1)) as hift:
         loss = nn.functional.mse_loss(fabric_model(inputs), targets)
         fabric.backward(loss)
         fabric.clip_gradients(fabric_model, fabric_optimizer, max_norm=1.0)
-        fabric_optimizer.step()
+        fabric_optimizer.step()  # frees gradients; with precision="16-mixed" call `zero_grad()` after it as well
         if step % 60 == 0 or step == 299:
             fabric.print(f"step {step:3}  loss {loss.item():.4f}  next block: {hift.block.name}  cycle {hift.cycle}")
 

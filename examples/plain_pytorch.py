@@ -19,7 +19,9 @@ with HiFT(model, optimizer, HiFTSettings(order="top2down")) as hift:
         loss = nn.functional.mse_loss(model(inputs), targets)
         loss.backward()  # reaches the active block only
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()  # pages state in, updates, frees gradients, parks, and gives the next block its turn
+        # pages state in, updates, frees gradients, parks, and gives the next block its turn; after the step of a
+        # GradScaler, which may leave it out, call `optimizer.zero_grad()` as well
+        optimizer.step()
         scheduler.step()
         if step % 60 == 0 or step == 299:
             print(f"step {step:3}  loss {loss.item():.4f}  next block: {hift.block.name}  cycle {hift.cycle}")
