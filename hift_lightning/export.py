@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import master_of
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
 from hift_lightning.targets import CONVERTED, NETWORKS, TOKENIZERS
@@ -187,12 +188,13 @@ def _rounded(network: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dty
 
 
 def _masters(network: nn.Module, checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The checkpoint's masters under all names of their weights."""
+    """The checkpoint's masters under all names of their weights; weights set by others than a step are their own."""
     engines = checkpoint.get("hift", {}).get("engines", [])
     masters = {name: master for engine in engines for name, master in _below(_NETWORK, engine["masters"]).items()}
     own = network.state_dict(keep_vars=True)
     of_weight = {id(own[name]): master for name, master in masters.items() if name in own}
-    return {name: of_weight[id(weight)] for name, weight in own.items() if id(weight) in of_weight}
+    masters_of_own = {name: of_weight[id(weight)] for name, weight in own.items() if id(weight) in of_weight}
+    return {name: master_of(own[name].detach(), master) for name, master in masters_of_own.items()}
 
 
 def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

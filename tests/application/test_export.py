@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
@@ -170,6 +171,23 @@ def test_large_models_are_sharded(run_of_tied: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     masters = masters_of(run_of_tied)
     assert all(torch.equal(weight, masters[name].bfloat16()) for name, weight in model.named_parameters())
+
+
+def test_weights_that_a_callback_has_averaged_are_exported_and_not_their_masters(
+    run_of_tied: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_of_tied, run)
+    averaged, checkpoint = "network.model.layers.0.mlp.up_proj.weight", checkpoint_of(run)
+    checkpoint["state_dict"][averaged].fill_(0.5)
+    (path,) = (run / "checkpoints").glob("*.ckpt")
+    path.unlink()
+    StreamingCheckpointIO().save_checkpoint(checkpoint, path)
+    export_run(run, tmp_path / "out")
+    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    for name, master in masters_of(run).items():
+        expected = torch.full_like(master, 0.5) if averaged.endswith(name) else master
+        assert torch.equal(exported[name], expected.bfloat16()), name
 
 
 def test_a_run_without_masters_is_exported_as_its_weights_are(tmp_path: Path) -> None:
