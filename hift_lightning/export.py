@@ -339,10 +339,10 @@ def _sharded_tensors(folder: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    from hift_lightning.strategies.sharded_checkpoints import _CarefulReader
+    from hift_lightning.strategies.sharded_checkpoints import CarefulReader
 
     try:
-        reader = _CarefulReader(folder)
+        reader = CarefulReader(folder)
         tensors = {
             name: torch.empty(saved.size, dtype=saved.properties.dtype)
             for name, saved in reader.read_metadata().state_dict_metadata.items()

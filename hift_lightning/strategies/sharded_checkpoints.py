@@ -293,7 +293,7 @@ class _Folder:
     def __init__(self, path: Path, mesh: DeviceMesh) -> None:
         self._path = path
         self._mesh = mesh
-        self._reader = _CarefulReader(path)
+        self._reader = CarefulReader(path)
         with self._told("its index"):
             pieces = self._reader.read_metadata().storage_data.values()
         for piece in pieces:
@@ -324,7 +324,7 @@ class _Folder:
             ) from error
 
 
-class _CarefulReader(FileSystemReader):
+class CarefulReader(FileSystemReader):
     """Reads a folder's index once, and no objects in it but those that torch writes: unpickling others runs code."""
 
     _index: Metadata | None = None
