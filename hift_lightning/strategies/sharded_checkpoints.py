@@ -329,6 +329,7 @@ class CarefulReader(FileSystemReader):
 
     _index: Metadata | None = None
 
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._index is None:
             path = Path(self.path) / ".metadata"
