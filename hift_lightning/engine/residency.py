@@ -479,7 +479,8 @@ def follow_weights(master: Tensor, weights: Tensor) -> None:
     """
     parts = (torch.split(tensor, _TOGETHER) for tensor in (master.view(-1), weights.reshape(-1)))
     for values, rounded in zip(*parts, strict=True):
-        values.copy_(torch.where(values.to(rounded.dtype) == rounded, values, rounded))
+        same = values.to(rounded.dtype) == rounded
+        torch.where(same, values, rounded.to(values.dtype), out=values)
 
 
 def master_of(weights: Tensor, master: Tensor) -> Tensor:
