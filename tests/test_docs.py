@@ -18,7 +18,7 @@ WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name !
 MEASURED = sorted((ROOT / "experiments").rglob("*.md"))
 PAGES = [page for page in [ROOT / "README.md", *WRITTEN, *MEASURED] if blocks_of(page)]
 pytestmark = pytest.mark.usefixtures("registries")
-VERSIONS = {"2.6", "2.7", "2.8", "3.10", "0.18", "0.50"}
+VERSIONS = {"2.6", "2.13", "2.7", "2.8", "3.10", "0.18", "0.50"}
 
 _LOADED = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"]+)"')
 

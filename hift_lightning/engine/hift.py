@@ -48,7 +48,7 @@ from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
 from hift_lightning.engine.rotation import Rotation, length_of_turn
 from hift_lightning.engine.settings import HiFTSettings
-from hift_lightning.engine.shards import local, mesh_of
+from hift_lightning.engine.shards import check_torch_for_shards, local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
@@ -146,6 +146,8 @@ class HiFT:
                 else:
                     self.residency.keep_master(parameter, local(parameter).detach())
         self._mesh = mesh_of(self._trained.values())
+        if self._mesh is not None:
+            check_torch_for_shards()
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])

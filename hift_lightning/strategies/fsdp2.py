@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
+from hift_lightning.engine.shards import check_torch_for_shards
 from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_other_engines
@@ -69,7 +70,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             :class:`~lightning.pytorch.strategies.ModelParallelStrategy`.
 
     Raises:
-        ConfigurationError: if a value cannot work.
+        ConfigurationError: if a value cannot work, or torch is older than 2.13.
     """
 
     strategy_name = "hift_fsdp2"
@@ -85,6 +86,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         save_distributed_checkpoint: bool = True,
         **arguments: Any,
     ) -> None:
+        check_torch_for_shards()
         if tensor_parallel_size != 1:
             raise ConfigurationError(
                 f"`tensor_parallel_size={tensor_parallel_size!r}` splits single matrices over devices, which HiFT does "

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.torch_version import TorchVersion
 
 from hift_lightning import HiFT, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
@@ -22,6 +23,8 @@ from tests.blocks_seen import layer_of
 from tests.engine.test_state_tensors import Momentum8bit
 from tests.processes import run
 from tests.small_transformer import CLASSES, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
+
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="sharded blocks want torch 2.13")
 
 STEPS = 8  # two cycles of four blocks
 
@@ -201,6 +204,12 @@ def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases, tmp_path)
             case
         )
         assert all(distance(weights, result[case][0]) == 0 for result in results), case
+
+
+def test_an_older_torch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
+    with pytest.raises(ConfigurationError, match=r"torch 2.13 and newer, and this is 2.12.1; update torch, or use"):
+        HiFTFSDP2Strategy()
 
 
 def _train_in_a_plain_loop():

@@ -10,6 +10,7 @@ from tests.processes import run
 from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="sharded blocks want torch 2.13")
 
 
 class LanguageModel(L.LightningModule):
