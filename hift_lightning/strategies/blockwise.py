@@ -363,7 +363,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             loss = closure_loss.detach()
         elif len(training) > 1 and "inputs" not in kwargs:
             # whose loss this is will be known at an optimizer's step, so that is when gradients are averaged
-            with _averaging_later(training):
+            with averaging_later(training):
                 loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         else:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
@@ -444,7 +444,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
 
 @contextlib.contextmanager
-def _averaging_later(engines: Sequence[HiFT]) -> Iterator[None]:
+def averaging_later(engines: Sequence[HiFT]) -> Iterator[None]:
+    """Within it, backward passes leave gradients that are averaged over ranks later, at the optimizer's step at last."""
     before = [engine.averages_gradients for engine in engines]
     for engine in engines:
         engine.averages_gradients = False

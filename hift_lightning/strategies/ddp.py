@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
-from hift_lightning.strategies.blockwise import BlockwiseTraining
+from hift_lightning.strategies.blockwise import BlockwiseTraining, averaging_later
 from hift_lightning.strategies.refusals import refuse_arguments_of_ddp
 from hift_lightning.strategies.several_ranks import SeveralRanks
 
@@ -107,13 +107,8 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        for engine in self.engines:
-            engine.averages_gradients = False
-        try:
+        with averaging_later(self.engines):
             yield
-        finally:
-            for engine in self.engines:
-                engine.averages_gradients = True
 
     @override
     def _complete(self, checkpoint: dict[str, Any]) -> None:
