@@ -445,7 +445,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
 @contextlib.contextmanager
 def averaging_later(engines: Sequence[HiFT]) -> Iterator[None]:
-    """Within it, backward passes leave gradients that are averaged over ranks later, at the optimizer's step at last."""
+    """Within it, backward passes leave gradients whose average over ranks is taken later, at the step at last."""
     before = [engine.averages_gradients for engine in engines]
     for engine in engines:
         engine.averages_gradients = False
