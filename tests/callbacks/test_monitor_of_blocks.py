@@ -21,6 +21,7 @@ from hift_lightning.callbacks.block_watch import short_names
 from hift_lightning.engine.errors import ConfigurationError
 from tests.processes import run
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
+from tests.versions import sharded_blocks
 
 STEPS = 2 * LAYERS + 1
 
@@ -329,27 +330,25 @@ def momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-def measured_on_ranks(size):
-    rank, measured = torch.distributed.get_rank(), {}
+def measured_on_ranks(size, name):
+    rank = torch.distributed.get_rank()
     own = slice(rank * size, (rank + 1) * size)
     batches = [(tokens[own], labels[own]) for tokens, labels in make_batches(STEPS)]
-    for name, strategy in RANKS.items():
-        monitor = HiFTMonitor(update_ratio_every=1)
-        arguments = {"devices": 2, "callbacks": [monitor], "use_distributed_sampler": False}
-        trainer(strategy(), **arguments).fit(SmallTransformer(momentum), loader(batches))
-        records = monitor._watches[0].records.values()
-        measured[name] = [(of(record.gradient_norm), of(record.update_ratio)) for record in records]
-    return measured
+    monitor = HiFTMonitor(update_ratio_every=1)
+    arguments = {"devices": 2, "callbacks": [monitor], "use_distributed_sampler": False}
+    trainer(RANKS[name](), **arguments).fit(SmallTransformer(momentum), loader(batches))
+    records = monitor._watches[0].records.values()
+    return [(of(record.gradient_norm), of(record.update_ratio)) for record in records]
 
 
-def test_ranks_measure_what_one_device_does():
+@pytest.mark.parametrize("name", [pytest.param(n, marks=sharded_blocks if n == "fsdp2" else ()) for n in RANKS])
+def test_ranks_measure_what_one_device_does(name):
     alone = fitted(HiFTStrategy(), module=SmallTransformer(momentum))._watches[0].records.values()
-    for of_rank in run(measured_on_ranks, 2, 2):
-        for name, measured in of_rank.items():
-            for record, (norm, ratio) in zip(alone, measured, strict=True):
-                expected = (0, None) if name == "ddp, fused" else pytest.approx(of(record.gradient_norm), rel=1e-4)
-                assert norm == expected
-                assert ratio == pytest.approx(of(record.update_ratio), rel=1e-4)
+    for measured in run(measured_on_ranks, 2, 2, name):
+        for record, (norm, ratio) in zip(alone, measured, strict=True):
+            expected = (0, None) if name == "ddp, fused" else pytest.approx(of(record.gradient_norm), rel=1e-4)
+            assert norm == expected
+            assert ratio == pytest.approx(of(record.update_ratio), rel=1e-4)
 
 
 @pytest.mark.parametrize(

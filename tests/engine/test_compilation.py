@@ -16,6 +16,7 @@ from hift_lightning.planner import plan
 from tests.comparing import assert_same
 from tests.processes import run
 from tests.small_transformer import LAYERS, WIDTH, SmallTransformer, loader, make_batches, trainer
+from tests.versions import sharded_blocks
 
 DEPTHS = (2, 6)
 WHOLE = "is compiled with {} blocks in it"
@@ -214,27 +215,27 @@ class OwnLayers(SmallTransformer):
         self.layers = nn.ModuleList(Layer(WIDTH) for _ in range(2))
 
 
-def trained_on_ranks(size):
+def trained_on_ranks(size, strategy):
     rank, found = torch.distributed.get_rank(), []
     own = slice(rank * size, (rank + 1) * size)
     batches = [(tokens[own], labels[own]) for tokens, labels in make_batches(2 * LAYERS, size=2 * size)]
-    for strategy in (HiFTDDPStrategy, HiFTFSDP2Strategy):
-        for make_module in (SmallTransformer, OwnLayers):
-            weights, counter = [], CompileCounter()
-            for compiled in (False, True):
-                torch._dynamo.reset()
-                module = make_module()
-                if compiled:
-                    compile_layers(module, backend=counter)
-                trainer(strategy(), devices=2, use_distributed_sampler=False).fit(module, loader(batches))
-                state = module.state_dict()
-                weights.append({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in state.items()})
-            found.append((*weights, counter.frame_count))
+    for make_module in (SmallTransformer, OwnLayers):
+        weights, counter = [], CompileCounter()
+        for compiled in (False, True):
+            torch._dynamo.reset()
+            module = make_module()
+            if compiled:
+                compile_layers(module, backend=counter)
+            trainer(strategy(), devices=2, use_distributed_sampler=False).fit(module, loader(batches))
+            state = module.state_dict()
+            weights.append({n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in state.items()})
+        found.append((*weights, counter.frame_count))
     return found
 
 
-def test_compiled_layers_train_alike_on_several_ranks():
-    for of_rank in run(trained_on_ranks, 2, 2):
+@pytest.mark.parametrize("strategy", [HiFTDDPStrategy, pytest.param(HiFTFSDP2Strategy, marks=sharded_blocks)])
+def test_compiled_layers_train_alike_on_several_ranks(strategy):
+    for of_rank in run(trained_on_ranks, 2, 2, strategy):
         for plain, compiled, graphs in of_rank:
             assert_same(plain, compiled)
             assert graphs == 3

@@ -23,8 +23,9 @@ from tests.blocks_seen import layer_of
 from tests.engine.test_state_tensors import Momentum8bit
 from tests.processes import run
 from tests.small_transformer import CLASSES, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
+from tests.versions import sharded_blocks
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="sharded blocks want torch 2.13")
+pytestmark = sharded_blocks
 
 STEPS = 8  # two cycles of four blocks
 

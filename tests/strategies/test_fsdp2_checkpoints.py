@@ -22,8 +22,9 @@ from tests.comparing import assert_same
 from tests.processes import RankError, run
 from tests.small_transformer import SmallTransformer, make_batches
 from tests.strategies.test_fsdp2 import MODELS, OPTIMIZERS, distance, fit, of_all_ranks, of_this_rank, whole
+from tests.versions import sharded_blocks
 
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="sharded blocks want torch 2.13")
+pytestmark = sharded_blocks
 
 NOTHING = contextlib.nullcontext()
 STEPS = 3  # an epoch; it ends within a cycle of four blocks
