@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checkpoint_io import META
@@ -18,7 +17,7 @@ PARTS = ("train", "val", "test")
 
 
 def check_configuration(cfg: DictConfig) -> None:
-    """Refuse values that no run can work with, and warn of those that do it harm, before anything is built.
+    """Refuse values that no run can work with, before anything is built.
 
     Args:
         cfg: the composed configuration of `conf/train.yaml`.
@@ -47,12 +46,6 @@ def check_configuration(cfg: DictConfig) -> None:
             "`strategy.master_weights=true` keeps fp32 masters of 16-bit weights, which "
             f"`trainer.precision={cfg.trainer.precision}` has not; give `trainer.precision=bf16-true` or `16-true`, or "
             "leave `strategy.master_weights` out."
-        )
-    if OmegaConf.select(cfg, "strategy.master_weights") is False and cfg.trainer.precision in WITH_MASTERS:
-        rank_zero_warn(
-            f"`trainer.precision={cfg.trainer.precision}` without fp32 masters rounds away every update that is small "
-            "beside its weight, so that some weights, those of norms above all, never move; add "
-            "`strategy.master_weights=true`."
         )
     if not cfg.evaluate and str(cfg.objective).startswith(("val/", "test/")):
         raise ConfigurationError(

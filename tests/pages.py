@@ -33,7 +33,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from torch import nn
 
-from hift_lightning.checks import check_configuration
+from hift_lightning.checks import WITH_MASTERS, check_configuration
 from hift_lightning.targets import check_targets
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +122,8 @@ def check_application(words: list[str], folder: Path) -> int:
             cfg = compose(name, [f"++output_dir={folder}", *search_path, *run], return_hydra_config=False)
         cfg.ckpt_path = None  # a file that an earlier block makes, or that nobody has here
         check_configuration(cfg)
+        if cfg.trainer.precision in WITH_MASTERS:
+            assert OmegaConf.select(cfg, "strategy.master_weights") is not False, "it would be warned of"
         check_targets(cfg, cfg.trusted_targets)
     return len(runs)
 

@@ -230,8 +230,7 @@ class HiFT:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
-        if self.settings.master_weights:
-            self._check_that_masters_have_a_use()
+        self._check_masters()
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
         guard_requires_grad()
@@ -537,9 +536,15 @@ class HiFT:
         pieces.check_shards()
         return pieces
 
-    def _check_that_masters_have_a_use(self) -> None:
+    def _check_masters(self) -> None:
         dtypes = {p.dtype for p in self._trained.values()}
-        if not dtypes <= _SIXTEEN_BIT:
+        if not self.settings.master_weights and dtypes & _SIXTEEN_BIT:
+            warnings.warn(
+                "The weights have 16 bits and no fp32 masters, so every update that is small beside its weight is "
+                "rounded away, and some weights, those of norms above all, never move; use `master_weights=True`.",
+                stacklevel=3,
+            )
+        if self.settings.master_weights and not dtypes <= _SIXTEEN_BIT:
             raise ConfigurationError(
                 f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
                 "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."

@@ -122,6 +122,20 @@ def test_masters_park_where_state_does(offload, tmp_path):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_16_bit_weights_without_masters_are_warned_of(precision):
+    with pytest.warns(UserWarning, match="16 bits and no fp32 masters.*never move; use `master_weights=True`"):
+        fit(precision, "SGD with momentum", master_weights=False)
+
+
+@pytest.mark.parametrize(
+    ("precision", "master_weights"), [("32-true", False), ("bf16-mixed", False), ("bf16-true", True)]
+)
+def test_nothing_is_warned_of_where_weights_or_masters_have_32_bits(precision, master_weights, recwarn):
+    fit(precision, master_weights=master_weights)
+    assert not [warning for warning in recwarn if "masters" in str(warning.message)]
+
+
 def test_masters_of_fp32_weights_are_refused():
     with pytest.raises(ConfigurationError, match="weights are torch.float32; use `precision='bf16-true'`"):
         fit("32-true")
