@@ -1,6 +1,6 @@
 """The table of a run's blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,20 +8,22 @@ from rich.table import Table
 from hift_lightning.callbacks.block_watch import BlockWatch
 
 NOT_KNOWN = "-"
+ON_DEVICE = ("weights", "gradients", "optimizer_state")
 HEADINGS = ("params", "visits", "gradient\nnorm", "update\n/ weight", "last\nrate", "page-in\nms", "parked\nMiB")
 
 
-def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> Table:
+def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int, peaks: Mapping[str, int]) -> Table:
     """Make a table with a row for each block.
 
     Args:
         watches: one for each optimizer.
         ratio_every: updates of a block from one whose update-to-weight ratio was measured to the next; 0: none.
         ranks: processes that trained together.
+        peaks: most bytes on the device by role (`bytes_by_role`), and at one time (`"device"`); empty before a step.
     """
     table = Table(
         title="Blocks",
-        caption=" ".join(_notes(watches, ratio_every, ranks)),
+        caption=" ".join(_notes(watches, ratio_every, ranks, peaks)),
         caption_justify="left",
         # 80 columns are enough
         box=SIMPLE_HEAD,
@@ -61,7 +63,7 @@ def _written(value: float | None, form: str) -> str:
     return NOT_KNOWN if value is None else form.format(value)
 
 
-def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> list[str]:
+def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int, peaks: Mapping[str, int]) -> list[str]:
     notes = ["Means over the updates of this run."]
     if any(watch.fused for watch in watches):
         notes.append("With update=fused each gradient is used inside backward, so their norm is not known.")
@@ -69,8 +71,11 @@ def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int) -> list[
         notes.append("Gradient norms are those before clipping.")
     if ratio_every:
         notes.append(f"Update / weight: norm of an update over that of the weights, {_measured(ratio_every)}.")
+    if peaks:
+        most = ", ".join(f"{role.replace('_', ' ')} {peaks[role] / 2**20:.1f}" for role in ON_DEVICE)
+        notes.append(f"Most MiB on the device: {most}; at one time {peaks['device'] / 2**20:.1f}.")
     if ranks > 1:
-        notes.append("Parked bytes are those of rank 0.")
+        notes.append("Bytes are those of rank 0.")
     return notes
 
 

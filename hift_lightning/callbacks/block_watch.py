@@ -115,8 +115,7 @@ class BlockWatch:
         parts, _ = begun
         block = parts[0]
         for part in parts:
-            record = self.records[part.index]
-            name = f"{part.index:02d}_{self.names[part.index]}".replace(" … ", "-").replace(" ", "_")
+            record, name = self.records[part.index], self._logged_name(part.index)
             if (norm := self._norms.get(part.index)) is not None:
                 record.gradient_norm.add(norm)
                 self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(norm)
@@ -126,11 +125,13 @@ class BlockWatch:
                 if part is block:
                     self._cycle.setdefault("hift/update_ratio", []).append(ratio)
             record.rate = self._rate_of(part)
+            self._cycle.setdefault(f"hift_lr/{name}", []).append(record.rate)
         self.records[block.index].page_in_ms.add(self.engine.page_in_ms)
+        self._cycle.setdefault(f"hift_page_in_ms/{self._logged_name(block.index)}", []).append(self.engine.page_in_ms)
         self.rate = self.records[block.index].rate
 
     def take_cycle(self, unfinished: bool = False) -> dict[str, float]:
-        """The means over a cycle, by the name that they are logged under, each cycle once.
+        """The means over a cycle and the visits so far, by the name that they are logged under, each cycle once.
 
         Args:
             unfinished: give what there is of a cycle that has not ended, too.
@@ -139,7 +140,13 @@ class BlockWatch:
             return {}
         self._logged_cycles = self.engine.cycle
         measured, self._cycle = self._cycle, {}
-        return {name: fmean(values) for name, values in measured.items()}
+        if not measured:
+            return {}
+        visits = {f"hift_visits/{self._logged_name(p.index)}": float(p.visits) for p in self.engine.report().parts}
+        return {name: fmean(values) for name, values in measured.items()} | visits
+
+    def _logged_name(self, index: int) -> str:
+        return f"{index:02d}_{self.names[index]}".replace(" … ", "-").replace(" ", "_")
 
     def _parameters(self, part: Block) -> list[nn.Parameter]:
         return [self.engine.model.get_parameter(name) for name in part.own_parameters]

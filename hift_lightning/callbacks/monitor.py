@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from hift_lightning.callbacks.block_table import block_table
+from hift_lightning.callbacks.block_table import ON_DEVICE, block_table
 from hift_lightning.callbacks.block_watch import BlockWatch
 from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
@@ -31,7 +31,8 @@ class HiFTMonitor(L.Callback):
     Under a HiFT strategy it logs `hift/block` and `hift/cycle` (also to the progress bar), `hift/active_params`,
     `hift/grad_norm` (of all that is active, before Lightning clips it), `hift/lr`, `hift/page_in_ms`,
     `hift/parked_bytes` and `hift/skipped_steps`; and at the end of each cycle its means: `hift/update_ratio` over all
-    blocks, and for each block, and for what is always active, `hift_grad_norm/<block>` and `hift_update_ratio/<block>`.
+    blocks, and for each block, and for what is always active, `hift_grad_norm/<block>`, `hift_update_ratio/<block>`,
+    `hift_lr/<block>`, `hift_page_in_ms/<block>` and the updates so far, `hift_visits/<block>`.
     At the end of `fit`, also one that an error or Ctrl-C has ended, it prints a table of the blocks. Under every
     strategy it logs `memory/peak_device_bytes` of the run so far and `memory/weights_bytes`, `memory/gradients_bytes`
     and `memory/optimizer_state_bytes` of the step.
@@ -206,7 +207,7 @@ class HiFTMonitor(L.Callback):
         if self._watches:
             console = Console()
             with console.capture() as table:
-                console.print(block_table(self._watches, self.update_ratio_every, trainer.world_size))
+                console.print(block_table(self._watches, self.update_ratio_every, trainer.world_size, self._peak))
             print(table.get(), end="")  # above a progress bar of rich, which a console of its own would write over
         if self.folder is not None and self.pictures is not False and self._timeline.records:
             self._draw(self.folder)
@@ -247,7 +248,7 @@ class HiFTMonitor(L.Callback):
         if not self._in_step:  # no optimizer was called
             self._count_bytes(trainer, pl_module)
         pl_module.log("memory/peak_device_bytes", float(self._peak["device"]), batch_size=1)
-        for role in ("weights", "gradients", "optimizer_state"):
+        for role in ON_DEVICE:
             pl_module.log(f"memory/{role}_bytes", float(self._in_step[role]), batch_size=1)
         if self._watches:
             watch = self._watches[0]

@@ -3,15 +3,17 @@
 import csv
 import gc
 import math
+from pathlib import Path
 from statistics import fmean
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
@@ -217,11 +219,58 @@ def test_each_cycle_logs_the_means_of_every_block_once(tmp_path):
     for index, name in enumerate(names):
         assert float(cycles[0][f"hift_grad_norm/{name}"]) == close(sum(witness.gradient_norms[index][:2]) / 2)
         assert float(cycles[0][f"hift_update_ratio/{name}"]) == close(sum(witness.update_ratios[index][:2]) / 2)
+        assert float(cycles[0][f"hift_lr/{name}"]) == close(0.01)
+        assert float(cycles[0][f"hift_page_in_ms/{name}"]) > 0
     assert {name for name in cycles[1] if cycles[1][name] and name.startswith("hift_grad_norm")} == {
         f"hift_grad_norm/{name}" for name in names[2:]
     }
+    assert [[float(cycle[f"hift_visits/{name}"]) for name in names] for cycle in cycles] == [[2] * 4, [2, 2, 4, 4]]
     ratios = [float(cycles[0][f"hift_update_ratio/{name}"]) for name in names]
     assert float(cycles[0]["hift/update_ratio"]) == close(sum(ratios) / LAYERS)
+
+
+class Recording(Logger):
+    """Somebody's logger, which keeps the names of what it is given."""
+
+    name, version = "recording", 0
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.names |= metrics.keys()
+
+
+def test_any_logger_is_given_the_same_names(tmp_path):
+    table, pages, own = CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tensorboard"), Recording()
+    fitted(HiFTStrategy(always_active=["norm.*"]), logger=[table, pages, own], log_every_n_steps=1)
+    steps, _ = rows_of(Path(table.log_dir))
+    assert own.names == {name for name in steps[0] if name != "step"}
+    events = EventAccumulator(pages.log_dir).Reload()
+    assert own.names == set(events.Tags()["scalars"]) - {"hp_metric"}
+    blocks = ["00_embeddings", "01_layers.0", "02_layers.1", "03_head", "04_always_active"]
+    of_blocks = {f"{what}/{name}" for what in ("hift_grad_norm", "hift_lr", "hift_visits") for name in blocks}
+    of_blocks |= {f"hift_page_in_ms/{name}" for name in blocks[:-1]}
+    roles = {f"memory/{role}_bytes" for role in ("weights", "gradients", "optimizer_state", "peak_device")}
+    rotation = {f"hift/{what}" for what in ("block", "cycle", "lr", "grad_norm", "page_in_ms", "parked_bytes")}
+    assert of_blocks | roles | rotation < own.names
+
+
+def test_the_strategy_alone_logs_nothing():
+    own = Recording()
+    trainer(HiFTStrategy(), logger=own, log_every_n_steps=1).fit(SmallTransformer(), loader(make_batches(STEPS)))
+    assert own.names <= {"epoch"}
+
+
+def test_the_table_has_the_most_bytes_of_each_role(capsys):
+    monitor = fitted(HiFTStrategy())
+    printed = " ".join(capsys.readouterr().out.split())
+    of_roles = [monitor.numbers[f"memory/peak_{role}_bytes"] / 2**20 for role in ("weights", "gradients")]
+    assert f"Most MiB on the device: weights {of_roles[0]:.1f}, gradients {of_roles[1]:.1f}, optimizer" in printed
 
 
 @pytest.mark.parametrize(("every", "measured"), [(0, 0), (1, 3), (2, 2), (4, 1)])
@@ -314,7 +363,7 @@ def test_several_optimizers_have_their_blocks_in_one_table():
         assert [record.gradient_norm.count for record in watch.records.values()] == [2, 2]
         assert [record.update_ratio.count for record in watch.records.values()] == [2, 2]
     console = Console(record=True, width=80)
-    console.print(block_table(monitor._watches, 1, 1))
+    console.print(block_table(monitor._watches, 1, 1, {}))
     assert len([line for line in console.export_text().splitlines() if "1.0e-01" in line]) == 4
 
 
