@@ -16,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import hift_lightning
+from tests.application.running import TINY
 
 ROOT = Path(__file__).parent.parent
 TOP_LEVEL = {"hift_lightning", "hydra_plugins"}
@@ -93,16 +94,37 @@ def test_the_lowest_versions_that_are_tried_are_the_lowest_admitted():
 
 def test_an_import_brings_nothing_but_the_engine_and_the_strategies(tmp_path):
     told = """
-import json, sys, lightning
-before = set(sys.modules)
+import json, sys, time, lightning
+before, began = set(sys.modules), time.perf_counter()
 import hift_lightning
+seconds = time.perf_counter() - began
 new = set(sys.modules) - before
 packages = sorted({name.partition(".")[0] for name in new} - sys.stdlib_module_names)
-print(json.dumps([packages, sorted({name.split(".")[1] for name in new if name.startswith("hift_lightning.")})]))
+ours = sorted({name.split(".")[1] for name in new if name.startswith("hift_lightning.")})
+print(json.dumps([packages, ours, seconds]))
 """
-    packages, ours = json.loads(run(sys.executable, "-c", told, cwd=tmp_path).stdout)
+    packages, ours, seconds = json.loads(run(sys.executable, "-c", told, cwd=tmp_path).stdout)
     assert set(packages) <= {"hift_lightning", "lightning", "torch"}
     assert ours == ["checkpoint_io", "engine", "manual", "progress", "strategies"]
+    assert seconds < 2
+
+
+def test_the_wheels_commands_train_and_plan_in_any_folder(archives, tmp_path):
+    installed, folder = tmp_path / "installed", tmp_path / "elsewhere"
+    folder.mkdir()
+    pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", installed, archives[1])
+    assert (done := run(*pip, cwd=folder)).returncode == 0, done.stderr
+    where = "import hift_lightning, hydra_plugins.hift_lightning as p; print(hift_lightning.__file__, *p.__path__)"
+    found = run(sys.executable, "-c", where, cwd=folder, PYTHONPATH=str(installed)).stdout.split()
+    assert found == [f"{installed}/hift_lightning/__init__.py", f"{installed}/hydra_plugins/hift_lightning"]
+    for program, arguments in {
+        "hift-train": [*TINY, "trainer.max_steps=4", "logger=none", "hydra.run.dir=run"],
+        "hift-plan": [*TINY, "compare=false", "batch_sizes=false", "hydra.run.dir=plan"],
+    }.items():
+        done = run(installed / "bin" / program, *arguments, cwd=folder, PYTHONPATH=str(installed))
+        assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "run" / "metrics.json").read_text())["steps"] == 4
+    assert json.loads((folder / "plan" / "plan.json").read_text())["peak_bytes"] > 0
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Labelled sentences from a tab-separated file, split by a hash of their text and tokenised once."""
 
 import hashlib
+import importlib.resources
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
 
 SENTENCES_AT_ONCE = 1000  # between two moves of the progress bar
-FILM_REVIEWS = Path(__file__).parent / "film_reviews" / "film_reviews.tsv"
+FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
 Part = Literal["train", "validation", "test"]
 LabelledSentence = tuple[str, int]

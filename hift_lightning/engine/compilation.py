@@ -9,7 +9,6 @@ import warnings
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -44,26 +43,6 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
-
-
-_PASSED_OVER = ("skip_tensor_guards_with_matching_dict_tags", "use_recursive_dict_tags_for_guards")
-"""Settings of torch with which it does not look at tensors of modules whose dictionaries are as they were."""
-
-
-def guard_requires_grad() -> None:
-    """Have torch before 2.13 find out that another block requires gradients, before it uses a graph that it has.
-
-    ``requires_grad_`` does not change a module's dictionaries, by which those versions go, so the graph of the first
-    block would be used for all of them (https://github.com/pytorch/pytorch/issues/139476).
-    """
-    if torch.__version__ >= "2.13":
-        return
-    from torch._dynamo import config
-
-    if names := [name for name in _PASSED_OVER if getattr(config, name, False)]:
-        for name in names:
-            setattr(config, name, False)
-        torch.compiler.reset()  # what has been compiled so far was compiled without looking
 
 
 def warn_of_compiled_blocks(model: nn.Module, plan: Plan) -> None:

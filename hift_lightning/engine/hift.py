@@ -37,7 +37,7 @@ from hift_lightning.engine.compatibility import (
     record_of_plan,
     refuse_other_plan,
 )
-from hift_lightning.engine.compilation import guard_requires_grad, warn_of_compiled_blocks
+from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
@@ -48,7 +48,7 @@ from hift_lightning.engine.report import BlockReport, Report
 from hift_lightning.engine.residency import Residency, state_dict_with_masters
 from hift_lightning.engine.rotation import Rotation, length_of_turn
 from hift_lightning.engine.settings import HiFTSettings
-from hift_lightning.engine.shards import check_torch_for_shards, local, mesh_of
+from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
@@ -146,8 +146,6 @@ class HiFT:
                 else:
                     self.residency.keep_master(parameter, local(parameter).detach())
         self._mesh = mesh_of(self._trained.values())
-        if self._mesh is not None:
-            check_torch_for_shards()
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
@@ -233,7 +231,6 @@ class HiFT:
         self._check_masters()
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
-        guard_requires_grad()
         self._required_grad = [p.requires_grad for p in self._governed]
         for parameter in self._governed:
             parameter.requires_grad_(False)

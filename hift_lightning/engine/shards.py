@@ -15,23 +15,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from hift_lightning.engine.errors import ConfigurationError
-
-
-def check_torch_for_shards() -> None:
-    """Raise with a torch before 2.13.
-
-    With 2.8 shards whose blocks take turns came out wrong, up to NaN; versions between the two have not been tried.
-
-    Raises:
-        ConfigurationError: it is such a one.
-    """
-    if torch.__version__ < "2.13":
-        raise ConfigurationError(
-            f"Weights that `hift_fsdp2` or `fully_shard` have sharded are trained right by torch 2.13 and newer, and "
-            f"this is {torch.__version__}; update torch, or use `strategy='hift_ddp'`."
-        )
-
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds: its rows of a sharded tensor, in the same memory; any other tensor itself."""

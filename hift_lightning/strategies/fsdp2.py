@@ -25,7 +25,6 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
-from hift_lightning.engine.shards import check_torch_for_shards
 from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_other_engines
@@ -70,7 +69,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             :class:`~lightning.pytorch.strategies.ModelParallelStrategy`.
 
     Raises:
-        ConfigurationError: if a value cannot work, or torch is older than 2.13.
+        ConfigurationError: if a value cannot work.
     """
 
     strategy_name = "hift_fsdp2"
@@ -86,7 +85,6 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         save_distributed_checkpoint: bool = True,
         **arguments: Any,
     ) -> None:
-        check_torch_for_shards()
         if tensor_parallel_size != 1:
             raise ConfigurationError(
                 f"`tensor_parallel_size={tensor_parallel_size!r}` splits single matrices over devices, which HiFT does "
@@ -231,9 +229,8 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
                 "`hift_fsdp2` gathers weights when their module is called, and here some were used without calling it; "
                 "name that module in `HiFTFSDP2Strategy(whole=[...])`, and it is gathered at the start of a step.",
             )
-        # torch 2.8 has no way back to where another forward pass can begin
         module = self.lightning_module
-        if self._laid_out and isinstance(module, FSDPModule) and hasattr(module, "reset_iter_state"):
+        if self._laid_out and isinstance(module, FSDPModule):
             module.reset_iter_state()
 
     @override

@@ -24,7 +24,6 @@ from hift_lightning.models import causal_lm, sentence_classifier
 from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
 from tests.application.test_pretrained_weights import LLAMA, saved
 from tests.application.test_text_runs import TINY_DECODER
-from tests.versions import sharded_blocks
 
 MASTERS = ["trainer.precision=bf16-true", "strategy.master_weights=true", "evaluate=false", "objective=train/loss"]
 TOKENS = torch.arange(12).view(2, 6)
@@ -123,7 +122,6 @@ def test_an_exported_run_is_its_masters_rounded_once(
     assert torch.equal(logits(model), logits(expected))
 
 
-@sharded_blocks
 @pytest.mark.parametrize("given", ["run", "checkpoint"])
 def test_a_sharded_checkpoint_is_exported_as_the_file_of_the_same_run_is(
     given: str, runs_of_shards: dict[bool, Path], tmp_path: Path
@@ -140,7 +138,6 @@ def test_a_sharded_checkpoint_is_exported_as_the_file_of_the_same_run_is(
         assert torch.equal(weight, masters[name]), name
 
 
-@sharded_blocks
 @pytest.mark.parametrize("how", ["cut short", "gone"])
 def test_a_damaged_sharded_checkpoint_is_refused(how: str, runs_of_shards: dict[bool, Path], tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs_of_shards[True], tmp_path / "run"))

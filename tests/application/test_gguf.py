@@ -1,6 +1,7 @@
 """GGUF files: a small one is written, converted, and read like any other folder with weights."""
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def file(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_converted_model_is_the_model_and_is_converted_once(
-    file: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr("hift_lightning.models.gguf.rank_zero_info", told.append)
@@ -85,6 +86,7 @@ def test_a_converted_model_is_the_model_and_is_converted_once(
     assert safetensors_of_gguf(str(file), cache_dir=str(tmp_path)) == folder
     assert len(told) == 1
     assert str(file) in told[0]
+    assert re.search(r"Converting and de-quantizing GGUF tensors.*: +100%", capfd.readouterr().err)
 
     assert folder is not None
     tokenizer = load_tokenizer(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.application.running import TINY, run_application, run_script
+from tests.application.running import ENVIRONMENT, TINY, run_application, run_script
 from tests.application.test_pretrained_weights import LLAMA, saved
 
 SMALL = [
@@ -32,6 +32,13 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     return done.stderr.strip()
+
+
+def test_a_bar_shows_how_far_planning_is(tmp_path):
+    terminal = {**ENVIRONMENT, "FORCE_COLOR": "1", "TERM": "xterm"}
+    done = run_script(tmp_path, "plan.py", *TINY, *QUICK, "hydra.run.dir=out", environment=terminal)
+    assert done.returncode == 0, done.stderr
+    assert "planning" in done.stderr
 
 
 def test_it_tells_what_a_step_needs_and_writes_it_down(tmp_path):

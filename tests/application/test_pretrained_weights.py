@@ -1,6 +1,7 @@
 """Loading pretrained weights: in the right dtype, never twice in memory, and with a sentence for what is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,11 @@ def shards(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_all_weights_come_from_the_shards(tmp_path: Path, tied: bool) -> None:
+def test_all_weights_come_from_the_shards(tmp_path: Path, tied: bool, capfd: pytest.CaptureFixture[str]) -> None:
     model = saved(tmp_path, tie_word_embeddings=tied)
     assert len(shards(tmp_path)) > 2
     loaded = causal_lm(None, str(tmp_path), {})
+    assert re.search(r"Loading weights: 100%", capfd.readouterr().err)
     assert loaded.training
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     for name, weight in model.state_dict().items():

@@ -35,7 +35,7 @@ def test_the_bar_tells_what_is_done_and_how_far(terminal: None, capsys: pytest.C
 def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with PreparationBar("weighing") as bar:
         bar.is_at(1, of=4)
-    assert capsys.readouterr().err == ""
+    assert not capsys.readouterr().err.strip()  # older versions of rich end with a new line
 
 
 def test_no_bar_on_other_ranks(

@@ -23,7 +23,6 @@ from hift_lightning.callbacks.block_watch import short_names
 from hift_lightning.engine.errors import ConfigurationError
 from tests.processes import run
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
-from tests.versions import sharded_blocks
 
 STEPS = 2 * LAYERS + 1
 
@@ -390,7 +389,7 @@ def measured_on_ranks(size, name):
     return [(of(record.gradient_norm), of(record.update_ratio)) for record in records]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=sharded_blocks if n == "fsdp2" else ()) for n in RANKS])
+@pytest.mark.parametrize("name", RANKS)
 def test_ranks_measure_what_one_device_does(name):
     alone = fitted(HiFTStrategy(), module=SmallTransformer(momentum))._watches[0].records.values()
     for measured in run(measured_on_ranks, 2, 2, name):

@@ -16,7 +16,6 @@ from hift_lightning.planner import plan
 from tests.comparing import assert_same
 from tests.processes import run
 from tests.small_transformer import LAYERS, WIDTH, SmallTransformer, loader, make_batches, trainer
-from tests.versions import sharded_blocks
 
 DEPTHS = (2, 6)
 WHOLE = "is compiled with {} blocks in it"
@@ -233,7 +232,7 @@ def trained_on_ranks(size, strategy):
     return found
 
 
-@pytest.mark.parametrize("strategy", [HiFTDDPStrategy, pytest.param(HiFTFSDP2Strategy, marks=sharded_blocks)])
+@pytest.mark.parametrize("strategy", [HiFTDDPStrategy, HiFTFSDP2Strategy])
 def test_compiled_layers_train_alike_on_several_ranks(strategy):
     for of_rank in run(trained_on_ranks, 2, 2, strategy):
         for plain, compiled, graphs in of_rank:

@@ -3,7 +3,6 @@
 import pytest
 
 from experiments.several_devices.plans import HERE, SETTINGS, TABLE, measure, summary
-from tests.versions import sharded_blocks
 
 
 def test_the_page_is_made_of_the_record():
@@ -13,7 +12,6 @@ def test_the_page_is_made_of_the_record():
 
 
 @pytest.mark.slow
-@sharded_blocks
 def test_a_row_planned_again_is_that_of_the_record():
     name = "llama3_8b on 8, hift_fsdp2"
     planned = {key: str(value) for key, value in measure(name).items()}

@@ -18,7 +18,6 @@ from hift_lightning.planner.ranks import PlannedRanks
 from tests import simulated_accelerator as sim
 from tests.planner.test_planned_bytes import Module, Peak, batch_of
 from tests.small_transformer import SmallTransformer, make_batches
-from tests.versions import sharded_blocks
 
 needs_compiler = pytest.mark.skipif(sim.compiler_missing() is not None, reason=str(sim.compiler_missing()))
 
@@ -75,9 +74,7 @@ CASES = {
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=sharded_blocks if "fsdp2" in case else ()) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_the_planned_peak_of_a_rank_is_that_on_the_simulated_accelerator(case, request):
     kind, arguments = CASES[case]
     precision = "bf16-true" if "bf16" in case else "32-true"
@@ -105,7 +102,6 @@ def test_split_state_is_parked_once_a_machine():
     assert whole / 2 <= split < 0.6 * whole  # tensors are dealt out whole
 
 
-@sharded_blocks
 def test_a_rank_of_hift_fsdp2_reduces_the_active_block_and_gathers_what_is_above_it():
     depth, ranks = 4, 2
     module = SmallTransformer(depth=depth)
@@ -126,7 +122,6 @@ def test_a_rank_of_hift_fsdp2_reduces_the_active_block_and_gathers_what_is_above
     assert planned.parked_bytes == 2 * (sum(layers) + loose + head) / ranks + counts
 
 
-@sharded_blocks
 def test_weights_in_host_memory_come_to_the_device_for_each_gathering_and_gradients_go_back():
     planned = plan(SmallTransformer(), HiFTFSDP2Strategy(offload_params=True), make_batches(1)[0], devices=2)
     for block in planned.blocks:
@@ -135,7 +130,6 @@ def test_weights_in_host_memory_come_to_the_device_for_each_gathering_and_gradie
         assert block.to_host_bytes == pytest.approx(block.trace.collectives["reduce-scatter"] / 2, abs=256)
 
 
-@sharded_blocks
 def test_so_they_do_on_one_device_where_nothing_is_gathered():
     module = SmallTransformer()
     planned = plan(module, HiFTFSDP2Strategy(offload_params=True), make_batches(1)[0], devices=1)

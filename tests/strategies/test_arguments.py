@@ -8,7 +8,6 @@ import torch
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTSettings, HiFTStrategy
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from tests.versions import sharded_blocks
 
 OF_LIGHTNING = {"self", "arguments"}
 
@@ -33,7 +32,6 @@ def test_the_configuration_has_the_settings_with_their_defaults():
     assert given == expected
 
 
-@sharded_blocks
 def test_the_configuration_of_the_sharded_strategy_has_its_arguments_too():
     with hydra.initialize_config_module("hift_lightning.conf", version_base="1.3"):
         cfg = hydra.compose("train", ["strategy=hift_fsdp2", "strategy.mp_policy={param_dtype: bfloat16}"])

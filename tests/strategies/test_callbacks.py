@@ -1,11 +1,14 @@
 """Lightning's callbacks under HiFT, unchanged."""
 
+import re
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.loggers import CSVLogger
 
+from hift_lightning.callbacks import HiFTMonitor
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
@@ -89,6 +92,17 @@ def test_ema_weight_averaging_equals_an_average_kept_by_hand():
 def test_progress_bars_run(bar, capsys):
     _, _, steps = fit([bar()], enable_progress_bar=True)
     assert steps == TOP_DOWN * 2
+
+
+@pytest.mark.parametrize("bar", [C.TQDMProgressBar, C.RichProgressBar])
+def test_progress_bars_show_block_and_cycle(bar, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    fit([bar(), HiFTMonitor()], enable_progress_bar=True)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", "".join(capsys.readouterr()))
+    for block in range(LAYERS):
+        assert re.search(rf"hift/block[=:] ?{block}\.0.*hift/cycle[=:] ?[01]\.0", shown)
 
 
 def test_the_model_summary_shows_every_parameter_trainable():

@@ -6,15 +6,11 @@ A single process stands for rank 0: torch's fake process group runs collectives 
 import os
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hift_lightning import HiFTDDPStrategy, HiFTStrategy
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
-
-# before, torch's collectives have no way from its autograd to devices of this kind
-pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="collectives on the simulated accelerator")
 
 CAP = 2**10
 """Bytes of a bucket; the largest tensor has twice as many."""

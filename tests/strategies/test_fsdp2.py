@@ -15,7 +15,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.torch_version import TorchVersion
 
 from hift_lightning import HiFT, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
@@ -23,9 +22,6 @@ from tests.blocks_seen import layer_of
 from tests.engine.test_state_tensors import Momentum8bit
 from tests.processes import run
 from tests.small_transformer import CLASSES, VOCABULARY, WIDTH, SmallTransformer, loader, make_batches, trainer
-from tests.versions import sharded_blocks
-
-pytestmark = sharded_blocks
 
 STEPS = 8  # two cycles of four blocks
 
@@ -207,12 +203,6 @@ def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases, tmp_path)
         assert all(distance(weights, result[case][0]) == 0 for result in results), case
 
 
-def test_an_older_torch_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1"))
-    with pytest.raises(ConfigurationError, match=r"torch 2.13 and newer, and this is 2.12.1; update torch, or use"):
-        HiFTFSDP2Strategy()
-
-
 def _train_in_a_plain_loop():
     module = SmallTransformer(OPTIMIZERS["adamw"]).double()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -245,10 +235,7 @@ class Sent(Callback):
 
     def __init__(self):
         self.steps = []
-        # torch before 2.13 has other names for them
         for name in ("all_gather_single", "reduce_scatter_single", "all_gather_into_tensor", "reduce_scatter_tensor"):
-            if not hasattr(dist, name):
-                continue
             setattr(dist, name, self._counting(name, getattr(dist, name)))
 
     def _counting(self, name, collective):

@@ -22,9 +22,6 @@ from tests.comparing import assert_same
 from tests.processes import RankError, run
 from tests.small_transformer import SmallTransformer, make_batches
 from tests.strategies.test_fsdp2 import MODELS, OPTIMIZERS, distance, fit, of_all_ranks, of_this_rank, whole
-from tests.versions import sharded_blocks
-
-pytestmark = sharded_blocks
 
 NOTHING = contextlib.nullcontext()
 STEPS = 3  # an epoch; it ends within a cycle of four blocks

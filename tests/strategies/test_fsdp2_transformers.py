@@ -8,10 +8,8 @@ from torch.distributed.fsdp import FSDPModule
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
 from tests.processes import run
 from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
-from tests.versions import sharded_blocks
 
 pytest.importorskip("transformers")
-pytestmark = sharded_blocks
 
 
 class LanguageModel(L.LightningModule):
