@@ -14,7 +14,7 @@ import argparse
 
 from experiments.memory.plot import plot
 from experiments.memory.summary import summary
-from experiments.memory.tables import CAP, DEPTH, HERE, OFFLOAD, PEAKS
+from experiments.memory.tables import CAP, DEPTH, HERE, OFFLOAD, PEAKS, VERSIONS
 
 
 def main() -> None:
@@ -27,11 +27,12 @@ def main() -> None:
     known = {name for table in tables for name in (table.path.name, *table.rows)}
     if unknown := sorted(set(arguments.only) - known):
         parser.error(f"--only: {', '.join(unknown)} is not among {'; '.join(sorted(known))}")
+    VERSIONS.complete(VERSIONS.rows, arguments.again)
     for table in tables:
         whole = not arguments.only or table.path.name in arguments.only
         table.complete(table.rows if whole else arguments.only, arguments.again)
 
-    text = summary(*(table.load() for table in tables))
+    text = summary(*(table.load() for table in (VERSIONS, *tables)))
     (HERE / "summary.md").write_text(text)
     plot(PEAKS.load(), HERE / "memory.png")
     print(text)

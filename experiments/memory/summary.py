@@ -1,7 +1,5 @@
 """The tables as Markdown."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from experiments.memory.cap import CAP
 from experiments.memory.methods import METHODS, OURS
 from experiments.memory.task import Task
@@ -16,8 +14,6 @@ TARGETS = {
     "masters, streamed, checkpointing": 0.60,
 }
 """The most that the peak may be, in multiples of the fp32 weights."""
-
-PACKAGES = ("badam", "galore-torch", "apollo-torch", "adam-mini", "lomo-optim", "peft", "transformers", "torch")
 
 
 def peak(row: Row) -> float:
@@ -38,10 +34,11 @@ def phase(name: str, row: Row) -> str:
     return "forward + backward, with the update" if fused else "forward + backward"
 
 
-def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows) -> str:
+def summary(versions: Rows, peaks: Rows, cap: Rows, depth: Rows, offload: Rows) -> str:
     """All that has been measured so far."""
     parts = [
-        f"{Task()}. P is the bytes of the fp32 weights. Versions: {', '.join(map(_version, PACKAGES))}.",
+        f"{Task()}. P is the bytes of the fp32 weights. Versions: "
+        f"{', '.join(f'{package} {version}' for package, version in _versions(versions))}.",
         "## Bytes on the device and FLOPs",
         *_peaks(peaks),
         f"## A device with {CAP} P",
@@ -54,11 +51,8 @@ def summary(peaks: Rows, cap: Rows, depth: Rows, offload: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _version(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return f"{package} is not installed"
+def _versions(rows: Rows) -> list[tuple[str, str]]:
+    return [(package, row["version"]) for package, row in rows.items()]
 
 
 def _peaks(rows: Rows) -> list[str]:

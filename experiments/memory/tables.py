@@ -1,5 +1,6 @@
 """What is measured: tables of rows, each row by a process of its own."""
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from experiments.memory.cap import CAPPED, measure_cap
@@ -10,6 +11,7 @@ from experiments.memory.task import Task
 from experiments.table import Table
 
 HERE = Path(__file__).parent
+PACKAGES = ("badam", "galore-torch", "apollo-torch", "adam-mini", "lomo-optim", "peft", "transformers", "torch")
 
 
 def measure_method(name: str) -> dict[str, object]:
@@ -36,6 +38,15 @@ def measure_method(name: str) -> dict[str, object]:
     }
 
 
+def measure_version(package: str) -> dict[str, object]:
+    """The version of a package with which the rest is measured."""
+    try:
+        return {"version": version(package)}
+    except PackageNotFoundError:
+        return {"version": "is not installed"}
+
+
+VERSIONS = Table(HERE / "versions.csv", PACKAGES, measure_version)
 PEAKS = Table(HERE / "results.csv", tuple(METHODS), measure_method)
 CAP = Table(HERE / "cap.csv", CAPPED, measure_cap)
 DEPTH = Table(HERE / "depth.csv", tuple(DEPTHS), measure_depth)

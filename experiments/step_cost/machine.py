@@ -4,7 +4,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments.memory.summary import PACKAGES
+from experiments.memory.tables import PACKAGES
 from experiments.step_cost.runs import HERE
 from experiments.table import Table
 

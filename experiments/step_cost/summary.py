@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping
 
-from experiments.memory.summary import PACKAGES
+from experiments.memory.tables import PACKAGES
 from experiments.step_cost.contestants import BLOCK, BY_HAND, FULL, PLAIN, PUBLISHED
 from experiments.step_cost.measure import WARM_UP_CYCLES, Cost
 from experiments.step_cost.phases import PHASES, SIZE, WAYS
