@@ -4,8 +4,11 @@
 
 A run takes about a minute and a half of one core. Runs that `search.csv` and `final.csv` have are not done again unless
 `--again` is given, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and `quality.png`
-are made of what there is; costs of a step come from `python -m experiments.quality.cost` and other settings of HiFT
-from `python -m experiments.quality.variants`.
+are made of what there is. Two other commands have records for the page: `python -m experiments.quality.cost`, which
+wants the machine for itself, and `python -m experiments.quality.variants`. Three of the methods are packages:
+
+    pip install peft
+    pip install --no-deps badam galore-torch bitsandbytes
 """
 
 import argparse

@@ -92,16 +92,28 @@ def within(peaks: Rows, method: str) -> list[str]:
     return [name for name in CONTESTANTS if bytes_of.get(bytes_row(name), most + 1) <= most]
 
 
-def missing(search: Rows, final: Rows) -> dict[str, list[str]]:
-    """For each data set the methods without all their final runs there, with a word where some runs are there."""
-    in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
-    there = {(d, m) for d, m in in_time if STEPS not in CONTESTANTS[m].lengths or (d, m) in in_steps}
+def missing_in_time(search: Rows, final: Rows) -> dict[str, list[str]]:
+    """For each data set the methods without all final runs in equal time, with a word where some runs are there."""
+    there = accuracies(final, equal_time)
     begun = {(row["data_set"], row["method"]) for row in [*search.values(), *final.values()]}
     return {
         data_set: [
             f"{method} (begun)" if (data_set, method) in begun else method
             for method in CONTESTANTS
             if (data_set, method) not in there
+        ]
+        for data_set in DATA_SETS
+    }
+
+
+def missing_in_steps(final: Rows) -> dict[str, list[str]]:
+    """For each data set the methods that have their final runs there in equal time, and not all with equal steps."""
+    there = accuracies(final, equal_steps)
+    return {
+        data_set: [
+            method
+            for of, method in accuracies(final, equal_time)
+            if of == data_set and STEPS in CONTESTANTS[method].lengths and (of, method) not in there
         ]
         for data_set in DATA_SETS
     }

@@ -53,10 +53,15 @@ def loss_of(network: nn.Module, batch: Batch) -> Tensor:
 BETAS = (0.9, 0.999)
 
 
-def adamw(network: nn.Module, rate: float, betas: tuple[float, float] = BETAS) -> AdamW:
+WEIGHT_DECAY = 0.01
+
+
+def adamw(
+    network: nn.Module, rate: float, betas: tuple[float, float] = BETAS, weight_decay: float = WEIGHT_DECAY
+) -> AdamW:
     """Over what requires a gradient; no weight decay of biases and norms."""
     named = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
-    return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=0.01, fused=True)
+    return AdamW(parameter_groups(named), lr=rate, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def by_gradient(
@@ -98,9 +103,9 @@ MakeOptimizer = Callable[[nn.Module, float], Optimizer]
 """Called with the network and the highest learning rate."""
 
 
-def adamw_with(beta1: float, beta2: float = BETAS[1]) -> MakeOptimizer:
-    """`adamw` with other decay rates of its moments."""
-    return functools.partial(adamw, betas=(beta1, beta2))
+def adamw_with(beta1: float, beta2: float = BETAS[1], weight_decay: float = WEIGHT_DECAY) -> MakeOptimizer:
+    """`adamw` with other decay rates of its moments and weights."""
+    return functools.partial(adamw, betas=(beta1, beta2), weight_decay=weight_decay)
 
 
 def full(make: MakeOptimizer = adamw, loss_of: Loss = loss_of) -> Method:
@@ -112,21 +117,21 @@ def full(make: MakeOptimizer = adamw, loss_of: Loss = loss_of) -> Method:
     return method
 
 
-def hift(make: MakeOptimizer = adamw, fresh_momentum: bool = False, loss_of: Loss = loss_of, **settings: Any) -> Method:
-    """This project's engine with these settings; `fresh_momentum` has the first moment begin anew at each turn."""
+BeforeUpdate = Callable[[HiFT, Optimizer], None]
+"""Called before each update, when the block's state is paged in."""
+
+
+def hift(
+    make: MakeOptimizer = adamw, before: BeforeUpdate | None = None, loss_of: Loss = loss_of, **settings: Any
+) -> Method:
+    """This project's engine with these settings."""
 
     def method(network: nn.Module, rate: float, steps: int, seed: int) -> Training:
         optimizer = make(network, rate)
         engine = HiFT(network, optimizer, HiFTSettings(**{"seed": seed, **settings}), total_steps=steps)
         engine.start()
-
-        def forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if engine.updates % engine.rotation.steps_per_block == 0:
-                for state in optimizer.state.values():
-                    state["exp_avg"].zero_()
-
-        if fresh_momentum:
-            optimizer.register_step_pre_hook(forget)  # after the engine's, which pages the block's state in
+        if before is not None:  # after the engine's own hook, which pages the block's state in
+            optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: before(engine, optimizer))
         return by_gradient(network, optimizer, steps, loss_of, delay=engine.delay, finish=engine.finish)
 
     return method

@@ -9,13 +9,44 @@ run again unless `--again` is given.
 import argparse
 from pathlib import Path
 
+from torch.optim import Optimizer
+
 from experiments.quality.grid import SEARCH_SEED
-from experiments.quality.methods import CONTESTANTS, Method, adamw_with, hift, rate_of
+from experiments.quality.methods import CONTESTANTS, BeforeUpdate, Method, adamw_with, hift, rate_of
 from experiments.quality.training import run
 from experiments.table import Table
+from hift_lightning import HiFT
 
 DATA = "film reviews"
 STEPS = CONTESTANTS["HiFT"].steps_in_time
+WARM_UP = "beta1 0, 20 steps a block, warm-up of 5 steps in each turn"
+COUNTS = "beta1 0, 20 steps a block, bias correction by the steps of the run"
+NO_DECAY = "beta1 0, 20 steps a block, no weight decay"
+
+
+def anew(engine: HiFT, optimizer: Optimizer) -> None:
+    """The first moment begins anew at each turn."""
+    if engine.updates % engine.rotation.steps_per_block == 0:
+        for state in optimizer.state.values():
+            state["exp_avg"].zero_()
+
+
+def warm_up_of_turn(steps: int) -> BeforeUpdate:
+    """The rate rises from 0 within so many steps at the beginning of each turn."""
+
+    def slower(engine: HiFT, optimizer: Optimizer) -> None:
+        done = engine.updates % engine.rotation.steps_per_block
+        for group in optimizer.param_groups:  # the schedule sets the rate again after each step
+            group["lr"] *= min(1.0, (done + 1) / steps)
+
+    return slower
+
+
+def counts_of_the_run(engine: HiFT, optimizer: Optimizer) -> None:
+    """Adam corrects its moments as if each weight had been updated in every step of the run."""
+    for state in optimizer.state.values():
+        state["step"].fill_(engine.updates)
+
 
 # with many steps a block a cycle is most of the run, through which a delayed rate would be that of the warm-up
 _KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
@@ -45,8 +76,20 @@ _KINDS: dict[str, tuple[Method, tuple[int, ...]]] = {
         (2,),
     ),
     "20 steps a block, first moment anew at each turn": (
-        hift(fresh_momentum=True, steps_per_block=20, lr_update="step"),
+        hift(before=anew, steps_per_block=20, lr_update="step"),
         (1, 2, 3),
+    ),
+    WARM_UP: (
+        hift(adamw_with(beta1=0.0), before=warm_up_of_turn(5), steps_per_block=20, lr_update="step"),
+        (2,),
+    ),
+    COUNTS: (
+        hift(adamw_with(beta1=0.0), before=counts_of_the_run, steps_per_block=20, lr_update="step"),
+        (2,),
+    ),
+    NO_DECAY: (
+        hift(adamw_with(beta1=0.0, weight_decay=0.0), steps_per_block=20, lr_update="step"),
+        (2,),
     ),
 }
 VARIANTS = {

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from experiments.quality import grid
-from experiments.quality.comparison import accuracies, equal_steps, equal_time, less, mean, missing, over_data_sets
+from experiments.quality.comparison import (
+    accuracies,
+    equal_steps,
+    equal_time,
+    less,
+    mean,
+    missing_in_time,
+    over_data_sets,
+)
 from experiments.quality.cost import BYTES, bytes_row, times
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
@@ -52,9 +60,11 @@ def test_methods_without_all_seeds_are_not_compared_but_named():
     rows = rows_of({"full AdamW": [0.8] * 5, "HiFT": [0.8] * 4}, equal_time)
     assert accuracies(rows, equal_time).keys() == {("mails", "full AdamW")}
     assert accuracies(rows, equal_steps).keys() == {("mails", "full AdamW")}  # its steps are those of both
-    names = missing({}, rows)
+    names = missing_in_time({}, rows)
     assert names["mails"] == ["HiFT (begun)", *(name for name in CONTESTANTS if name not in ("full AdamW", "HiFT"))]
     assert all(names[name] == list(CONTESTANTS) for name in DATA_SETS if name != "mails")
+    rows = rows_of({"full AdamW": [0.8] * 5, "HiFT": [0.8] * 5}, equal_time)
+    assert missing_in_steps(rows) == {name: ["HiFT"] if name == "mails" else [] for name in DATA_SETS}
 
 
 class Hill:
