@@ -10,6 +10,7 @@ from experiments.quality.comparison import (
     equal_time,
     less,
     mean,
+    missing_in_steps,
     missing_in_time,
     over_data_sets,
 )
