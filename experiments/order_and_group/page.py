@@ -41,7 +41,7 @@ def summary(rows: list[Row]) -> str:
             order,
             group,
             row["hift/blocks"],
-            f"{int(float(row['memory/peak_device_bytes'])) / MIB:.0f}",
+            f"{_peak(row):.0f}",
             *(_percent(by_run.get((order, group, rate)), "val/accuracy") for rate in rates),
             row[RATE],
             _percent(row, "test/accuracy"),
@@ -64,9 +64,27 @@ def summary(rows: list[Row]) -> str:
         "![Test accuracy against peak memory](order_and_group.png)",
         "Mean test accuracy over the group sizes, each run with the best rate of its row: "
         + "; ".join(f"`{order}` {value:.1f} %" for order, value in means.items())
-        + ".",
+        + "."
+        + _alike(chosen),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _peak(row: Row) -> float:
+    return float(row["memory/peak_device_bytes"]) / MIB
+
+
+def _alike(chosen: dict[tuple[str, str], Row]) -> str:
+    """A sentence for each group size with which a drawn order is that of `top2down`."""
+    measured = ("val/accuracy", "test/accuracy", "val/loss", "test/loss")
+    groups = [
+        group
+        for order, group in chosen
+        if order == "random"
+        and (given := chosen.get(("top2down", group)))
+        and all(chosen[order, group].get(key) == given.get(key) for key in measured)
+    ]
+    return "".join(f" With {group} layers a block `random` drew the order of `top2down`." for group in groups)
 
 
 def _percent(row: Row | None, column: str) -> str:
@@ -78,15 +96,14 @@ def plot(rows: list[Row], path: Path) -> None:
     chosen = best(rows)
     figure, axis = pyplot.subplots(figsize=(7, 5))
     for order, color in COLORS.items():
-        line = [(group, row) for (name, group), row in chosen.items() if name == order]
-        peaks = [float(row["memory/peak_device_bytes"]) / MIB for _, row in line]
-        accuracies = [100 * float(row["test/accuracy"]) for _, row in line]
-        axis.plot(peaks, accuracies, marker="o", color=color, label=order)
-        for (group, _), peak, accuracy in zip(line, peaks, accuracies, strict=True):
-            axis.annotate(group, (peak, accuracy), xytext=(0, 6), textcoords="offset points", ha="center", color=color)
-    axis.set_xlabel("peak of weights, gradients and optimizer state, MiB")
+        line = [row for (name, _), row in chosen.items() if name == order]
+        accuracies = [100 * float(row["test/accuracy"]) for row in line]
+        axis.plot([_peak(row) for row in line], accuracies, marker="o", color=color, label=order)
+    ticks = {_peak(row): f"{_peak(row):.0f}\n{group} a block" for (_, group), row in chosen.items()}
+    axis.set_xticks(list(ticks), list(ticks.values()))
+    axis.set_xlabel("peak of weights, gradients and optimizer state, MiB, and layers a block")
     axis.set_ylabel("test accuracy, %")
-    axis.set_title("Orders of the blocks; numbers are layers a block", fontsize=11)
+    axis.set_title("Orders of the blocks", fontsize=11)
     axis.margins(0.1)
     axis.grid(alpha=0.3)
     axis.legend()
