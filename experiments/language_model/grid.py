@@ -60,31 +60,31 @@ COST = Table(HERE / "cost.csv", tuple(CONTESTANTS), cost)
 
 def best_exponent(search: Rows, method: str) -> int | None:
     """The exponent of the rate with the lowest validation perplexity; `None` if its search has not ended."""
-    contestant = CONTESTANTS[method]
-
-    def merit(exponent: int) -> float:
-        row = search[Run(method, exponent, contestant.steps, SEARCH_SEED).name]
-        return -float(row["validation_perplexity"])
-
     try:
-        return climb(contestant.guess, merit)
+        return climb(CONTESTANTS[method].guess, lambda exponent: _merit(search, _tried(method, exponent)))
     except KeyError:
         return None
+
+
+def _tried(method: str, exponent: int) -> str:
+    return Run(method, exponent, CONTESTANTS[method].steps, SEARCH_SEED).name
+
+
+def _merit(search: Rows, name: str) -> float:
+    return -float(search[name]["validation_perplexity"])
 
 
 def complete(methods: Collection[str], jobs: int) -> None:
     """Search, and do the final runs that are missing, so many methods at one time."""
 
     def one(method: str) -> None:
-        contestant = CONTESTANTS[method]
-
         def merit(exponent: int) -> float:
-            name = Run(method, exponent, contestant.steps, SEARCH_SEED).name
+            name = _tried(method, exponent)
             SEARCH.complete([name], again=False)
-            return -float(SEARCH.load()[name]["validation_perplexity"])
+            return _merit(SEARCH.load(), name)
 
-        exponent = climb(contestant.guess, merit)
-        FINAL.complete([Run(method, exponent, contestant.steps, seed).name for seed in SEEDS], again=False)
+        steps, exponent = CONTESTANTS[method].steps, climb(CONTESTANTS[method].guess, merit)
+        FINAL.complete([Run(method, exponent, steps, seed).name for seed in SEEDS], again=False)
 
     BEFORE.complete(BEFORE.rows, again=False)
     COST.complete(methods, again=False)
