@@ -36,9 +36,9 @@ def phase(name: str, row: Row) -> str:
 
 def summary(versions: Rows, peaks: Rows, cap: Rows, depth: Rows, offload: Rows) -> str:
     """All that has been measured so far."""
+    told = ", ".join(f"{package} {row['version']}" for package, row in versions.items())
     parts = [
-        f"{Task()}. P is the bytes of the fp32 weights. Versions: "
-        f"{', '.join(f'{package} {version}' for package, version in _versions(versions))}.",
+        f"{Task()}. P is the bytes of the fp32 weights. Versions: {told}.",
         "## Bytes on the device and FLOPs",
         *_peaks(peaks),
         f"## A device with {CAP} P",
@@ -49,10 +49,6 @@ def summary(versions: Rows, peaks: Rows, cap: Rows, depth: Rows, offload: Rows) 
         *_offload(offload),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _versions(rows: Rows) -> list[tuple[str, str]]:
-    return [(package, row["version"]) for package, row in rows.items()]
 
 
 def _peaks(rows: Rows) -> list[str]:

@@ -74,7 +74,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         *_reasons(in_time, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
-        f"one thread; 'time of full' is the median of the ratio in the same rounds. The one with one turn a block, and "
+        "one thread; 'time of full' is the median of the ratio in the same rounds. The one with one turn a block, and "
         f"{IN_MEMORY}, were timed in other sessions, with full fine-tuning: compare their ratios, not their "
         "milliseconds. FLOPs are those of rounds after the timed ones. "
         "Peak bytes are counted on the simulated accelerator with batches of "

@@ -6,9 +6,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hift_lightning.callbacks.block_watch import BlockWatch
+from hift_lightning.engine.measure import ON_DEVICE
 
 NOT_KNOWN = "-"
-ON_DEVICE = ("weights", "gradients", "optimizer_state")
 HEADINGS = ("params", "visits", "gradient\nnorm", "update\n/ weight", "last\nrate", "page-in\nms", "parked\nMiB")
 
 

@@ -18,11 +18,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from hift_lightning.callbacks.block_table import ON_DEVICE, block_table
+from hift_lightning.callbacks.block_table import block_table
 from hift_lightning.callbacks.block_watch import BlockWatch
 from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.measure import ROLES, bytes_by_role
+from hift_lightning.engine.measure import ON_DEVICE, ROLES, bytes_by_role
 
 
 class HiFTMonitor(L.Callback):

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from hift_lightning.engine.shards import local
 
-ROLES = ("weights", "gradients", "optimizer_state", "parked")
+ON_DEVICE = ("weights", "gradients", "optimizer_state")
+ROLES = (*ON_DEVICE, "parked")
 
 
 def bytes_by_role(
