@@ -1,5 +1,7 @@
 """``HiFTManualMixin``: one call in ``training_step`` does everything, and wrong calls are refused."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -120,6 +122,31 @@ def test_each_of_several_optimizers_rotates_over_its_own_layers():
     assert [engine.cycle for engine in strategy.engines] == [2, 2]
     assert not any(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
     assert all(p.requires_grad for p in module.parameters())
+
+
+class WindowsOfTwo(Adversarial):
+    """The generator steps at every second batch, the discriminator at every one."""
+
+    def training_step(self, batch, batch_idx):
+        real, _ = batch
+        self.hift_step(self.discriminator(self.generator(real)).mean(), optimizer=0, accumulate_grad_batches=2)
+        self.hift_step(self.discriminator(real).mean(), optimizer=1)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_checkpoint_without_the_gradients_of_an_open_window_says_so(batches, tmp_path):
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if batch_idx == batches - 1:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    data = [(torch.randn(3, 4), torch.zeros(3)) for _ in range(4)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(HiFTStrategy(), callbacks=[Saves()]).fit(WindowsOfTwo(), loader(data))
+    said = [str(each.message) for each in told if "wait for their step" in str(each.message)]
+    assert len(said) == batches % 2
+    assert all("another optimizer has been stepped since" in each for each in said)
 
 
 def fit_with(training_step, automatic=False, **arguments):

@@ -412,6 +412,13 @@ class HiFT:
         # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
         for scheduler, held_steps in zip(self._delayed, state_dict["held_lr_steps"], strict=False):
             scheduler.resume(held_steps)
+        if self.settings.lr_update == "step" and any(state_dict["held_lr_steps"]):
+            warnings.warn(
+                f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
+                f"`lr_update='step'` the schedule goes on {max(state_dict['held_lr_steps'])} steps behind; go on with "
+                "the `lr_update` that it was made with, or from a checkpoint of the end of a cycle.",
+                stacklevel=2,
+            )
 
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""

@@ -134,6 +134,13 @@ class ExactResume:
             state = boundary.random_state
         else:
             state = self._before_validation or random_state(self._device)
+            if in_window:
+                waiting = next(engine for engine in self._engines if engine.has_gradient)
+                rank_zero_warn(
+                    f"A checkpoint is saved while gradients of block `{waiting.block.name}` wait for their step and "
+                    "another optimizer has been stepped since they began; they are not in it, so a run that goes on "
+                    "from it accumulates them anew. Save where no optimizer is within its accumulation."
+                )
         metrics = self._trainer.callback_metrics
         monitors = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
         checkpoint["hift"]["resume"] = {

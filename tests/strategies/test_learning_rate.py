@@ -1,5 +1,7 @@
 """Delayed learning-rate update, over the user's own scheduler."""
 
+import warnings
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -98,3 +100,19 @@ def test_user_code_sees_its_own_scheduler():
     fresh = linear(torch.optim.SGD(module.parameters(), lr=1e-2))
     fresh.load_state_dict(scheduler.state_dict())
     assert fresh.last_epoch == HORIZON
+
+
+@pytest.mark.parametrize(("batches", "held"), [(LAYERS + 2, "2 steps behind"), (2 * LAYERS, "")])
+def test_a_resume_that_would_lose_held_steps_says_so(batches, held, tmp_path):
+    module, trainer_ = fit("cycle", batches=batches)
+    trainer_.save_checkpoint(tmp_path / "held.ckpt")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(HiFTStrategy(lr_update="step"), max_epochs=2).fit(
+            SmallTransformer(make_scheduler=linear),
+            loader(make_batches(batches)),
+            ckpt_path=tmp_path / "held.ckpt",
+        )
+    said = [str(each.message) for each in told if "the learning rate was held" in str(each.message)]
+    assert len(said) == bool(held)
+    assert all(held in each for each in said)
