@@ -114,6 +114,15 @@ class HiFTManualMixin(_Base):
         return True
 
     @property
+    def accumulating(self) -> bool:
+        """Whether a window of micro-batches is open: gradients wait for their optimizer's step."""
+        return any(window.seen > 0 for window in self._windows.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return {key: value for key, value in state.items() if key != "_accumulation_windows"}  # they hold the engine
+
+    @property
     def _windows(self) -> dict[int, _AccumulationWindow]:
         windows: dict[int, _AccumulationWindow] = self.__dict__.setdefault("_accumulation_windows", {})
         return windows
@@ -125,8 +134,10 @@ class HiFTManualMixin(_Base):
         if clip_val is None:
             chosen.step()
         else:
-            # the optimizer's own hook runs after a GradScaler has unscaled the gradients
+            # the optimizer's own hook runs after a GradScaler has unscaled the gradients, and HiFT's uses them up
             handle = chosen.optimizer.register_step_pre_hook(clip)
+            hooks: Any = chosen.optimizer._optimizer_step_pre_hooks
+            hooks.move_to_end(handle.id, last=False)
             try:
                 chosen.step()
             finally:

@@ -1,5 +1,6 @@
 """``HiFTManualMixin``: one call in ``training_step`` does everything, and wrong calls are refused."""
 
+import copy
 import warnings
 
 import lightning as L
@@ -66,24 +67,17 @@ def test_rotates_and_frees_gradients():
     assert module.stepped == [False, True] * LAYERS
 
 
-class NormTaking(torch.optim.SGD):
-    """Notes the norm of the gradients that it steps with."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None:
-            closure()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.norms = [*getattr(self, "norms", []), nn.utils.get_total_norm(grads).item()]
-
-
-def test_clips_the_unscaled_gradients_under_a_grad_scaler():
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_clips_the_unscaled_gradients_under_a_grad_scaler(update):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     module = Manual(gradient_clip_val=1e-3)
-    module.make_optimizer = lambda parameters: NormTaking(parameters, lr=0.1)
-    trainer_ = trainer(plugins=MixedPrecision("16-mixed", "cpu", scaler))
-    trainer_.fit(module, loader(make_batches(LAYERS)))
-    assert trainer_.optimizers[0].norms == pytest.approx([1e-3] * LAYERS, rel=1e-2)
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    trainer_ = trainer(HiFTStrategy(update=update), plugins=MixedPrecision("16-mixed", "cpu", scaler))
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer_.fit(module, loader(make_batches(1)))
+    assert nn.utils.get_total_norm(
+        [(p - old).detach() for p, old in zip(module.parameters(), before, strict=True)]
+    ).item() == pytest.approx(1e-3 * 0.1, rel=1e-2)
 
 
 class Adversarial(HiFTManualMixin, L.LightningModule):
@@ -131,6 +125,37 @@ class WindowsOfTwo(Adversarial):
         real, _ = batch
         self.hift_step(self.discriminator(self.generator(real)).mean(), optimizer=0, accumulate_grad_batches=2)
         self.hift_step(self.discriminator(real).mean(), optimizer=1)
+
+
+class WithoutToggling(Adversarial):
+    """Each loss leaves gradients in the other network, which the next `zero_grad` of its optimizer frees."""
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+            self.manual_backward(self.discriminator(self.generator(batch[0])).mean())
+            optimizer.step()
+
+
+def test_gradients_that_a_loop_by_hand_leaves_over_are_not_warned_of(tmp_path):
+    data = [(torch.randn(3, 4), torch.zeros(3)) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer_ = trainer(HiFTStrategy(), enable_checkpointing=True, default_root_dir=tmp_path)
+        trainer_.fit(WithoutToggling(), loader(data))
+    assert list(tmp_path.rglob("*.ckpt"))
+    assert not [each for each in told if "wait for their step" in str(each.message)]
+
+
+def test_a_copy_of_the_module_has_no_engine_in_it():
+    class Copies(Manual):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert self.accumulating == (batch_idx == 0)
+            assert not copy.deepcopy(self).accumulating
+            assert "_accumulation_windows" not in self.__getstate__()
+
+    trainer(HiFTStrategy()).fit(Copies(accumulate_grad_batches=2), loader(make_batches(2)))
 
 
 @pytest.mark.parametrize("batches", [1, 2])

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.partition import Block
+from hift_lightning.strategies.blockwise import BlockwiseTraining
+
 _CHUNK_BYTES = 2**26
 
 
@@ -26,27 +30,29 @@ class ChangedParameters(L.Callback):
 
     Args:
         path: the file, JSON: a list of steps with `step`, `loss`, and under HiFT `block`, the name of the block that
-            was active, and lists of names: `changed`, `changed_in_its_master_only`, `changed_outside_the_block` and
-            `unchanged_in_the_block`.
+            was active (of several optimizers their names), and lists of names: `changed`,
+            `changed_in_its_master_only`, `changed_outside_the_block` and `unchanged_in_the_block`.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.steps: list[dict[str, Any]] = []
         self._checksums: dict[str, int] = {}
-        self._block: Any = None
+        self._blocks: dict[HiFT, Block] = {}
         self._global_step = 0
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.steps = []
+        self._blocks = {}
         self._checksums = checksums(pl_module)
         self._global_step = trainer.global_step
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        hift = getattr(trainer.strategy, "hift", None)
-        self._block = None if hift is None else hift.block
+        if isinstance(trainer.strategy, BlockwiseTraining):
+            engine = trainer.strategy.engine_of(optimizer)
+            self._blocks[engine] = engine.block
 
     @override
     def on_train_batch_end(
@@ -62,13 +68,15 @@ class ChangedParameters(L.Callback):
             "loss": None if (loss := trainer.callback_metrics.get("train/loss")) is None else float(loss),
             "changed": changed,
         }
-        if self._block is not None:
-            in_block = [name for name in self._block.parameters if name not in changed]
-            in_master = [name for name in in_block if _master_differs(trainer, pl_module.get_parameter(name))]
-            step["block"] = self._block.name
+        if self._blocks:
+            engine_of = {name: engine for engine, block in self._blocks.items() for name in block.parameters}
+            in_block = [name for name in engine_of if name not in changed]
+            in_master = [name for name in in_block if _master_differs(engine_of[name], pl_module.get_parameter(name))]
+            step["block"] = ", ".join(block.name for block in self._blocks.values())
             step["changed_in_its_master_only"] = in_master
-            step["changed_outside_the_block"] = [name for name in changed if name not in self._block.parameters]
+            step["changed_outside_the_block"] = [name for name in changed if name not in engine_of]
             step["unchanged_in_the_block"] = [name for name in in_block if name not in in_master]
+            self._blocks = {}
         self.steps.append(step)
         self.path.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
 
@@ -87,6 +95,6 @@ def _checksum(tensor: Tensor) -> int:
     return checksum
 
 
-def _master_differs(trainer: L.Trainer, parameter: nn.Parameter) -> bool:
-    master = trainer.strategy.hift.residency.master(parameter)  # type: ignore[attr-defined]
+def _master_differs(engine: HiFT, parameter: nn.Parameter) -> bool:
+    master = engine.residency.master(parameter)
     return master is not None and not torch.equal(master, parameter.detach().float().cpu())

@@ -19,6 +19,9 @@ from hift_lightning.engine.state_tensors import flatten_state
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
 
+RATE = 1e-2
+"""Learning rate of the trial: at that of the param group, 0 while a warm-up begins, nothing might be seen to move."""
+
 MOST_ROWS = 512
 """With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
 
@@ -135,6 +138,8 @@ def _run(
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
     group = _group_of(optimizer, like)
     settings = {key: value for key, value in group.items() if key != "params"}
+    if (rate := settings.get("lr")) is not None:
+        settings["lr"] = torch.full_like(rate, RATE) if isinstance(rate, Tensor) else RATE
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)  # `copy.copy` would leave out what torch's own class does not know

@@ -17,7 +17,7 @@ Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", 
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -164,6 +164,8 @@ class HiFT:
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
         governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
         self._governed = list(governed.values())
+        optimized = (p for group in optimizer.param_groups for p in group["params"])
+        self._watched = list(dict.fromkeys([*self._governed, *optimized]))
         self._warn_of_unoptimized(governed.keys() - self._trained.keys())
         warn_of_compiled_blocks(model, self.plan)
         self.reduction: GradientReduction | None = None
@@ -190,6 +192,7 @@ class HiFT:
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
         self._warned_of_skipping = False
         self._versions: dict[str, int] = {}
+        self._settings_of_groups: list[dict[str, Any]] = []
         self._reached_blocks: set[int] = set()
         self._warned_blocks: set[int] = set()
 
@@ -229,6 +232,7 @@ class HiFT:
         if self.active:
             return
         self._check_masters()
+        self._refuse_frozen()
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
         self._required_grad = [p.requires_grad for p in self._governed]
@@ -420,6 +424,26 @@ class HiFT:
                 stacklevel=2,
             )
 
+    def take_wider(self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
+        """Take what was saved in 32 bits where loading has rounded it, or has left it for the rounded weight.
+
+        Where this run keeps masters and the saved one had fp32 weights, these become masters; and where the saved one
+        had masters and this run has fp32 weights, the masters become weights. Sharded parameters are left as they are.
+
+        Args:
+            weights: the saved weights, by name.
+            masters: the saved masters, by name.
+        """
+        if self._mesh is not None:
+            return
+        for name, parameter in self._trained.items():
+            wide = weights.get(name)
+            if self.residency.has_master(parameter):
+                if name not in masters and wide is not None and wide.dtype == torch.float32:
+                    self.residency.keep_master(parameter, wide)
+            elif name in masters and parameter.dtype == torch.float32:
+                parameter.data.copy_(masters[name])
+
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""
         self.updates = updates
@@ -552,6 +576,14 @@ class HiFT:
             raise ConfigurationError(
                 f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
                 "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
+            )
+
+    def _refuse_frozen(self) -> None:
+        frozen = next((name for name, parameter in self._trained.items() if not parameter.requires_grad), None)
+        if frozen is not None:
+            raise ConfigurationError(
+                f"`{frozen}` has been frozen since the blocks were cut, and at its block's turn HiFT would train it; "
+                "freeze it where the model is made (`__init__`, `configure_model`), or with `frozen=[...]` patterns."
             )
 
     def _activate(self) -> None:
@@ -697,18 +729,32 @@ class HiFT:
 
     def _refuse_gradients_elsewhere(self) -> None:
         active = set(self._block_parameters())
-        strange = next((p for p in self._governed if p.grad is not None and p not in active), None)
+        strange = next((p for p in self._watched if p.grad is not None and p not in active), None)
         if strange is not None:
             raise ConfigurationError(
                 f"`{self._name_of[strange]}` has a gradient and is not in the active block `{self.block.name}`, so the "
-                "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out; what "
-                "keeps a loss from the parameters of another optimizer is `toggle_optimizer`, or `hift_step`."
+                "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out, "
+                "also for what is to be trained later only; what keeps a loss from the parameters of another optimizer "
+                "is `toggle_optimizer`, or `hift_step`."
+            )
+
+    def _warn_of_rate_0(self) -> None:
+        if not self._delayed or self.updates % self.rotation.cycle_length != 0:
+            return
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        if all(rate is not None and float(rate) == 0 for rate in rates):
+            warnings.warn(
+                f"The learning rate is 0, and `lr_update={self.settings.lr_update!r}` holds it through a cycle, so the "
+                f"next {self.rotation.cycle_length} steps change nothing; use `lr_update='step'`, or a warm-up that "
+                "begins above 0.",
+                stacklevel=2,
             )
 
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
         self._refuse_gradients_elsewhere()
+        self._warn_of_rate_0()
         if self.reduction is not None and not self._averaged:
             self._average_gradients(scaled)
         elif not self._searched and not scaled:
@@ -723,6 +769,7 @@ class HiFT:
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
             self._pieces.step(self._block_parameters())
             self._updated = True
+            self._settings_of_groups = [{**group} for group in self.optimizer.param_groups]
             return
         started = time.perf_counter()
         self.residency.page_in(self._block_parameters())
@@ -735,6 +782,9 @@ class HiFT:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
+        for group, settings in zip(optimizer.param_groups, self._settings_of_groups, strict=False):
+            group.update(settings)  # the optimizer may count its calls there, and this one was the second
+        self._settings_of_groups = []
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
         if self.will_skip:
@@ -748,7 +798,7 @@ class HiFT:
         """Free the gradients, park the state, and give the next block its turn."""
         for parameter in self._block_parameters():
             parameter.grad = None
-        self.residency.park(self._block_parameters())
+        self.residency.park(self._trained.values())  # some optimizers build all state in their first step
         if self._shares is not None:
             self._shares.spread(list(self._block_parameters()))
         self._forget_step()
@@ -776,4 +826,5 @@ class HiFT:
         self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}
+        self._settings_of_groups = []
         self._updated_in_backward = set()

@@ -474,10 +474,14 @@ def follow_weights(master: Tensor, weights: Tensor) -> None:
     So weights that are loaded, clamped or averaged while training count, and the others keep their lower bits.
 
     Args:
-        master: fp32, contiguous.
+        master: fp32.
         weights: 16-bit, of the same shape and on the same device.
     """
-    parts = (torch.split(tensor, _TOGETHER) for tensor in (master.view(-1), weights.reshape(-1)))
+    if master.is_contiguous():
+        master, weights, together = master.view(-1), weights.reshape(-1), _TOGETHER
+    else:  # as where weights are channels_last
+        together = max(1, _TOGETHER // max(1, master[0].numel()))
+    parts = (torch.split(tensor, together) for tensor in (master, weights))
     for values, rounded in zip(*parts, strict=True):
         same = values.to(rounded.dtype) == rounded
         torch.where(same, values, rounded.to(values.dtype), out=values)

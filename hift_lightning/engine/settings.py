@@ -84,6 +84,11 @@ class HiFTSettings:
             )
         check_offload(self.offload)
         check_parked_dtype(self.parked_dtype)
+        if self.offload == "none" and self.parked_dtype is not None:
+            raise ConfigurationError(
+                f"`parked_dtype={self.parked_dtype!r}` is the dtype of parked moments, and with `offload='none'` none "
+                "are parked; leave one of them out."
+            )
         check_resume_plan(self.resume_plan)
         check_update(self.update)
         check_nonfinite(self.nonfinite, self.update)

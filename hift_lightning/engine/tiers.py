@@ -194,7 +194,7 @@ class Files(Tier):
             )
         try:
             remove_leftovers(Path(folder).glob(f"{_PREFIX}*/{_LOCK}"), lambda lock: shutil.rmtree(lock.parent))
-            self.folder, lock = _new_locked_folder(Path(folder))
+            self.folder, lock = _new_locked_folder(Path(folder).absolute())
         except OSError as error:
             raise ConfigurationError(
                 f"`offload={str(folder)!r}` cannot hold parked state ({error.strerror}); name a folder that exists and "

@@ -117,7 +117,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        self.settings = HiFTSettings(
+        self._asked = HiFTSettings(
             group_size=group_size,
             memory_budget=memory_budget,
             order=order,
@@ -136,6 +136,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             always_active=always_active,
             seed=seed,
         )
+        self.settings = self._asked
+        self._chosen_ahead = False
         self.engines = []
         self._interrupt = PatientInterrupt()
 
@@ -174,8 +176,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Choose the largest group of layers that fits ``memory_budget``, and what else that takes, by planning.
 
-        Under ``group_size="auto"``, ``fit`` does so too, with the first training batch. Call it before where another
-        batch is larger.
+        Under ``group_size="auto"``, each ``fit`` does so too, with the first training batch. Call it before where
+        another batch is larger; it holds for one ``fit``.
 
         Args:
             trainer: whose precision, accumulation and clipping hold.
@@ -198,13 +200,14 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 trainer.gradient_clip_algorithm,
                 bar.is_at,
             )
-            choice = choose(self.settings, self._memory_budget(), step)
+            choice = choose(self._asked, self._memory_budget(), step)
         self.settings = choice.settings
+        self._chosen_ahead = True
         rank_zero_info(f"HiFT: {choice.reason}")
 
     def _memory_budget(self) -> int:
-        if self.settings.memory_budget is not None:
-            return parse_bytes("memory_budget", self.settings.memory_budget)
+        if self._asked.memory_budget is not None:
+            return parse_bytes("memory_budget", self._asked.memory_budget)
         memory_of = getattr(device_module(self.root_device), "mem_get_info", None)
         if memory_of is None:
             raise ConfigurationError(
@@ -221,8 +224,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        if self.settings.group_size == "auto":
+        if self._asked.group_size == "auto" and not self._chosen_ahead:
             self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
+        self._chosen_ahead = False
         refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":
             refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
@@ -308,7 +312,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         super().on_train_start()
         for engine in self.engines:
             if self.settings.update == "fused":
-                engine.clip_value = self._trainer.gradient_clip_val
+                value = self._trainer.gradient_clip_val
+                engine.clip_value = value if value and value > 0 else None  # Lightning clips with none else
             engine.start()
             self._announce(engine)
         self._interrupt.start()

@@ -161,6 +161,7 @@ class BlockwiseCheckpoints(_Base):
                         "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
                         f"begins with block `{engine.block.name}`."
                     )
+            engine.take_wider(checkpoint.get("state_dict", {}), {} if position is None else position["masters"])
         if saved is not None:
             self._resume.load(saved["resume"])
 

@@ -134,7 +134,7 @@ class ExactResume:
             state = boundary.random_state
         else:
             state = self._before_validation or random_state(self._device)
-            if in_window:
+            if in_window and self._accumulates_by_hand():
                 waiting = next(engine for engine in self._engines if engine.has_gradient)
                 rank_zero_warn(
                     f"A checkpoint is saved while gradients of block `{waiting.block.name}` wait for their step and "
@@ -154,6 +154,13 @@ class ExactResume:
             "random_state": _plain(state),
         }
         return True
+
+    def _accumulates_by_hand(self) -> bool:
+        """Whether gradients wait for a step of `hift_step`; others may be left over, as those of a GAN's other net."""
+        from hift_lightning.manual import HiFTManualMixin  # stands above the strategies
+
+        module = self._trainer.lightning_module
+        return isinstance(module, HiFTManualMixin) and module.accumulating
 
     def _noted_this_batch(self) -> bool:
         total = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.total)

@@ -59,6 +59,26 @@ def test_a_step_changes_its_block_and_nothing_else(tmp_path: Path, accumulate: i
         assert step["loss"] > 0
 
 
+class TwoOptimizers(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor) -> None:
+        for optimizer in self.optimizers():
+            self.manual_backward(self.layers(batch).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.0) for layer in self.layers]
+
+
+def test_the_blocks_of_several_optimizers_are_told_together(tmp_path: Path) -> None:
+    first, *_ = changes(tmp_path, TwoOptimizers(), HiFTStrategy())
+    assert first["block"] == "layers.0, layers.1"
+    assert first["changed_outside_the_block"] == first["unchanged_in_the_block"] == []
+
+
 def test_under_another_strategy_all_parameters_change_and_there_is_no_block(tmp_path: Path) -> None:
     for step in changes(tmp_path, TwoLayers(), "auto"):
         assert step["changed"] == LAYERS["layers.0"] + LAYERS["layers.1"]

@@ -8,15 +8,17 @@ import warnings
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.pytorch import Callback
 from torch import nn
 from torch.optim.lr_scheduler import LinearLR
 
+from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
 from tests.comparing import assert_same
 from tests.reference_loop import reference_loop, turns_of
-from tests.small_transformer import LAYERS, SmallTransformer, make_batches
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 
 def plain_loop(model, optimizer, settings, batches, scheduler=None, clip=None):
@@ -209,6 +211,100 @@ def test_a_gradient_outside_of_the_active_block_is_refused_before_anything_is_ch
         with pytest.raises(ConfigurationError, match=r"`embedding.weight` has a gradient and is not in"):
             hift.optimizer.step()
         assert_same(dict(model.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize("starts_as", ["in the middle", "at the start"])
+def test_layers_that_are_unfrozen_while_training_are_refused(starts_as):
+    model = SmallTransformer()
+    model.embedding.requires_grad_(False)
+    with HiFT(model, torch.optim.AdamW(model.parameters())) as hift:
+        if starts_as == "in the middle":
+            model.loss(make_batches(1)[0]).backward()
+            hift.optimizer.step()
+        model.embedding.requires_grad_(True)
+        model.loss(make_batches(1)[0]).backward()
+        with pytest.raises(ConfigurationError, match=r"`embedding.weight` has a gradient and is not in"):
+            hift.optimizer.step()
+
+
+def test_layers_that_are_frozen_after_the_blocks_were_cut_are_refused():
+    model = SmallTransformer()
+    hift = HiFT(model, torch.optim.AdamW(model.parameters()))
+    model.embedding.requires_grad_(False)
+    with pytest.raises(ConfigurationError, match=r"`embedding.weight` has been frozen since.*with `frozen="):
+        hift.start()
+    assert not hift.active
+    assert model.head.weight.requires_grad
+
+
+class Counting(torch.optim.SGD):
+    """Counts its calls in its param group, as apex does."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.param_groups[0]["calls"] = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.param_groups[0]["calls"] += 1
+        return super().step(closure)
+
+
+def test_with_masters_too_an_optimizer_counts_one_call_a_step():
+    model = SmallTransformer().to(torch.bfloat16)
+    optimizer = Counting(model.parameters())
+    with HiFT(model, optimizer, HiFTSettings(master_weights=True)) as hift:
+        for _ in range(LAYERS):
+            sum(p.float().square().sum() for p in model.parameters() if p.requires_grad).backward()
+            optimizer.step()
+    assert optimizer.param_groups[0]["calls"] == hift.updates == LAYERS
+
+
+class StateForAll(torch.optim.SGD):
+    """Builds the state of all parameters in its first step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.1)
+        self.built = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters if not self.built else ():
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        self.built = True
+        for p in parameters:
+            if p.grad is not None:
+                p.sub_(self.state[p]["momentum"].mul_(0.9).add_(p.grad), alpha=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"parked_dtype": "bfloat16"}, {"offload": "folder"}], ids=str)
+def test_state_that_is_built_for_all_parameters_at_once_is_parked_and_kept(settings, tmp_path):
+    module = SmallTransformer(StateForAll)
+    strategy = HiFTStrategy(**settings | ({"offload": tmp_path} if "offload" in settings else {}))
+    parked = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *arguments):
+            parked.append(all(map(strategy.hift.residency.is_parked, module.parameters())))
+
+    trainer(strategy, callbacks=[Looks()]).fit(module, loader(make_batches(2 * LAYERS)))
+    assert parked == [True] * 2 * LAYERS
+
+
+@pytest.mark.parametrize(("first", "warned"), [(0.0, True), (0.1, False)])
+def test_a_cycle_at_rate_0_is_warned_of(first, warned):
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = LinearLR(optimizer, start_factor=1.0, total_iters=1)
+    optimizer.param_groups[0]["lr"] = first
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plain_loop(model, optimizer, HiFTSettings(), make_batches(LAYERS), scheduler)
+    assert any(f"the next {LAYERS} steps change nothing" in str(each.message) for each in told) == warned
 
 
 def test_gradients_from_before_the_start_are_freed():

@@ -71,6 +71,18 @@ def test_it_can_be_chosen_before_fit_with_a_batch_of_ones_own():
     assert len(module.losses) == 2
 
 
+def test_each_fit_chooses_anew_and_a_choice_of_ones_own_holds_for_one():
+    sizes = []
+    strategy = HiFTStrategy(group_size="auto", memory_budget=BUDGET)
+    trainer_ = trainer(strategy)
+    strategy.choose_group_size(trainer_, SmallTransformer(), make_batches(1)[0])
+    for depth in (2, 2, 5):
+        trainer_.fit(SmallTransformer(depth=depth), loader(make_batches(1)))
+        trainer_.fit_loop.max_epochs += 1
+        sizes.append((strategy.settings.group_size, len(strategy.report().blocks)))
+    assert sizes == [(LAYERS, 1), (LAYERS, 1), (LAYERS + 3, 1)]
+
+
 def test_no_data_are_told():
     with pytest.raises(ConfigurationError, match="there is none; give training data"):
         fit(HiFTStrategy(group_size="auto", memory_budget=BUDGET), loader([]))

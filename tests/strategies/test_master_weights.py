@@ -1,5 +1,6 @@
 """fp32 masters of 16-bit weights (the paper's Mixed^Hi), against a loop written by hand."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -234,3 +235,63 @@ def test_the_strategy_has_the_masters_of_several_optimizers():
         for name, master in engine.state_dict()["masters"].items():
             assert torch.equal(state[name], master)
     assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+class Convolutions(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+
+    def training_step(self, batch, batch_idx):
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_weights_in_another_memory_format_have_masters(update):
+    def trained(memory_format):
+        module = Convolutions().to(memory_format=memory_format)
+        strategy = HiFTStrategy(master_weights=True, update=update)
+        data = loader(list(torch.randn(4, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))))
+        trainer(strategy, precision="bf16-true").fit(module, data)
+        return masters_of_strategy(strategy)
+
+    expected = trained(torch.contiguous_format)
+    for name, master in trained(torch.channels_last).items():
+        torch.testing.assert_close(master, expected[name], rtol=0, atol=5e-3)
+
+
+def test_masters_are_made_of_the_fp32_weights_of_a_checkpoint(tmp_path):
+    wide = SmallTransformer()
+    trained = trainer()
+    trained.fit(wide, loader(make_batches(LAYERS)))
+    trained.save_checkpoint(tmp_path / "fp32.ckpt")
+    module, _ = at_start_of(tmp_path / "fp32.ckpt", precision="bf16-true", master_weights=True)
+    for name, weights in wide.named_parameters():
+        assert torch.equal(module[name], weights), name
+
+
+def test_masters_of_a_checkpoint_become_the_weights_of_a_run_in_fp32(tmp_path):
+    _, trained = fit()
+    trained.save_checkpoint(tmp_path / "masters.ckpt")
+    expected = masters_of(trained)
+    _, weights = at_start_of(tmp_path / "masters.ckpt", precision="32-true")
+    for name, master in expected.items():
+        assert torch.equal(weights[name], master), name
+
+
+def at_start_of(path, precision, **arguments):
+    """Masters (or weights) and weights at the start of a run that goes on from a checkpoint."""
+    seen = {}
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer_, module):
+            seen["masters"] = {name: value.clone() for name, value in trainer_.strategy.master_state_dict().items()}
+            seen["weights"] = {name: value.clone() for name, value in module.state_dict().items()}
+
+    trainer_ = trainer(HiFTStrategy(**arguments), precision=precision, max_epochs=2, callbacks=[Looks()])
+    trainer_.fit(SmallTransformer(), loader(make_batches(2 * LAYERS + 1)), ckpt_path=path)
+    return seen["masters"], seen["weights"]

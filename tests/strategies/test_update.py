@@ -55,6 +55,29 @@ def test_equals_block_exactly_on_the_cpu(update, name):
     assert_same_run(fit("cpu", name, strategy=HiFTStrategy(update=update)), fit("cpu", name, strategy=HiFTStrategy()))
 
 
+class OfOneNorm(torch.optim.SGD):
+    """Scales its step by the norm of all gradients together."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        for p in parameters:
+            p.sub_(p.grad / norm * self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-30, torch.tensor(0.0)])
+def test_a_rate_at_which_nothing_is_seen_to_move_hides_nothing(rate):
+    weights = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = OfOneNorm([weights], lr=0.1)
+    optimizer.param_groups[0]["lr"] = rate  # as a warm-up sets it
+    assert not probe(optimizer, weights, torch.float32).separate
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_elementwise_is_found_out(name):
     module = SmallTransformer(OPTIMIZERS[name])
@@ -137,6 +160,12 @@ def test_every_place_to_park_gives_the_same_run(any_device, update, offload, tmp
 def test_value_clipping_equals_that_of_block(update):
     clip = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
     assert_same_run(fit(strategy=HiFTStrategy(update=update), **clip), fit(strategy=HiFTStrategy(), **clip))
+
+
+@pytest.mark.parametrize("clip", [0, 0.0])
+def test_clipping_by_nothing_leaves_gradients_as_they_are(clip):
+    fused = fit(strategy=HiFTStrategy(update="fused"), gradient_clip_val=clip)
+    assert_same_run(fused, fit(strategy=HiFTStrategy()))
 
 
 def test_streamed_goes_with_norm_clipping_accumulation_and_a_scaler():
