@@ -12,6 +12,7 @@ from hift_lightning.engine.errors import ConfigurationError
 
 # precisions of Lightning under which the weights themselves have 16 bits
 WITH_MASTERS = ("bf16-true", "16-true")
+_LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
 # what a module measures begins with one of these
 PARTS = ("train", "val", "test")
 
@@ -38,9 +39,19 @@ def check_configuration(cfg: DictConfig) -> None:
     _check_whole_number("data.batch_size", cfg.data.batch_size, at_least=1)
     _check_whole_number("data.max_length", cfg.data.max_length, at_least=1)
     _check_whole_number("trainer.max_steps", cfg.trainer.max_steps, at_least=-1)
+    if cfg.trainer.get("max_epochs") is not None:
+        _check_whole_number("trainer.max_epochs", cfg.trainer.max_epochs, at_least=-1)
+    if "num_workers" in cfg.data:
+        _check_whole_number("data.num_workers", cfg.data.num_workers, at_least=0)
     _check_whole_number("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, at_least=1)
     if not isinstance(cfg.evaluate, bool):
         raise ConfigurationError(f"`evaluate={cfg.evaluate}` is not possible; give `true` or `false`.")
+    nothing = next((key for key in _LENGTHS if cfg.trainer.get(key) == 0), None)
+    if nothing is not None and str(cfg.objective).startswith("train/"):
+        raise ConfigurationError(
+            f"`trainer.{nothing}=0` trains nothing, and `objective={cfg.objective}` is measured while training; give a "
+            "number above 0, or another objective."
+        )
     if OmegaConf.select(cfg, "strategy.master_weights") is True and cfg.trainer.precision not in WITH_MASTERS:
         raise ConfigurationError(
             "`strategy.master_weights=true` keeps fp32 masters of 16-bit weights, which "
@@ -76,6 +87,24 @@ def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> No
         raise ConfigurationError(
             f"`learning_rate={cfg.learning_rate}` is not read by `{cfg.optimizer._target_}`, which has its own "
             f"`optimizer.lr={cfg.optimizer.get('lr')}`; give `optimizer.lr={cfg.learning_rate}` instead."
+        )
+
+
+def check_that_the_shape_is_read(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse a `model.network.config` of the command beside pretrained weights, which bring their own shape.
+
+    Args:
+        cfg: the composed configuration of `conf/train.yaml`.
+        overrides: those of the command, or of a run of a sweep.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    given = next((each for each in overrides if each.lstrip("+~").startswith("model.network.config.")), None)
+    if given is not None and OmegaConf.select(cfg, "model.pretrained") is not None:
+        raise ConfigurationError(
+            f"`{given}` is read for random weights only, and the pretrained ones bring their own shape; add "
+            "`model.pretrained=null`, or leave it out."
         )
 
 

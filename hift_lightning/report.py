@@ -140,7 +140,9 @@ def one_sentence_errors() -> Iterator[None]:
         if isinstance(cause, ConfigurationError):
             sys.exit(_one_line(cause))
         if cause is None or isinstance(cause, (ValueError, TypeError, ImportError, MisconfigurationException)):
-            sys.exit(place + _one_line(cause or error))
+            no_backend = "backend found" in str(cause)  # Lightning's words
+            remedy = " Give `trainer.accelerator=auto` or `cpu`, or install a torch build for the device."
+            sys.exit(place + _one_line(cause or error) + (remedy if no_backend else ""))
         raise
     except KeyboardInterrupt:
         sys.exit("Interrupted.")

@@ -167,6 +167,14 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
             )
         except (HydraException, OmegaConfBaseException):
             continue  # Hydra composes it again before it runs anything, and tells what is wrong
+        except ValueError as error:
+            nulls = [override for override in given.overrides if override.endswith("=null")]
+            if "Config group override must be" not in str(error) or not nulls:
+                raise
+            raise ConfigurationError(
+                f"`{nulls[0]}` names no option of its group; name one of those in conf/, as in `logger=none` and "
+                "`scheduler=constant`."
+            ) from error
         finally:
             GlobalHydra.instance().clear()
         listed = composed.get(KEY) if any(map(_lists_targets, given.overrides)) else None

@@ -13,9 +13,15 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
-from hift_lightning.checks import check_configuration, check_objective, check_that_the_rate_is_read
+from hift_lightning.checks import (
+    check_configuration,
+    check_objective,
+    check_that_the_rate_is_read,
+    check_that_the_shape_is_read,
+)
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
+from hift_lightning.models.optimization import check_optimizer
 from hift_lightning.output import check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
@@ -64,6 +70,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
         _check_folders(trainer)
+    check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
     if cfg.model.pretrained is None:
@@ -115,7 +122,9 @@ def main() -> None:
 def run(cfg: DictConfig) -> float:
     """Run `train` on the command line's configuration; return what a sweep optimises."""
     with one_sentence_errors():
-        check_that_the_rate_is_read(cfg, HydraConfig.get().overrides.task)
+        overrides = HydraConfig.get().overrides.task
+        check_that_the_rate_is_read(cfg, overrides)
+        check_that_the_shape_is_read(cfg, overrides)
         metrics = train(cfg, trusted_by_the_user(cfg))
         if cfg.objective not in metrics:
             raise ConfigurationError(

@@ -74,6 +74,11 @@ class HiFTSettings:
             raise ConfigurationError(
                 f"`seed={self.seed!r}` must be an integer; orders such as `random` are drawn from it."
             )
+        for patterns in ("layers", "frozen", "always_active"):
+            if isinstance(value := getattr(self, patterns), str):
+                raise ConfigurationError(
+                    f"`{patterns}={value!r}` must be a list of patterns: `{patterns}=[{value!r}]`."
+                )
         check_order(self.order)
         check_lr_update(self.lr_update)
         check_steps_per_block(self.steps_per_block)

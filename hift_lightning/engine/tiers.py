@@ -113,6 +113,11 @@ def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
     name, colon, where = str(offload).partition(":")
     if name not in TIERS:
         if not Path(offload).is_dir():
+            if "/" in str(offload):
+                raise ConfigurationError(
+                    f"The folder `offload={str(offload)!r}` does not exist; make it, as with `mkdir -p {offload}`, or "
+                    "name another."
+                )
             raise ConfigurationError(
                 f"`offload={str(offload)!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the "
                 "path of a folder that exists, or register a place with `register_tier`."
@@ -124,7 +129,7 @@ def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
     except TypeError as error:
         raise ConfigurationError(
             f"`offload={str(offload)!r}` does not fit the tier `{name}` ({error}); write `{name}` if it takes no "
-            f"argument, `{name}:where` if it takes one."
+            f"argument, `{name}:where` if it takes one (`files:/path/of/a/folder`)."
         ) from error
     return name, arguments
 

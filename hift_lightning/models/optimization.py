@@ -1,7 +1,7 @@
 """What the LightningModules of the application share: a network, its optimizer and its schedule."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -40,7 +40,7 @@ class OptimizedModule(L.LightningModule):
         self._optimizer = optimizer
         self._scheduler = scheduler
         # so that an argument which cannot work is told here, and not after the test before training
-        self._build_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}], total_steps=1)
+        check_optimizer(optimizer, scheduler)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and, where there is one, the scheduler.
@@ -53,23 +53,48 @@ class OptimizedModule(L.LightningModule):
             raise ConfigurationError(
                 "The `scheduler` has to know when the run ends; give `trainer.max_epochs` or `trainer.max_steps`."
             )
-        optimizer, scheduler = self._build_optimizer(
-            parameter_groups(self.named_parameters()), 0 if self._scheduler is None else int(total_steps)
-        )
+        groups = parameter_groups(self.named_parameters())
+        steps = 0 if self._scheduler is None else int(total_steps)
+        optimizer, scheduler = _build(self._optimizer, self._scheduler, groups, steps)
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _build_optimizer(self, groups: list[dict[str, Any]], total_steps: int) -> tuple[Optimizer, LRScheduler | None]:
-        place = "optimizer"
-        try:
-            optimizer = self._optimizer(groups)
-            place = "scheduler"
-            return optimizer, None if self._scheduler is None else self._scheduler(optimizer, total_steps)
-        except ConfigurationError:
-            raise
-        except (TypeError, ValueError) as error:
-            raise ConfigurationError(f"The `{place}` cannot be built from its values: {error}") from error
+
+def check_optimizer(optimizer: OptimizerFactory, scheduler: SchedulerFactory | None) -> None:
+    """Build both for a parameter of one element, to find out whether their arguments can work.
+
+    Args:
+        optimizer: as :class:`OptimizedModule` is given it.
+        scheduler: likewise.
+
+    Raises:
+        ConfigurationError: the optimizer or the scheduler refuses its arguments.
+    """
+    _build(optimizer, scheduler, [{"params": [nn.Parameter(torch.zeros(1, 1))]}], total_steps=1)
+
+
+def _build(
+    make_optimizer: OptimizerFactory,
+    make_scheduler: SchedulerFactory | None,
+    groups: list[dict[str, Any]],
+    total_steps: int,
+) -> tuple[Optimizer, LRScheduler | None]:
+    place, make = "optimizer", cast(Callable[..., Any], make_optimizer)
+    try:
+        optimizer = make_optimizer(groups)
+        if make_scheduler is None:
+            return optimizer, None
+        place, make = "scheduler", make_scheduler
+        return optimizer, make_scheduler(optimizer, total_steps)
+    except ConfigurationError:
+        raise
+    except (TypeError, ValueError) as error:
+        values = ", ".join(f"`{place}.{key}={value}`" for key, value in getattr(make, "keywords", {}).items())
+        raise ConfigurationError(
+            f"The `{place}` cannot be built from its values: {error}; it was given {values or 'none'}; change what "
+            f"cannot work, and leave out what it does not know, as in `~{place}.name`."
+        ) from error
 
 
 def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:

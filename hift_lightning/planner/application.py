@@ -61,6 +61,9 @@ def plan_run(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> Findings
     check_targets(cfg, trusted_targets)
     if pretrained is not None:
         cfg.model.network.config = pretrained_shape(pretrained)
+    for key in ("compare", "batch_sizes"):
+        if not isinstance(cfg[key], bool):
+            raise ConfigurationError(f"`{key}={cfg[key]}` is not possible; give `true` or `false`.")
     check_writable("output_dir", cfg.output_dir)
     bandwidth = parse_bytes("bandwidth", cfg.bandwidth)
     interconnect = parse_bytes("interconnect", cfg.interconnect)

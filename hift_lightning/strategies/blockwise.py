@@ -443,8 +443,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             rank_zero_warn(
                 f"HiFT: {to_come:.0f} optimizer steps are {'left' if done else 'planned'} and one cycle takes "
                 f"{rotation.cycle_length}, so {_unvisited(engine, engine.updates + int(to_come))} of the "
-                f"{len(plan.blocks)} blocks will not be trained; train for longer, or use a larger `group_size` or a "
-                "smaller `steps_per_block`."
+                f"{len(plan.blocks)} blocks will not be trained; train for longer, or use a larger `group_size`"
+                + (" or a smaller `steps_per_block`." if rotation.steps_per_block > 1 else ".")
             )
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from lightning import LightningModule
 
-from hift_lightning.checks import check_configuration, check_objective, check_that_the_rate_is_read
+from hift_lightning.checks import (
+    check_configuration,
+    check_objective,
+    check_that_the_rate_is_read,
+    check_that_the_shape_is_read,
+)
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.classification import ClassificationModule
 from hift_lightning.models.language_modeling import LanguageModelingModule
@@ -35,6 +40,15 @@ from tests.pages import check_application
             ["experiment=long_turns", "strategy=full"],
             r"`strategy` names no class.*only `strategy\.steps_per_block`.*give `strategy=hift`",
         ),
+        (["trainer.max_epochs=many"], r"trainer\.max_epochs=many` is not possible"),
+        (["data.num_workers=-1"], r"data\.num_workers=-1` is not possible"),
+        *(
+            (
+                [f"trainer.{length}=0", "evaluate=false", "objective=train/loss"],
+                rf"trainer\.{length}=0` trains nothing.*objective=train/loss",
+            )
+            for length in ("max_steps", "max_epochs", "limit_train_batches")
+        ),
         (["strategy.master_weights=true"], r"trainer\.precision=32-true.*bf16-true"),
         (["strategy.master_weights=true", "trainer.precision=bf16-mixed"], r"trainer\.precision=bf16-mixed"),
     ],
@@ -53,6 +67,8 @@ def test_what_cannot_work_is_told_with_the_remedy(overrides: list[str], named: s
         ["experiment=llama7b_cpu"],
         ["evaluate=false", "objective=train/loss"],
         ["strategy=full", "trainer.precision=bf16-true"],
+        ["trainer.max_epochs=null", "trainer.max_steps=5"],
+        ["trainer.max_steps=0"],
         ["strategy.master_weights=true", "trainer.precision=bf16-true"],
     ],
 )
@@ -135,6 +151,13 @@ def test_a_rate_of_the_command_beside_one_of_the_optimizer_is_refused() -> None:
 )
 def test_a_rate_that_is_read_or_is_not_of_the_command_passes(overrides: list[str]) -> None:
     check_that_the_rate_is_read(composed(*overrides), overrides)
+
+
+@pytest.mark.parametrize("override", ["model.network.config.a=2", "+model.network.config.a=2"])
+def test_a_shape_of_the_command_beside_pretrained_weights_is_refused(override: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"network\.config\.a=2` is read for random weights only"):
+        check_that_the_shape_is_read(composed(), [override])
+    check_that_the_shape_is_read(composed("model.pretrained=null"), [override, "model.pretrained=null"])
 
 
 # a remark on a command stands two spaces behind it

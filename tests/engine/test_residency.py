@@ -79,6 +79,19 @@ def test_offload_none_parks_nothing():
 def test_a_bad_place_is_named():
     with pytest.raises(ConfigurationError, match="`offload='moon'`"):
         Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "moon")
+    with pytest.raises(ConfigurationError, match="`offload='/no/such'` does not exist; make it"):
+        Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "/no/such")
+
+
+def test_a_folder_holds_what_is_parked_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parked").mkdir()
+    parameters, optimizer = stepped()
+    residency = Residency(optimizer, "parked")
+    monkeypatch.chdir("/")
+    residency.page_in(parameters)
+    residency.park(parameters)
+    assert all(map(residency.is_parked, parameters))
 
 
 def test_loading_keeps_dtype_and_group_settings():

@@ -444,3 +444,26 @@ def test_a_users_loader_with_a_state_of_its_own_goes_on_exactly_within_an_epoch(
 def test_the_samples_are_stateful() -> None:
     assert LAYERS == 4
     assert samples(Case()).state_dict() == {"epoch": 0, "batches": 0}
+
+
+def test_other_values_of_the_optimizer_than_the_checkpoints_are_told(tmp_path: Path) -> None:
+    def run(told: bool, scheduled: bool, path: Path | None = None, **values: Any) -> None:
+        module = SmallTransformer(
+            lambda parameters: torch.optim.AdamW(parameters, **{"lr": 1e-2, **values}),
+            (lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=30)) if scheduled else None,
+        )
+        trainer_ = trainer(max_epochs=1 if path is None else 2)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_.fit(module, loader(make_batches(6)), ckpt_path=path)
+        said = [str(each.message) for each in caught if "the run goes on with" in str(each.message)]
+        assert [values and next(iter(values)) in each for each in said] == [True] * told
+        trainer_.save_checkpoint(tmp_path / "last.ckpt")
+
+    for scheduled in (False, True):
+        run(False, scheduled)
+        (tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt")
+        run(False, scheduled, tmp_path / "first.ckpt")
+        run(True, scheduled, tmp_path / "first.ckpt", lr=2e-2)
+        run(True, scheduled, tmp_path / "first.ckpt", weight_decay=0.5)
+        run(True, scheduled, tmp_path / "first.ckpt", betas=(0.0, 0.9))
