@@ -10,9 +10,10 @@ not done again, so that it can be stopped and go on. Then, or at once with `--pa
 
 import argparse
 
-from experiments.language_model.grid import BEFORE, COST, FINAL, HERE, SEARCH, complete
+from experiments.language_model.grid import BEFORE, COST, FINAL, HERE, IN_LONGER, SEARCH, complete
 from experiments.language_model.methods import CONTESTANTS
 from experiments.language_model.page import plot, summary
+from experiments.language_model.variants import TABLE as VARIANTS
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     if not arguments.page:
         complete(arguments.methods, arguments.jobs)
     search, final, before, cost = (table.load() for table in (SEARCH, FINAL, BEFORE, COST))
-    text = summary(search, final, before, cost)
+    text = summary(search, final, IN_LONGER.load(), VARIANTS.load(), before, cost)
     (HERE / "summary.md").write_text(text)
     plot(search, final, before, cost, HERE / "language_model.png")
     print(text)

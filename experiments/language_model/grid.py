@@ -1,12 +1,13 @@
 """Which runs there are: the search for each method's learning rate, and the final runs with it."""
 
+import dataclasses
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from experiments.language_model.measuring import cost, run, untrained
-from experiments.language_model.methods import CONTESTANTS
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, STILL
 from experiments.quality.grid import EXPONENTS, SEARCH_SEED, climb
 from experiments.quality.methods import rate_of
 from experiments.table import Rows, Table
@@ -14,6 +15,8 @@ from experiments.table import Rows, Table
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 UNTRAINED = "untrained"
+LONGER = 3
+"""So many times the steps have the runs that tell whether differences stay."""
 
 
 class Run(NamedTuple):
@@ -46,6 +49,18 @@ def _measure(name: str) -> dict[str, object]:
     return {**chosen._asdict(), "rate": rate, **run(CONTESTANTS[chosen.method], rate, chosen.seed)}
 
 
+def _measure_cost(name: str) -> dict[str, object]:
+    return cost(CONTESTANTS[name])
+
+
+def _measure_longer(method: str) -> dict[str, object]:
+    exponent = best_exponent(SEARCH.load(), method)
+    assert exponent is not None
+    contestant = dataclasses.replace(CONTESTANTS[method], steps=LONGER * CONTESTANTS[method].steps)
+    rate = rate_of(exponent)
+    return {"steps": contestant.steps, "seed": SEARCH_SEED, "rate": rate, **run(contestant, rate, SEARCH_SEED)}
+
+
 def _measure_untrained(name: str) -> dict[str, object]:
     return untrained()
 
@@ -55,7 +70,8 @@ RUNS = {**_SEARCH, **_FINAL}
 SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
 FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
 BEFORE = Table(HERE / "untrained.csv", (UNTRAINED,), _measure_untrained)
-COST = Table(HERE / "cost.csv", tuple(CONTESTANTS), cost)
+IN_LONGER = Table(HERE / "longer.csv", (FULL, HIFT, STILL, LORA), _measure_longer)
+COST = Table(HERE / "cost.csv", tuple(CONTESTANTS), _measure_cost)
 
 
 def best_exponent(search: Rows, method: str) -> int | None:
@@ -91,3 +107,4 @@ def complete(methods: Collection[str], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as threads:
         for _ in threads.map(one, methods):
             pass
+    IN_LONGER.complete(methods, again=False, jobs=jobs)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.language_model.methods import CONTESTANTS, ROWS, TOKENS, Contestant, loss_of, network, text
+from experiments.language_model.methods import ROWS, TOKENS, Contestant, loss_of, network, text
 from experiments.quality.methods import Batch
 from hift_lightning.data.language_modeling import TextDataModule
 from tests import simulated_accelerator as sim
@@ -72,9 +72,8 @@ def perplexity(model: nn.Module, loader: Any) -> float:
     return math.exp(total / count)
 
 
-def cost(name: str) -> dict[str, object]:
+def cost(contestant: Contestant) -> dict[str, object]:
     """FLOPs of the mean step of a cycle, and most bytes on the simulated accelerator in it."""
-    contestant = CONTESTANTS[name]
     sim.load()
     torch.manual_seed(0)
     before = sim.memory_allocated()

@@ -94,6 +94,7 @@ class Contestant:
 
 FULL = "full AdamW"
 HIFT = "HiFT"
+STILL = "HiFT, no momentum"
 ONE_TURN = "HiFT, one turn a block, no momentum"
 LORA = "LoRA"
 
@@ -102,6 +103,7 @@ _blocks_of_4 = functools.partial(hift, loss_of=loss_of, group_size=4)
 CONTESTANTS = {
     FULL: Contestant(full(loss_of=loss_of), -1, STEPS),
     HIFT: Contestant(_blocks_of_4(), 1, 101, 8, "top2down, 4 layers a block"),
+    STILL: Contestant(_blocks_of_4(adamw_with(beta1=0.0)), 2, 101, 8, "the same blocks"),
     ONE_TURN: Contestant(
         _blocks_of_4(adamw_with(beta1=0.0), steps_per_block="once", lr_update="step"), 2, 96, 96, "the same blocks"
     ),

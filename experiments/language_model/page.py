@@ -7,14 +7,16 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from experiments.language_model.grid import SEEDS, UNTRAINED, Run, best_exponent
-from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, ROWS, STEPS, TOKENS
+from experiments.language_model.grid import LONGER, SEEDS, UNTRAINED, Run, best_exponent
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, ROWS, STEPS, STILL, TOKENS
 from experiments.quality.comparison import mean
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import CLIP_NORM, WARMUP, rate_of
-from experiments.table import Rows, markdown
+from experiments.table import Row, Rows, markdown
 
 MIB = 2**20
+BESIDE = {HIFT: -4, STILL: -12}
+"""Heights of labels, in points over theirs: all HiFT has the same peak."""
 
 
 def perplexities(search: Rows, final: Rows, method: str) -> list[float]:
@@ -26,12 +28,14 @@ def perplexities(search: Rows, final: Rows, method: str) -> list[float]:
     return [float(final[name]["test_perplexity"]) for name in names] if final.keys() >= set(names) else []
 
 
-def summary(search: Rows, final: Rows, before: Rows, cost: Rows) -> str:
+def summary(search: Rows, final: Rows, longer: Rows, variants: Rows, before: Rows, cost: Rows) -> str:
     """Make it of the rows that there are.
 
     Args:
         search: of the search for learning rates (`search.csv`).
         final: of the final runs (`final.csv`).
+        longer: of runs with more steps (`longer.csv`).
+        variants: of HiFT with other settings (`variants.csv`).
         before: of the model without training (`untrained.csv`).
         cost: FLOPs and bytes of each method (`cost.csv`).
     """
@@ -45,10 +49,12 @@ def summary(search: Rows, final: Rows, before: Rows, cost: Rows) -> str:
         "accelerator, the weights among them.",
         "![Perplexity against peak memory](language_model.png)",
         _told(found, cost),
+        *_longer(longer),
         "## Learning rates",
         f"The best on the validation part among powers of two times 1e-4, tried until both its neighbours are worse, "
         f"with seed {SEARCH_SEED}, which the final runs do not have.",
         _rates(search),
+        *_variants(variants),
         f"Not run yet: {'; '.join(missing)}." if missing else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -99,6 +105,7 @@ def _told(found: dict[str, list[float]], cost: Rows) -> str:
     sentences = []
     for method, words in (
         (HIFT, "As in the paper, with a new block in every step"),
+        (STILL, "The same without momentum"),
         (ONE_TURN, "With one turn a block"),
     ):
         if against := [f"{gain} against {other}" for other in (FULL, LORA) if (gain := less(found, method, other))]:
@@ -117,6 +124,37 @@ def _rates(search: Rows) -> str:
     return markdown(["method", "rate", "tried, with validation perplexity"], lines)
 
 
+def _perplexities(row: Row) -> list[str]:
+    return [f"{float(row[f'{part}_perplexity']):.1f}" for part in ("validation", "test")]
+
+
+def _longer(longer: Rows) -> list[str]:
+    if not longer:
+        return []
+    return [
+        "## In a longer run",
+        f"{LONGER} times as many steps, at the same rate, with seed {SEARCH_SEED}.",
+        markdown(
+            ["method", "steps", "validation", "test"],
+            [[name, row["steps"], *_perplexities(row)] for name, row in longer.items()],
+        ),
+    ]
+
+
+def _variants(variants: Rows) -> list[str]:
+    if not variants:
+        return []
+    ranked = sorted(variants.values(), key=lambda row: float(row["validation_perplexity"]))
+    lines = [[row["name"], row["steps"], *_perplexities(row)] for row in ranked]
+    return [
+        "## Other settings of HiFT",
+        f"With seed {SEARCH_SEED}, top2down where no order is named, in the same FLOPs "
+        "(`python -m experiments.language_model.variants`). Where a block has several steps in turn the rate changes "
+        "at every step (`lr_update=step`).",
+        markdown(["setting", "steps", "validation", "test"], lines),
+    ]
+
+
 def plot(search: Rows, final: Rows, before: Rows, cost: Rows, path: Path) -> None:
     """Test perplexity against peak bytes, a point for each method.
 
@@ -133,7 +171,7 @@ def plot(search: Rows, final: Rows, before: Rows, cost: Rows, path: Path) -> Non
             color = "tab:orange" if method.startswith("HiFT") else "black" if method == FULL else "tab:gray"
             place, height = int(cost[method]["peak_bytes"]) / MIB, mean(values)
             axis.errorbar(place, height.mean, yerr=height.error, fmt="o", capsize=4, color=color)
-            beside = (7, -12) if method == HIFT else (7, 5)  # the other HiFT has the same peak
+            beside = (7, BESIDE.get(method, 5))
             axis.annotate(method, (place, height.mean), xytext=beside, textcoords="offset points", color=color)
     axis.axhline(float(before[UNTRAINED]["test_perplexity"]), color="tab:gray", linestyle=":", label="untrained")
     axis.set_xlim(0, 1.25 * max(int(row["peak_bytes"]) for row in cost.values()) / MIB)

@@ -7,17 +7,29 @@ import pytest
 import torch
 
 from experiments.language_model import grid
-from experiments.language_model.grid import BEFORE, COST, FINAL, HERE, RUNS, SEARCH, SEEDS, Run, best_exponent
+from experiments.language_model.grid import (
+    BEFORE,
+    COST,
+    FINAL,
+    HERE,
+    IN_LONGER,
+    RUNS,
+    SEARCH,
+    SEEDS,
+    Run,
+    best_exponent,
+)
 from experiments.language_model.measuring import perplexity
-from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, STEPS
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, STEPS, STILL
 from experiments.language_model.page import perplexities, summary
+from experiments.language_model.variants import TABLE as VARIANTS
 from hift_lightning.models.causal_lm import causal_lm
 
 LAYERS = 8
 
 
 def test_the_page_is_made_of_the_record():
-    page = summary(SEARCH.load(), FINAL.load(), BEFORE.load(), COST.load())
+    page = summary(SEARCH.load(), FINAL.load(), IN_LONGER.load(), VARIANTS.load(), BEFORE.load(), COST.load())
     assert (HERE / "summary.md").read_text() == page
 
 
@@ -60,7 +72,7 @@ def test_full_fine_tuning_moves_everything(small_model):
     assert moved_by(FULL, small_model) == {name for name, _ in small_model.named_parameters()}
 
 
-@pytest.mark.parametrize("method", [HIFT, ONE_TURN])
+@pytest.mark.parametrize("method", [HIFT, STILL, ONE_TURN])
 def test_hift_moves_four_layers_at_a_time(method, small_model):
     moved = moved_by(method, small_model)
     assert {name.split(".")[2] for name in moved if ".layers." in name} <= {"5", "6", "7"}
@@ -116,19 +128,19 @@ def test_rates_are_searched_then_all_seeds_run_and_the_page_tells_what_is_missin
     search, final = Hill(), Hill()
     monkeypatch.setattr(grid, "SEARCH", search)
     monkeypatch.setattr(grid, "FINAL", final)
-    for table in ("BEFORE", "COST"):
+    for table in ("BEFORE", "COST", "IN_LONGER"):
         monkeypatch.setattr(grid, table, Hill())
-        monkeypatch.setattr(getattr(grid, table), "complete", lambda chosen, again: None)
+        monkeypatch.setattr(getattr(grid, table), "complete", lambda chosen, again, jobs=1: None)
         monkeypatch.setattr(getattr(grid, table), "rows", (), raising=False)
     grid.complete([FULL, HIFT], jobs=2)
     assert {(run.exponent, run.seed) for run in map(RUNS.get, final.rows)} == {(1, seed) for seed in SEEDS}
     assert best_exponent(search.rows, FULL) == 1
     assert best_exponent(search.rows, LORA) is None
     assert perplexities(search.rows, final.rows, FULL) == [71, 72, 73]
-    page = summary(search.rows, final.rows, BEFORE.load(), COST.load())
+    page = summary(search.rows, final.rows, {}, {}, BEFORE.load(), COST.load())
     assert "72.0 ± 0.6" in page
     assert "As in the paper, with a new block in every step: -2.0 ± 0.0 against full AdamW (" in page
-    assert f"Not run yet: {ONE_TURN}; LISA; LoRA." in page
+    assert f"Not run yet: {STILL}; {ONE_TURN}; LISA; LoRA." in page
     del final.rows[Run(HIFT, 1, CONTESTANTS[HIFT].steps, 2).name]
     assert perplexities(search.rows, final.rows, HIFT) == []
 
