@@ -101,7 +101,7 @@ class HiFTManualMixin(_Base):
         if not steps_now:
             return False
 
-        self._step(chosen, gradient_clip_val, gradient_clip_algorithm)
+        self._step(chosen, engine, gradient_clip_val, gradient_clip_algorithm)
         self._windows[index] = _AccumulationWindow(window.size)
         for config in self.trainer.lr_scheduler_configs:
             if (
@@ -127,17 +127,17 @@ class HiFTManualMixin(_Base):
         windows: dict[int, _AccumulationWindow] = self.__dict__.setdefault("_accumulation_windows", {})
         return windows
 
-    def _step(self, chosen: LightningOptimizer, clip_val: float | None, algorithm: str) -> None:
+    def _step(self, chosen: LightningOptimizer, engine: HiFT | None, clip_val: float | None, algorithm: str) -> None:
         def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self.clip_gradients(optimizer, gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm)
 
         if clip_val is None:
             chosen.step()
         else:
-            # the optimizer's own hook runs after a GradScaler has unscaled the gradients, and HiFT's uses them up
+            # the optimizer's own hook runs after a GradScaler has unscaled the gradients
             handle = chosen.optimizer.register_step_pre_hook(clip)
-            hooks: Any = chosen.optimizer._optimizer_step_pre_hooks
-            hooks.move_to_end(handle.id, last=False)
+            if engine is not None:
+                engine.update_after_hooks()
             try:
                 chosen.step()
             finally:

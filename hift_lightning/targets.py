@@ -23,6 +23,7 @@ from hydra._internal.utils import (
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -161,18 +162,25 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
         path = f"file://{Path(given.config_dir).absolute()}"
         search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
     for mode in RunMode:  # which of them it is, the configuration may decide
+        hydra = Hydra.create_main_hydra2("train", search_path)
         try:
-            composed = Hydra.create_main_hydra2("train", search_path).compose_config(
+            composed = hydra.compose_config(
                 given.config_name or config_name, given.overrides, mode, validate_sweep_overrides=False
             )
         except (HydraException, OmegaConfBaseException):
             continue  # Hydra composes it again before it runs anything, and tells what is wrong
         except ValueError as error:
-            nulls = [override for override in given.overrides if override.endswith("=null")]
-            if "Config group override must be" not in str(error) or not nulls:
+            parsed = OverridesParser.create().parse_overrides(given.overrides)
+            groups = hydra.config_loader.list_groups("")
+            nameless = [
+                override.input_line
+                for override in parsed
+                if override.key_or_group in groups and not isinstance(override.value(), (str, list))
+            ]
+            if not nameless:
                 raise
             raise ConfigurationError(
-                f"`{nulls[0]}` names no option of its group; name one of those in conf/, as in `logger=none` and "
+                f"`{nameless[0]}` names no option of its group; name one of those in conf/, as in `logger=none` and "
                 "`scheduler=constant`."
             ) from error
         finally:

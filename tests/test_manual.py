@@ -127,6 +127,28 @@ class WindowsOfTwo(Adversarial):
         self.hift_step(self.discriminator(real).mean(), optimizer=1)
 
 
+def test_clipping_comes_after_hooks_of_ones_own():
+    class Scales(Manual):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()["optimizer"]
+            optimizer.register_step_pre_hook(self.scale)
+            return optimizer
+
+        def scale(self, optimizer, args, kwargs):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(100)
+
+    for strategy in (HiFTStrategy(), HiFTStrategy(update="streamed"), "auto"):
+        module = Scales(gradient_clip_val=1e-3)
+        module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=1.0)
+        before = [p.detach().clone() for p in module.parameters()]
+        trainer(strategy).fit(module, loader(make_batches(1)))
+        moved = [(p - old).detach() for p, old in zip(module.parameters(), before, strict=True)]
+        assert nn.utils.get_total_norm(moved).item() == pytest.approx(1e-3, rel=1e-2)
+
+
 class WithoutToggling(Adversarial):
     """Each loss leaves gradients in the other network, which the next `zero_grad` of its optimizer frees."""
 

@@ -139,7 +139,7 @@ def _run(
     group = _group_of(optimizer, like)
     settings = {key: value for key, value in group.items() if key != "params"}
     if (rate := settings.get("lr")) is not None:
-        settings["lr"] = torch.full_like(rate, RATE) if isinstance(rate, Tensor) else RATE
+        settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)  # `copy.copy` would leave out what torch's own class does not know

@@ -45,7 +45,7 @@ from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reduction import GradientReduction, Ranks
 from hift_lightning.engine.report import BlockReport, Report
-from hift_lightning.engine.residency import Residency, state_dict_with_masters
+from hift_lightning.engine.residency import Residency, master_of, state_dict_with_masters
 from hift_lightning.engine.rotation import Rotation, length_of_turn
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
@@ -177,6 +177,7 @@ class HiFT:
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
         self._delayed: list[DelayedLRScheduler] = []
+        self._has_schedule = False  # that is not delayed
         self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
         self._averaged = False
         self._nonfinite_loss: str | None = None
@@ -192,7 +193,7 @@ class HiFT:
         self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
         self._warned_of_skipping = False
         self._versions: dict[str, int] = {}
-        self._settings_of_groups: list[dict[str, Any]] = []
+        self._changed_settings: list[dict[str, Any]] = []  # of param groups, by the update that has been performed
         self._reached_blocks: set[int] = set()
         self._warned_blocks: set[int] = set()
 
@@ -236,11 +237,13 @@ class HiFT:
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
         self._required_grad = [p.requires_grad for p in self._governed]
+        for parameter in self._watched:
+            parameter.grad = None
         for parameter in self._governed:
             parameter.requires_grad_(False)
-            parameter.grad = None
+        self._pre_hook = self.optimizer.register_step_pre_hook(self._before_step)
         self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
+            self._pre_hook,
             self.optimizer.register_step_post_hook(self._after_step),
             self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state()),
         ]
@@ -334,6 +337,11 @@ class HiFT:
                 stacklevel=2,
             )
 
+    def update_after_hooks(self) -> None:
+        """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
+        hooks: Any = self.optimizer._optimizer_step_pre_hooks
+        hooks.move_to_end(self._pre_hook.id)
+
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
         if self.will_skip:
@@ -351,6 +359,7 @@ class HiFT:
             A :class:`~hift_lightning.engine.lr.DelayedLRScheduler`, or the scheduler itself for ``step``.
         """
         if self.settings.lr_update == "step":
+            self._has_schedule = True
             return scheduler
         delayed = DelayedLRScheduler(
             scheduler, self.settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped
@@ -416,7 +425,7 @@ class HiFT:
         # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
         for scheduler, held_steps in zip(self._delayed, state_dict["held_lr_steps"], strict=False):
             scheduler.resume(held_steps)
-        if self.settings.lr_update == "step" and any(state_dict["held_lr_steps"]):
+        if self._has_schedule and any(state_dict["held_lr_steps"]):
             warnings.warn(
                 f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
                 f"`lr_update='step'` the schedule goes on {max(state_dict['held_lr_steps'])} steps behind; go on with "
@@ -442,7 +451,8 @@ class HiFT:
                 if name not in masters and wide is not None and wide.dtype == torch.float32:
                     self.residency.keep_master(parameter, wide)
             elif name in masters and parameter.dtype == torch.float32:
-                parameter.data.copy_(masters[name])
+                master = masters[name]
+                parameter.data.copy_(master if wide is None else master_of(wide, master))
 
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""
@@ -739,13 +749,13 @@ class HiFT:
             )
 
     def _warn_of_rate_0(self) -> None:
-        if not self._delayed or self.updates % self.rotation.cycle_length != 0:
+        if not self._delayed or self.updates > 0 or self.rotation.cycle_length == 1:
             return
         rates = [group.get("lr") for group in self.optimizer.param_groups]
         if all(rate is not None and float(rate) == 0 for rate in rates):
             warnings.warn(
                 f"The learning rate is 0, and `lr_update={self.settings.lr_update!r}` holds it through a cycle, so the "
-                f"next {self.rotation.cycle_length} steps change nothing; use `lr_update='step'`, or a warm-up that "
+                f"first {self.rotation.cycle_length} steps change nothing; use `lr_update='step'`, or a warm-up that "
                 "begins above 0.",
                 stacklevel=2,
             )
@@ -767,9 +777,13 @@ class HiFT:
         if self._pieces is not None:
             self._note_versions()
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
+            before = [{**group} for group in self.optimizer.param_groups]
             self._pieces.step(self._block_parameters())
             self._updated = True
-            self._settings_of_groups = [{**group} for group in self.optimizer.param_groups]
+            self._changed_settings = [
+                {key: value for key, value in group.items() if value is not old.get(key)}
+                for group, old in zip(self.optimizer.param_groups, before, strict=True)
+            ]
             return
         started = time.perf_counter()
         self.residency.page_in(self._block_parameters())
@@ -782,9 +796,8 @@ class HiFT:
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
-        for group, settings in zip(optimizer.param_groups, self._settings_of_groups, strict=False):
-            group.update(settings)  # the optimizer may count its calls there, and this one was the second
-        self._settings_of_groups = []
+        for group, changed in zip(optimizer.param_groups, self._changed_settings, strict=False):
+            group.update(changed)  # the optimizer may count its calls there, and this one was the second
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
         if self.will_skip:
@@ -826,5 +839,5 @@ class HiFT:
         self._nonfinite_loss = None
         self._nonfinite = None
         self._versions = {}
-        self._settings_of_groups = []
+        self._changed_settings = []
         self._updated_in_backward = set()

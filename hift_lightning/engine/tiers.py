@@ -113,7 +113,7 @@ def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
     name, colon, where = str(offload).partition(":")
     if name not in TIERS:
         if not Path(offload).is_dir():
-            if "/" in str(offload):
+            if "/" in str(offload) and not colon and not Path(offload).exists():
                 raise ConfigurationError(
                     f"The folder `offload={str(offload)!r}` does not exist; make it, as with `mkdir -p {offload}`, or "
                     "name another."

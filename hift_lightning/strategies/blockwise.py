@@ -137,7 +137,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             seed=seed,
         )
         self.settings = self._asked
-        self._chosen_ahead = False
+        self._chosen_for: object = None
         self.engines = []
         self._interrupt = PatientInterrupt()
 
@@ -176,8 +176,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         """Choose the largest group of layers that fits ``memory_budget``, and what else that takes, by planning.
 
-        Under ``group_size="auto"``, each ``fit`` does so too, with the first training batch. Call it before where
-        another batch is larger; it holds for one ``fit``.
+        Under ``group_size="auto"``, ``fit`` does so too, with the first training batch, unless it has been done for a
+        module of these shapes in this precision. Call it before where another batch is larger.
 
         Args:
             trainer: whose precision, accumulation and clipping hold.
@@ -202,7 +202,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             )
             choice = choose(self._asked, self._memory_budget(), step)
         self.settings = choice.settings
-        self._chosen_ahead = True
+        self._chosen_for = _shapes(trainer, module)
         rank_zero_info(f"HiFT: {choice.reason}")
 
     def _memory_budget(self) -> int:
@@ -224,9 +224,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        if self._asked.group_size == "auto" and not self._chosen_ahead:
+        if self._asked.group_size == "auto" and self._chosen_for != _shapes(trainer, self.lightning_module):
             self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
-        self._chosen_ahead = False
         refuse_callbacks_that_freeze(trainer)
         if self.settings.update == "fused":
             refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
@@ -463,3 +462,8 @@ def averaging_later(engines: Sequence[HiFT]) -> Iterator[None]:
 
 def _unvisited(engine: HiFT, steps: int) -> int:
     return sum(engine.rotation.visits(block.index, steps) == 0 for block in engine.plan.blocks)
+
+
+def _shapes(trainer: Trainer, module: LightningModule) -> object:
+    """What a choice of the group size is made for."""
+    return trainer.precision, {name: parameter.shape for name, parameter in module.named_parameters()}

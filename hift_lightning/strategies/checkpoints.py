@@ -151,9 +151,9 @@ class BlockwiseCheckpoints(_Base):
         positions = [None] * len(states) if saved is None else saved["engines"]
         for engine, position, state in zip(self.engines, positions, states, strict=True):
             engine.check_state_dict(position, state)
-        scheduled = {id(config.scheduler.optimizer) for config in self.lr_scheduler_configs}
         for engine, position, state in zip(self.engines, positions, states, strict=True):
-            _tell_of_other_values(engine.optimizer, state["param_groups"], id(engine.optimizer) in scheduled)
+            if engine.updates == 0:  # and not where a run goes back to where it was, as after a search for the rate
+                _tell_of_other_values(engine.optimizer, state["param_groups"])
             engine.load_optimizer_state_dict(state, position and position["parked_dtype"])
             if position is not None:  # otherwise made without HiFT: the rotation begins here
                 engine.load_state_dict(position)
@@ -183,25 +183,21 @@ class BlockwiseCheckpoints(_Base):
         return self.lightning_module.trainer
 
 
-def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str, Any]], scheduled: bool) -> None:
+def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str, Any]]) -> None:
     """Warn where a run was built with another rate, weight decay, … than the checkpoint's, which it goes on with.
+
+    The rate is that which a scheduler began with: one that nothing schedules may have been changed by hand.
 
     Args:
         optimizer: before the checkpoint is loaded.
         saved_groups: the checkpoint's param groups.
-        scheduled: whether a scheduler changes the optimizer's rate.
     """
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-        for key in ("lr", "weight_decay", "betas", "momentum", "eps"):
-            if key not in group or key not in saved:
+        moved = ("betas", "momentum") if "max_momentum" in saved else ()  # by a schedule
+        for key in ("initial_lr", "weight_decay", "betas", "momentum", "eps"):
+            if key not in group or key not in saved or key in moved:
                 continue
             here, there = group[key], saved[key]
-            if key == "lr":
-                if scheduled and "initial_lr" not in saved:
-                    continue  # it may have come down since
-                here, there = group.get("initial_lr", here), saved.get("initial_lr", there)
-            elif key in ("betas", "momentum") and "max_momentum" in saved:
-                continue  # a schedule moves them
             here, there = (tuple(each) if isinstance(each, (list, tuple)) else each for each in (here, there))
             if here != there:
                 rank_zero_warn(

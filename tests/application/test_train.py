@@ -37,7 +37,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "data.max_length=600": ("data.max_length=600", "512 positions", "give `data.max_length=512` or less"),
     "optimizer.betas=0.9": ("optimizer.betas=0.9", "`~optimizer.name`"),
     "trainer.accelerator=gpu": ("In `trainer`", "trainer.accelerator=auto"),
-    "scheduler=null": ("scheduler=null", "scheduler=constant"),
+    "ckpt_path=null scheduler=null": ("`scheduler=null`", "scheduler=constant"),
     "strategy.offload=/no/such/folder": ("/no/such/folder", "mkdir -p /no/such/folder"),
     "strategy.frozen=embeddings": ("frozen='embeddings'", "['embeddings']"),
     "model.network.config.num_hidden_layers=2": ("model.network.config.num_hidden_layers=2", "model.pretrained=null"),

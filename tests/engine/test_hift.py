@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from torch import nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
@@ -260,6 +260,36 @@ def test_with_masters_too_an_optimizer_counts_one_call_a_step():
     assert optimizer.param_groups[0]["calls"] == hift.updates == LAYERS
 
 
+@pytest.mark.parametrize("settings", [{}, {"update": "streamed"}, {"master_weights": True}], ids=str)
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_what_hooks_set_in_param_groups_stays(settings, when):
+    model = SmallTransformer()
+    if "master_weights" in settings:
+        model.to(torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def halve(optimizer, args, kwargs):
+        optimizer.param_groups[0]["lr"] /= 2
+
+    getattr(optimizer, f"register_step_{when}_hook")(halve)
+    with HiFT(model, optimizer, HiFTSettings(**settings)):
+        for _ in range(LAYERS):
+            sum(p.float().square().sum() for p in model.parameters() if p.requires_grad).backward()
+            optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1 / 2**LAYERS
+
+
+def test_gradients_of_frozen_parameters_from_before_the_start_are_freed():
+    model = SmallTransformer()
+    model.loss(make_batches(1)[0]).backward()
+    model.embedding.requires_grad_(False)
+    before = model.embedding.weight.detach().clone()
+    with HiFT(model, torch.optim.AdamW(model.parameters())) as hift:
+        model.loss(make_batches(1)[0]).backward()
+        hift.optimizer.step()
+    assert torch.equal(model.embedding.weight, before)
+
+
 class StateForAll(torch.optim.SGD):
     """Builds the state of all parameters in its first step."""
 
@@ -295,16 +325,18 @@ def test_state_that_is_built_for_all_parameters_at_once_is_parked_and_kept(setti
     assert parked == [True] * 2 * LAYERS
 
 
-@pytest.mark.parametrize(("first", "warned"), [(0.0, True), (0.1, False)])
-def test_a_cycle_at_rate_0_is_warned_of(first, warned):
+@pytest.mark.parametrize(("start_factor", "warned"), [(0.0, True), (0.1, False)])
+def test_a_first_cycle_at_rate_0_is_warned_of(start_factor, warned):
     model = SmallTransformer()
     optimizer = torch.optim.AdamW(model.parameters())
-    scheduler = LinearLR(optimizer, start_factor=1.0, total_iters=1)
-    optimizer.param_groups[0]["lr"] = first
+    # rises from the beginning, and has come back to 0 before the third cycle
+    scheduler = LambdaLR(optimizer, lambda step: start_factor if step < LAYERS else float(step < 2 * LAYERS))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        plain_loop(model, optimizer, HiFTSettings(), make_batches(LAYERS), scheduler)
-    assert any(f"the next {LAYERS} steps change nothing" in str(each.message) for each in told) == warned
+        plain_loop(model, optimizer, HiFTSettings(), make_batches(3 * LAYERS), scheduler)
+    said = [str(each.message) for each in told if "steps change nothing" in str(each.message)]
+    assert len(said) == warned
+    assert all(f"the first {LAYERS} steps" in each for each in said)
 
 
 def test_gradients_from_before_the_start_are_freed():

@@ -81,6 +81,9 @@ def test_a_bad_place_is_named():
         Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "moon")
     with pytest.raises(ConfigurationError, match="`offload='/no/such'` does not exist; make it"):
         Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "/no/such")
+    for place in ("flies:/data", __file__):
+        with pytest.raises(ConfigurationError, match=r"is no place to park optimizer state; choose one of cpu"):
+            Residency(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), place)
 
 
 def test_a_folder_holds_what_is_parked_wherever_the_process_goes(tmp_path, monkeypatch):

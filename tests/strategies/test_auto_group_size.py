@@ -71,7 +71,10 @@ def test_it_can_be_chosen_before_fit_with_a_batch_of_ones_own():
     assert len(module.losses) == 2
 
 
-def test_each_fit_chooses_anew_and_a_choice_of_ones_own_holds_for_one():
+def test_a_module_of_other_shapes_is_chosen_for_anew_and_for_the_same_ones_the_choice_stays(monkeypatch):
+    chosen = []
+    choose = HiFTStrategy.choose_group_size
+    monkeypatch.setattr(HiFTStrategy, "choose_group_size", lambda *args: (chosen.append(1), choose(*args)))
     sizes = []
     strategy = HiFTStrategy(group_size="auto", memory_budget=BUDGET)
     trainer_ = trainer(strategy)
@@ -81,6 +84,7 @@ def test_each_fit_chooses_anew_and_a_choice_of_ones_own_holds_for_one():
         trainer_.fit_loop.max_epochs += 1
         sizes.append((strategy.settings.group_size, len(strategy.report().blocks)))
     assert sizes == [(LAYERS, 1), (LAYERS, 1), (LAYERS + 3, 1)]
+    assert len(chosen) == 2
 
 
 def test_no_data_are_told():

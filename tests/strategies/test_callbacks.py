@@ -1,6 +1,7 @@
 """Lightning's callbacks under HiFT, unchanged."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -123,7 +124,10 @@ def test_the_learning_rate_finder_gives_the_run_back_as_it_was(tmp_path):
             self.lr = 1e-3
 
     finder = C.LearningRateFinder(num_training_steps=25, max_lr=0.1)
-    module, trainer_, steps = fit([finder], batches=7 * LAYERS, module=WithRate(), default_root_dir=tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        module, trainer_, steps = fit([finder], batches=7 * LAYERS, module=WithRate(), default_root_dir=tmp_path)
+    assert not any("the run goes on with" in str(each.message) for each in told)
     assert len(finder.optimal_lr.results["lr"]) >= 20
     assert trainer_.strategy.hift.updates == 7 * LAYERS
     assert steps == TOP_DOWN * 7  # the finder's own steps ran without the recorder, and were taken back

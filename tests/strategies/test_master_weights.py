@@ -283,6 +283,19 @@ def test_masters_of_a_checkpoint_become_the_weights_of_a_run_in_fp32(tmp_path):
         assert torch.equal(weights[name], master), name
 
 
+def test_weights_of_a_checkpoint_that_were_set_from_outside_count_over_their_masters(tmp_path):
+    class Clamps(L.Callback):
+        def on_train_end(self, trainer_, module):
+            for parameter in module.parameters():
+                parameter.data.clamp_(-0.05, 0.05)
+
+    trained = trainer(HiFTStrategy(master_weights=True), precision="bf16-true", callbacks=[Clamps()])
+    trained.fit(SmallTransformer(), loader(make_batches(2 * LAYERS + 1)))
+    trained.save_checkpoint(tmp_path / "clamped.ckpt")
+    _, weights = at_start_of(tmp_path / "clamped.ckpt", precision="32-true")
+    assert max(value.abs().max() for value in weights.values()) < 0.0502
+
+
 def at_start_of(path, precision, **arguments):
     """Masters (or weights) and weights at the start of a run that goes on from a checkpoint."""
     seen = {}

@@ -464,6 +464,6 @@ def test_other_values_of_the_optimizer_than_the_checkpoints_are_told(tmp_path: P
         run(False, scheduled)
         (tmp_path / "last.ckpt").rename(tmp_path / "first.ckpt")
         run(False, scheduled, tmp_path / "first.ckpt")
-        run(True, scheduled, tmp_path / "first.ckpt", lr=2e-2)
+        run(scheduled, scheduled, tmp_path / "first.ckpt", lr=2e-2)  # otherwise it may have been set by hand
         run(True, scheduled, tmp_path / "first.ckpt", weight_decay=0.5)
         run(True, scheduled, tmp_path / "first.ckpt", betas=(0.0, 0.9))

@@ -69,7 +69,7 @@ class OfOneNorm(torch.optim.SGD):
             p.sub_(p.grad / norm * self.param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("rate", [0.0, 1e-30, torch.tensor(0.0)])
+@pytest.mark.parametrize("rate", [0.0, 1e-30, torch.tensor(0.0), torch.tensor(1)])
 def test_a_rate_at_which_nothing_is_seen_to_move_hides_nothing(rate):
     weights = torch.nn.Parameter(torch.ones(4, 4))
     optimizer = OfOneNorm([weights], lr=0.1)
