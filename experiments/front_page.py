@@ -107,7 +107,7 @@ def _quality() -> list[list[str]]:
 def _language_model() -> list[list[str]]:
     search, final = language_model.SEARCH.load(), language_model.FINAL.load()
     lines = []
-    for recipe, told in ((of_language_model.HIFT, "as in the paper"), (of_language_model.ONE_TURN, "one turn a block")):
+    for recipe, told in ((of_language_model.HIFT, "as in the paper"), (of_language_model.STILL, "without momentum")):
         methods = (of_language_model.FULL, recipe, of_language_model.LORA)
         found = [perplexities(search, final, method) for method in methods]
         if all(found):

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 UNTRAINED = "untrained"
 LONGER = 3
-"""So many times the steps have the runs that tell whether differences stay."""
+"""So many times the steps have the runs that tell whether differences stay, at the best rate and half of it."""
 
 
 class Run(NamedTuple):
@@ -53,12 +53,11 @@ def _measure_cost(name: str) -> dict[str, object]:
     return cost(CONTESTANTS[name])
 
 
-def _measure_longer(method: str) -> dict[str, object]:
-    exponent = best_exponent(SEARCH.load(), method)
-    assert exponent is not None
-    contestant = dataclasses.replace(CONTESTANTS[method], steps=LONGER * CONTESTANTS[method].steps)
-    rate = rate_of(exponent)
-    return {"steps": contestant.steps, "seed": SEARCH_SEED, "rate": rate, **run(contestant, rate, SEARCH_SEED)}
+def _measure_longer(name: str) -> dict[str, object]:
+    chosen = _LONGER[name]
+    contestant = dataclasses.replace(CONTESTANTS[chosen.method], steps=chosen.steps)
+    rate = rate_of(chosen.exponent)
+    return {**chosen._asdict(), "rate": rate, **run(contestant, rate, chosen.seed)}
 
 
 def _measure_untrained(name: str) -> dict[str, object]:
@@ -70,7 +69,12 @@ RUNS = {**_SEARCH, **_FINAL}
 SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
 FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
 BEFORE = Table(HERE / "untrained.csv", (UNTRAINED,), _measure_untrained)
-IN_LONGER = Table(HERE / "longer.csv", (FULL, HIFT, STILL, LORA), _measure_longer)
+_LONGER = {
+    each.name: each
+    for method, exponents in ((FULL, (-1, 0)), (HIFT, (2,)), (STILL, (1, 2)), (LORA, (3, 4)))
+    for each in (Run(method, exponent, LONGER * CONTESTANTS[method].steps, SEARCH_SEED) for exponent in exponents)
+}
+IN_LONGER = Table(HERE / "longer.csv", tuple(_LONGER), _measure_longer)
 COST = Table(HERE / "cost.csv", tuple(CONTESTANTS), _measure_cost)
 
 
@@ -107,4 +111,4 @@ def complete(methods: Collection[str], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as threads:
         for _ in threads.map(one, methods):
             pass
-    IN_LONGER.complete(methods, again=False, jobs=jobs)
+    IN_LONGER.complete([name for name, run in _LONGER.items() if run.method in methods], again=False, jobs=jobs)

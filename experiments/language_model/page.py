@@ -1,5 +1,6 @@
 """The page and its picture: every number comes from the CSV files beside it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ from matplotlib import pyplot
 
 from experiments.language_model.grid import LONGER, SEEDS, UNTRAINED, Run, best_exponent
 from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, ROWS, STEPS, STILL, TOKENS
+from experiments.language_model.variants import OF_8
 from experiments.quality.comparison import mean
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import CLIP_NORM, WARMUP, rate_of
@@ -49,7 +51,7 @@ def summary(search: Rows, final: Rows, longer: Rows, variants: Rows, before: Row
         "accelerator, the weights among them.",
         "![Perplexity against peak memory](language_model.png)",
         _told(found, cost),
-        *_longer(longer),
+        *_reasons(search, longer, variants),
         "## Learning rates",
         f"The best on the validation part among powers of two times 1e-4, tried until both its neighbours are worse, "
         f"with seed {SEARCH_SEED}, which the final runs do not have.",
@@ -128,17 +130,48 @@ def _perplexities(row: Row) -> list[str]:
     return [f"{float(row[f'{part}_perplexity']):.1f}" for part in ("validation", "test")]
 
 
-def _longer(longer: Rows) -> list[str]:
-    if not longer:
-        return []
-    return [
-        "## In a longer run",
-        f"{LONGER} times as many steps, at the same rate, with seed {SEARCH_SEED}.",
-        markdown(
-            ["method", "steps", "validation", "test"],
-            [[name, row["steps"], *_perplexities(row)] for name, row in longer.items()],
-        ),
+def _reasons(search: Rows, longer: Rows, variants: Rows) -> list[str]:
+    """What was tried to find out why HiFT loses, with the validation part and one seed."""
+
+    def best(rows: Rows, belongs: Callable[[str], bool]) -> str:
+        found = [float(row["validation_perplexity"]) for name, row in rows.items() if belongs(name)]
+        return f"{min(found):.1f}" if found else "not run"
+
+    def searched(method: str) -> str:
+        return best(search, lambda name: name.startswith(f"{method}, rate "))
+
+    def tried(kind: str) -> str:
+        return best(variants, lambda name: name.rpartition(", rate ")[0] == kind)
+
+    updates = CONTESTANTS[HIFT].steps / CONTESTANTS[HIFT].cycle
+    parts = [
+        "## Where HiFT loses, and why",
+        f"Validation perplexity with seed {SEARCH_SEED} and the best rate that was tried: full AdamW {searched(FULL)}, "
+        f"LoRA {searched(LORA)}. HiFT as in the paper {searched(HIFT)}, and without momentum {searched(STILL)}: the "
+        "momentum that a block begins its turn with is a mean of gradients at other weights. With 8 layers a block "
+        f"{tried(OF_8)}, and without momentum {tried(f'{OF_8}, no momentum')}. With one turn a block "
+        f"{tried('4 layers a block, one turn')}, without momentum {searched(ONE_TURN)}, and with a rate that falls "
+        f"anew in each turn {tried('4 layers a block, one turn, no momentum, rate anew in each turn')}. In these FLOPs "
+        f"a weight has {updates:.0f} updates under HiFT and {STEPS} in full fine-tuning.",
     ]
+    if longer:
+        parts += [
+            f"With {LONGER} times as many steps, at that rate or half of it, and with seed {SEARCH_SEED}:",
+            markdown(
+                ["method", "rate", "steps", "validation", "test", "loss of the last 20 training batches"],
+                [
+                    [
+                        row["method"],
+                        f"{float(row['rate']):.1e}",
+                        row["steps"],
+                        *_perplexities(row),
+                        f"{float(row['train_loss']):.2f}",
+                    ]
+                    for row in longer.values()
+                ],
+            ),
+        ]
+    return parts
 
 
 def _variants(variants: Rows) -> list[str]:

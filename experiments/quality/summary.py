@@ -31,7 +31,7 @@ from experiments.quality.methods import (
     WARMUP,
     rate_of,
 )
-from experiments.quality.variants import COUNTS, NO_DECAY, VARIANTS, WARM_UP
+from experiments.quality.variants import COUNTS, DATA, NO_DECAY, VARIANTS, WARM_UP
 from experiments.table import Row, Rows, markdown
 
 MIB = 2**20
@@ -180,6 +180,14 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         common = complete_data_sets(in_time, [other, method])
         return ", ".join(f"{name} {less(in_time, method, other, [name]).signed()}" for name in common) or "not run"
 
+    def orders() -> str:
+        found = [
+            f"{words} {mean(in_time[DATA, method])}"
+            for method, words in ((HIFT, "`top2down`"), ("HiFT bottom2up", "`bottom2up`"), ("HiFT random", "`random`"))
+            if (DATA, method) in in_time
+        ]
+        return f"by order, on {DATA}, {', '.join(found)}"
+
     def best(kind: str) -> str:
         rows = [row for name, row in variants.items() if name.rpartition(", rate ")[0] == kind]
         if not rows:
@@ -189,9 +197,9 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
     return [
         "## Where HiFT loses, and why",
         f"As in the paper, with a new block in every step, it is behind full AdamW in equal time: "
-        f"{against(FULL, HIFT)}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With one turn for "
-        'each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head trained in '
-        f'every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}; by data set '
+        f"{against(FULL, HIFT)}; {orders()}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With "
+        'one turn for each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head '
+        f'trained in every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}; by data set '
         f"{each_against(FULL, ONE_TURN)}.",
         "Validation accuracy on film reviews, of one seed and with the best rate that was tried, from the settings at "
         f"the end of this page: as in the paper {best('as in the paper')}, and with a rate that is not delayed "

@@ -22,6 +22,8 @@ from experiments.language_model.grid import (
 from experiments.language_model.measuring import perplexity
 from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, STEPS, STILL
 from experiments.language_model.page import perplexities, summary
+from experiments.language_model.variants import COST as VARIANTS_COST
+from experiments.language_model.variants import OF_8
 from experiments.language_model.variants import TABLE as VARIANTS
 from hift_lightning.models.causal_lm import causal_lm
 
@@ -38,6 +40,12 @@ def test_no_method_has_more_flops_than_full_fine_tuning_and_few_less(method):
     cost = COST.load()
     share = CONTESTANTS[method].steps * float(cost[method]["gflop"]) / (STEPS * float(cost[FULL]["gflop"]))
     assert 0.94 < share <= 1
+
+
+def test_settings_with_other_blocks_have_no_more_flops_either():
+    cost, of_full = VARIANTS_COST.load()[OF_8], COST.load()[FULL]
+    steps = {int(row["steps"]) for name, row in VARIANTS.load().items() if name.startswith(OF_8)}
+    assert {0.94 < each * float(cost["gflop"]) / (STEPS * float(of_full["gflop"])) <= 1 for each in steps} == {True}
 
 
 @pytest.fixture
