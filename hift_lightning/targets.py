@@ -175,7 +175,9 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
             nameless = [
                 override.input_line
                 for override in parsed
-                if override.key_or_group in groups and not isinstance(override.value(), (str, list))
+                if override.key_or_group in groups
+                and not override.is_sweep_override()
+                and not isinstance(override.value(), (str, list))
             ]
             if not nameless:
                 raise
