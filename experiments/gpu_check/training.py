@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from experiments.gpu_check.devices import Bytes, Device
 from experiments.gpu_check.profiles import Profile
 from experiments.paper_memory.jobs import PRECISIONS, Job, Module
-from hift_lightning.engine.residency import parameters_stay_themselves
+from hift_lightning.engine.conversion import parameters_stay_themselves
 
 RAN, FAILED = "ran", "failed"
 """The outcome of a row that has figures, and how that of one begins which an error has ended."""

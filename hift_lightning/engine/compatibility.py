@@ -1,7 +1,9 @@
 """Whether what was saved fits the run that goes on from it, found out before anything is changed."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -213,3 +215,23 @@ def names_in_optimizer(parameters: dict[str, nn.Parameter], optimizer: Optimizer
             f"(shapes {shapes}), so they belong to no layer; register them in the model or leave them out."
         )
     return names
+
+
+def warn_of_unoptimized(model: nn.Module, names: Iterable[str], frozen: Iterable[str] | None) -> None:
+    """Warn of parameters that are in no param group, unless that is what was asked for.
+
+    Args:
+        model: whose parameters.
+        names: of those that require a gradient and are not trained.
+        frozen: patterns of what shall not be.
+    """
+    patterns = tuple(frozen or ())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is frozen under any of its names
+    left_out = {p for name, p in parameters.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    forgotten = sorted(name for name in names if parameters[name] not in left_out)
+    if forgotten:
+        warnings.warn(
+            f"{len(forgotten)} parameters require a gradient but are in no param group of the optimizer, so they "
+            f"are frozen while training: {', '.join(forgotten[:3])}{', …' if len(forgotten) > 3 else ''}.",
+            stacklevel=3,
+        )

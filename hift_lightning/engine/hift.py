@@ -17,8 +17,7 @@ Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", 
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -36,23 +35,26 @@ from hift_lightning.engine.compatibility import (
     number_of_plan,
     record_of_plan,
     refuse_other_plan,
+    warn_of_unoptimized,
 )
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
-from hift_lightning.engine.lr import DelayedLRScheduler
+from hift_lightning.engine.freezing import Freezing, GradientHook
+from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
+from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
+from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks
-from hift_lightning.engine.report import BlockReport, Report
-from hift_lightning.engine.residency import Residency, master_of, state_dict_with_masters
+from hift_lightning.engine.report import Report, report_of
+from hift_lightning.engine.residency import Residency
 from hift_lightning.engine.rotation import Rotation, length_of_turn
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
+from hift_lightning.engine.step import Step
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
-
-_SIXTEEN_BIT = {torch.bfloat16, torch.float16}
 
 
 class HiFT:
@@ -140,11 +142,7 @@ class HiFT:
         self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
         self._trained = {name: self._parameters[name] for part in self.plan.parts for name in part.own_parameters}
         if settings.master_weights:
-            for parameter in filter(self._keeps, self._trained.values()):
-                if parameter.dtype in _SIXTEEN_BIT:
-                    self.residency.make_master_when_updated(parameter)
-                else:
-                    self.residency.keep_master(parameter, local(parameter).detach())
+            make_masters(self.residency, filter(self._keeps, self._trained.values()))
         self._mesh = mesh_of(self._trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
@@ -161,12 +159,9 @@ class HiFT:
         """A sentence on what a failed step has changed in part, until a step is completed or state is loaded."""
         self.page_in_ms = 0.0
         """Milliseconds that the host spent on paging in the state of the last update; its copies may take longer."""
-        left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
-        governed = {name: p for name, p in self._parameters.items() if p.requires_grad and p not in left_alone}
-        self._governed = list(governed.values())
-        optimized = (p for group in optimizer.param_groups for p in group["params"])
-        self._watched = list(dict.fromkeys([*self._governed, *optimized]))
-        self._warn_of_unoptimized(governed.keys() - self._trained.keys())
+        self._freezing = Freezing(self._parameters, optimizer, others)
+        forgotten = self._freezing.governed.keys() - self._trained.keys()
+        warn_of_unoptimized(model, forgotten, settings.frozen)
         warn_of_compiled_blocks(model, self.plan)
         self.reduction: GradientReduction | None = None
         """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
@@ -179,23 +174,10 @@ class HiFT:
         self._delayed: list[DelayedLRScheduler] = []
         self._has_schedule = False  # that is not delayed
         self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
-        self._averaged = False
-        self._nonfinite_loss: str | None = None
-        self._required_grad: list[bool] | None = None
+        self._reach = Reach(len(self.plan.blocks))
+        self._step = Step(NonfiniteSearch(self._mesh))
         self._handles: list[RemovableHandle] = []
-        self._gradient_handles: list[RemovableHandle] = []
-        self._backward_ran = False
-        self._updated = False
-        self._block_reached = False  # while its gradients are used inside backward
-        self._updated_in_backward: set[str] = set()  # with `update="fused"`, in the step in progress
-        self._search = NonfiniteSearch(self._mesh)
-        self._searched = False
-        self._nonfinite: str | None = None  # why the window of micro-batches is to be left out
         self._warned_of_skipping = False
-        self._versions: dict[str, int] = {}
-        self._changed_settings: list[dict[str, Any]] = []  # of param groups, by the update that has been performed
-        self._reached_blocks: set[int] = set()
-        self._warned_blocks: set[int] = set()
 
     @property
     def block(self) -> Block:
@@ -216,7 +198,7 @@ class HiFT:
     @property
     def active(self) -> bool:
         """Whether training has been started and not finished."""
-        return self._required_grad is not None
+        return self._freezing.started
 
     @property
     def has_gradient(self) -> bool:
@@ -226,21 +208,16 @@ class HiFT:
     @property
     def will_skip(self) -> bool:
         """Whether the step in progress is to be left out because of NaN or inf."""
-        return self._nonfinite is not None
+        return self._step.left_out_because is not None
 
     def start(self) -> None:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
-        self._check_masters()
-        self._refuse_frozen()
+        check_masters(self._trained.values(), self.settings.master_weights)
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
-        self._required_grad = [p.requires_grad for p in self._governed]
-        for parameter in self._watched:
-            parameter.grad = None
-        for parameter in self._governed:
-            parameter.requires_grad_(False)
+        self._freezing.start(self._trained)
         self._pre_hook = self.optimizer.register_step_pre_hook(self._before_step)
         self._handles = [
             self._pre_hook,
@@ -254,14 +231,11 @@ class HiFT:
 
     def finish(self) -> None:
         """Detach from the optimizer, park everything, and let every parameter require what it did before."""
-        if self._required_grad is None:
+        if not self.active:
             return
         self.settle()
-        self._deactivate()
+        self._freezing.stop()
         self._checkpointing.stop()
-        for parameter, required_grad in zip(self._governed, self._required_grad, strict=True):
-            parameter.requires_grad_(required_grad)
-        self._required_grad = None
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -284,14 +258,14 @@ class HiFT:
                 memory = isinstance(error, torch.OutOfMemoryError)
                 remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
                 tell(error, self.half_updated + remedy)
-        elif self._versions and not all(map(self.residency.copies, self._block_parameters())):
+        elif self._step.versions and not all(map(self.residency.copies, self._block_parameters())):
             # state that the optimizer computes on where it is parked may have changed, and there is no other
             self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."
         self._give_up()
 
     def touched(self) -> list[str]:
         """Names of the parameters whose weights have changed since the step in progress began to update."""
-        return [name for name, version in self._versions.items() if local(self._parameters[name])._version != version]
+        return self._step.touched(self._parameters)
 
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -309,33 +283,19 @@ class HiFT:
             NonfiniteError: if there are NaN or inf, and ``nonfinite`` is ``raise``.
             RuntimeError: if no block has been reached in a whole cycle.
         """
-        self._backward_ran = True
+        self._step.backward_ran = True
         if self.reduction is None:
             self._look_for_nonfinite(loss, scaled)
         else:
             if loss is not None:
-                self._nonfinite_loss = self._nonfinite_loss or kind_of_loss(loss, scaled)
+                self._step.nonfinite_loss = self._step.nonfinite_loss or kind_of_loss(loss, scaled)
             if not self.averages_gradients:
                 return
             self._average_gradients(scaled)
         if self.will_skip:
             return
-        block = self.block
-        if self._block_reached or any(self._parameters[name].grad is not None for name in block.own_parameters):
-            self._reached_blocks.add(block.index)
-        elif block.index not in self._reached_blocks | self._warned_blocks:
-            self._warned_blocks.add(block.index)
-            if len(self._warned_blocks) == len(self.plan.blocks):
-                raise RuntimeError(
-                    f"No gradient reached any of the {len(self.plan.blocks)} blocks in a whole cycle: the loss does "
-                    "not depend on the parameters that are trained; check that it is computed from them and is "
-                    "not detached."
-                )
-            warnings.warn(
-                f"No gradient reached block {block.index} (`{block.name}`): the loss does not depend on its "
-                "parameters, so it is not trained. Keep it out of the rotation with `frozen=[...]` patterns.",
-                stacklevel=2,
-            )
+        gradients = (self._parameters[name].grad for name in self.block.own_parameters)
+        self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
 
     def update_after_hooks(self) -> None:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
@@ -346,7 +306,7 @@ class HiFT:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
         if self.will_skip:
             self._skip()
-        elif self._backward_ran and not self.has_gradient:
+        elif self._step.backward_ran and not self.has_gradient:
             self._complete()
 
     def delay(self, scheduler: Any) -> Any:
@@ -414,13 +374,8 @@ class HiFT:
             self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
         self.half_updated = None
         if self.settings.master_weights:
-            for name, parameter in self._trained.items():
-                if not self._keeps(parameter):
-                    continue
-                if name in state_dict["masters"]:
-                    self.residency.keep_master(parameter, state_dict["masters"][name])
-                else:  # not updated yet, or a checkpoint without masters: its weights are all there is
-                    self.residency.make_master_when_updated(parameter)
+            kept = {name: parameter for name, parameter in self._trained.items() if self._keeps(parameter)}
+            load_masters(self.residency, kept, state_dict["masters"])
         self.move_to(state_dict["updates"] if self.has_plan_of(state_dict) else 0)
         # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
         for scheduler, held_steps in zip(self._delayed, state_dict["held_lr_steps"], strict=False):
@@ -443,16 +398,8 @@ class HiFT:
             weights: the saved weights, by name.
             masters: the saved masters, by name.
         """
-        if self._mesh is not None:
-            return
-        for name, parameter in self._trained.items():
-            wide = weights.get(name)
-            if self.residency.has_master(parameter):
-                if name not in masters and wide is not None and wide.dtype == torch.float32:
-                    self.residency.keep_master(parameter, wide)
-            elif name in masters and parameter.dtype == torch.float32:
-                master = masters[name]
-                parameter.data.copy_(master if wide is None else master_of(wide, master))
+        if self._mesh is None:
+            take_wider(self.residency, self._trained, weights, masters)
 
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""
@@ -510,28 +457,7 @@ class HiFT:
 
     def report(self) -> Report:
         """What each block is, how often it has been updated, and where its state is now."""
-        blocks = tuple(
-            self._report_of(block, self.rotation.visits(block.index, self.updates), block == self.block)
-            for block in self.plan.blocks
-        )
-        always = self.plan.always_active
-        constant = None if always is None else self._report_of(always, self.updates, active=True)
-        return Report(blocks, self.rotation.cycle_length, self.updates, constant)
-
-    def _report_of(self, block: Block, visits: int, active: bool) -> BlockReport:
-        parameters = [self._parameters[name] for name in block.own_parameters]
-        parked = sum(self.residency.state_bytes(p) for p in parameters if self.residency.is_parked(p))
-        masters = sum(0 if (master := self.residency.master(p)) is None else master.nbytes for p in parameters)
-        return BlockReport(
-            index=block.index,
-            name=block.name,
-            numel=block.numel,
-            weight_bytes=sum(local(p).nbytes for p in parameters),
-            visits=visits,
-            parked_bytes=parked + masters,
-            device_bytes=sum(map(self.residency.state_bytes, parameters)) - parked,
-            active=active,
-        )
+        return report_of(self.plan, self.rotation, self.updates, self._parameters, self.residency)
 
     def __enter__(self) -> Self:
         self.start()
@@ -547,23 +473,10 @@ class HiFT:
         return self._shares is None or self._shares.keeps(parameter)
 
     def _names_in_groups(self) -> list[list[str]]:
-        names = {p: name for name, p in self._parameters.items()}
-        return [[names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+        return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
 
     def _block_parameters(self) -> Iterable[nn.Parameter]:
         return (self._parameters[name] for name in self.block.parameters)
-
-    def _warn_of_unoptimized(self, names: Collection[str]) -> None:
-        chosen = self.settings.frozen or ()
-        aliases = self.model.named_parameters(remove_duplicate=False)  # a tied weight is frozen under any of its names
-        frozen = {p for name, p in aliases if any(fnmatchcase(name, pattern) for pattern in chosen)}
-        forgotten = sorted(name for name in names if self._parameters[name] not in frozen)
-        if forgotten:
-            warnings.warn(
-                f"{len(forgotten)} parameters require a gradient but are in no param group of the optimizer, so they "
-                f"are frozen while training: {', '.join(forgotten[:3])}{', …' if len(forgotten) > 3 else ''}.",
-                stacklevel=3,
-            )
 
     def _make_piece_update(self) -> PieceUpdate | None:
         """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
@@ -574,77 +487,39 @@ class HiFT:
         pieces.check_shards()
         return pieces
 
-    def _check_masters(self) -> None:
-        dtypes = {p.dtype for p in self._trained.values()}
-        if not self.settings.master_weights and dtypes & _SIXTEEN_BIT:
-            warnings.warn(
-                "The weights have 16 bits and no fp32 masters, so every update that is small beside its weight is "
-                "rounded away, and some weights, those of norms above all, never move; use `master_weights=True`.",
-                stacklevel=3,
-            )
-        if self.settings.master_weights and not dtypes <= _SIXTEEN_BIT:
-            raise ConfigurationError(
-                f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
-                "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
-            )
-
-    def _refuse_frozen(self) -> None:
-        frozen = next((name for name, parameter in self._trained.items() if not parameter.requires_grad), None)
-        if frozen is not None:
-            raise ConfigurationError(
-                f"`{frozen}` has been frozen since the blocks were cut, and at its block's turn HiFT would train it; "
-                "freeze it where the model is made (`__init__`, `configure_model`), or with `frozen=[...]` patterns."
-            )
-
     def _activate(self) -> None:
-        for parameter in self._governed:
-            parameter.requires_grad_(False)
-        self._deactivate()
-        self._activate_block()
-
-    def _activate_block(self) -> None:
         if self.reduction is not None:
             parameters = list(self._block_parameters())
             self.reduction.expect(self.block.index, parameters, self.updates, self._plan_number)
-        for parameter in self._block_parameters():
-            parameter.requires_grad_(True)
-            if self._pieces is None and self._prefetch.applies_to(parameter):
-                self._hook(parameter, self._prefetch_in_backward)
-            if self.reduction is not None:
-                self._hook(parameter, self._average_in_backward)
-            elif self.settings.update == "fused":
-                self._hook(parameter, self._update_in_backward)
+        self._freezing.activate(self._block_parameters(), self._hooks_of)
 
-    def _hook(self, parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-        handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-        self._gradient_handles.append(handle)
-
-    def _deactivate(self) -> None:
-        for parameter in self._block_parameters():
-            parameter.requires_grad_(False)
-        for handle in self._gradient_handles:
-            handle.remove()
-        self._gradient_handles = []
+    def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
+        if self._pieces is None and self._prefetch.applies_to(parameter):
+            yield self._prefetch_in_backward
+        if self.reduction is not None:
+            yield self._average_in_backward
+        elif self.settings.update == "fused":
+            yield self._update_in_backward
 
     def _update_in_backward(self, parameter: Tensor) -> None:
         assert self._pieces is not None
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
         name = self._name_of[parameter]
-        if name in self._updated_in_backward:
+        if name in self._step.updated_in_backward:
             raise ConfigurationError(
                 f"`{name}` has a gradient for the second time in one step, and `update='fused'` has used the first one "
                 "inside backward; run one backward pass a step, and keep losses of other optimizers from reaching it "
                 "(`toggle_optimizer`, `hift_step`), or use `update='streamed'`."
             )
-        self._updated_in_backward.add(name)
-        if not self._updated:
+        self._step.updated_in_backward.add(name)
+        if not self._step.updated:
             self._note_versions()
-        self._search.look_at(name, local(parameter.grad))
+        self._step.search.look_at(name, local(parameter.grad))
         if self.clip_value is not None:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
-        self._updated = True
-        self._block_reached |= name not in self.block.always_active
+        self._step.updated = True
+        self._step.reached_in_backward |= name not in self.block.always_active
         if self._keeps(parameter):
             self._pieces.step([parameter])
         else:
@@ -663,9 +538,9 @@ class HiFT:
     def _average_gradients(self, scaled: bool) -> None:
         """Average what backward passes have left, and agree with the other ranks on whether the step is left out."""
         assert self.reduction is not None
-        self._averaged = True
-        closing = self.reduction.finish(self._backward_ran, self._nonfinite_loss)
-        self._backward_ran = closing.backward_ran
+        self._step.averaged = True
+        closing = self.reduction.finish(self._step.backward_ran, self._step.nonfinite_loss)
+        self._step.backward_ran = closing.backward_ran
         if closing.nonfinite_loss is not None:
             rank, kind = closing.nonfinite_loss
             self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
@@ -695,13 +570,13 @@ class HiFT:
         self.last_step_skipped = False
         if not self.will_skip:
             if loss is not None:
-                self._search.look_at_loss(loss, scaled)
+                self._step.search.look_at_loss(loss, scaled)
             if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
                 for name in self.block.parameters:
                     if (gradient := self._parameters[name].grad) is not None:
-                        self._search.look_at(name, local(gradient))
-            self._searched = True
-            if (found := self._search.first()) is not None:
+                        self._step.search.look_at(name, local(gradient))
+            self._step.searched = True
+            if (found := self._step.search.first()) is not None:
                 self._meet_nonfinite(*found)
         if self.will_skip:
             for parameter in self._block_parameters():
@@ -711,7 +586,7 @@ class HiFT:
         what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
         told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
         if self.settings.nonfinite == "skip":
-            self._nonfinite = told
+            self._step.left_out_because = told
             return
         state = "" if self.touched() else "; weights and optimizer state are as they were before it"
         instead = " and `update='streamed'`" if self.settings.update == "fused" else ""
@@ -725,8 +600,7 @@ class HiFT:
 
     def _skip(self) -> None:
         """End a step that is left out; the block keeps its turn."""
-        assert self._nonfinite is not None
-        told = self._nonfinite
+        told = self._step.left_out_because
         self.skipped_steps += 1
         self.last_step_skipped = True
         self._give_up()
@@ -737,37 +611,15 @@ class HiFT:
                 stacklevel=3,
             )
 
-    def _refuse_gradients_elsewhere(self) -> None:
-        active = set(self._block_parameters())
-        strange = next((p for p in self._watched if p.grad is not None and p not in active), None)
-        if strange is not None:
-            raise ConfigurationError(
-                f"`{self._name_of[strange]}` has a gradient and is not in the active block `{self.block.name}`, so the "
-                "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out, "
-                "also for what is to be trained later only; what keeps a loss from the parameters of another optimizer "
-                "is `toggle_optimizer`, or `hift_step`."
-            )
-
-    def _warn_of_rate_0(self) -> None:
-        if not self._delayed or self.updates > 0 or self.rotation.cycle_length == 1:
-            return
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        if all(rate is not None and float(rate) == 0 for rate in rates):
-            warnings.warn(
-                f"The learning rate is 0, and `lr_update={self.settings.lr_update!r}` holds it through a cycle, so the "
-                f"first {self.rotation.cycle_length} steps change nothing; use `lr_update='step'`, or a warm-up that "
-                "begins above 0.",
-                stacklevel=2,
-            )
-
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
-        self._refuse_gradients_elsewhere()
-        self._warn_of_rate_0()
-        if self.reduction is not None and not self._averaged:
+        self._freezing.refuse_gradients_elsewhere(self.block.name)
+        if self._delayed and self.updates == 0 and self.rotation.cycle_length > 1:
+            warn_of_cycle_at_0(self.optimizer, self.settings.lr_update, self.rotation.cycle_length)
+        if self.reduction is not None and not self._step.averaged:
             self._average_gradients(scaled)
-        elif not self._searched and not scaled:
+        elif not self._step.searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
         if not self.has_gradient:
             return
@@ -779,8 +631,8 @@ class HiFT:
             # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
             before = [{**group} for group in self.optimizer.param_groups]
             self._pieces.step(self._block_parameters())
-            self._updated = True
-            self._changed_settings = [
+            self._step.updated = True
+            self._step.changed_settings = [
                 {key: value for key, value in group.items() if value is not old.get(key)}
                 for group, old in zip(self.optimizer.param_groups, before, strict=True)
             ]
@@ -792,17 +644,17 @@ class HiFT:
         self._note_versions()
 
     def _note_versions(self) -> None:
-        self._versions = {name: local(self._parameters[name])._version for name in self.block.parameters}
+        self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
-        for group, changed in zip(optimizer.param_groups, self._changed_settings, strict=False):
+        for group, changed in zip(optimizer.param_groups, self._step.changed_settings, strict=False):
             group.update(changed)  # the optimizer may count its calls there, and this one was the second
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
         if self.will_skip:
             self._skip()
-        elif not skipped and (self._backward_ran or self._updated or self.has_gradient):
+        elif not skipped and (self._step.backward_ran or self._step.updated or self.has_gradient):
             self._complete()
         else:
             self._give_up()
@@ -817,9 +669,8 @@ class HiFT:
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
-        self._deactivate()
         self.updates += 1
-        self._activate_block()
+        self._activate()
 
     def _give_up(self) -> None:
         """Free the gradients and take the last parked state again; the block keeps its turn."""
@@ -832,12 +683,6 @@ class HiFT:
     def _forget_step(self) -> None:
         if self._pieces is not None:
             self.page_in_ms = self._pieces.take_loading_ms()
-        self._backward_ran = self._updated = self._block_reached = self._searched = self._averaged = False
+        self._step = Step(NonfiniteSearch(self._mesh))
         if self.reduction is not None:
             self.reduction.give_up()
-        self._search = NonfiniteSearch(self._mesh)
-        self._nonfinite_loss = None
-        self._nonfinite = None
-        self._versions = {}
-        self._changed_settings = []
-        self._updated_in_backward = set()

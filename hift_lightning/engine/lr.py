@@ -1,7 +1,10 @@
 """Delayed learning-rate update: the rate is held through a cycle (HiFT, arXiv 2401.15207)."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
+
+from torch.optim import Optimizer
 
 from hift_lightning.engine.errors import ConfigurationError
 
@@ -21,6 +24,23 @@ def check_lr_update(lr_update: str) -> None:
         raise ConfigurationError(
             f"`lr_update={lr_update!r}` is not a way to update the learning rate; "
             f"choose one of {', '.join(LR_UPDATES)}."
+        )
+
+
+def warn_of_cycle_at_0(optimizer: Optimizer, lr_update: str, cycle_length: int) -> None:
+    """Warn of a rate of 0 that is held through a cycle, as that of a warm-up may be.
+
+    Args:
+        optimizer: which is about to do the first step of a cycle.
+        lr_update: for the message.
+        cycle_length: optimizer steps.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if all(rate is not None and float(rate) == 0 for rate in rates):
+        warnings.warn(
+            f"The learning rate is 0, and `lr_update={lr_update!r}` holds it through a cycle, so the first "
+            f"{cycle_length} steps change nothing; use `lr_update='step'`, or a warm-up that begins above 0.",
+            stacklevel=3,
         )
 
 

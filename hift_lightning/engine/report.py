@@ -1,6 +1,14 @@
 """What a human reads about the blocks of a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import nn
+
+from hift_lightning.engine.partition import Block, Plan
+from hift_lightning.engine.residency import Residency
+from hift_lightning.engine.rotation import Rotation
+from hift_lightning.engine.shards import local
 
 
 @dataclass(frozen=True)
@@ -70,3 +78,37 @@ class Report:
             for row in rows
         ]
         return "\n".join([*lines, f"{self.updates} updates, {self.cycle_length} to a cycle"])
+
+
+def report_of(
+    plan: Plan, rotation: Rotation, updates: int, parameters: Mapping[str, nn.Parameter], residency: Residency
+) -> Report:
+    """Report on a run.
+
+    Args:
+        plan: its blocks.
+        rotation: their turns.
+        updates: performed so far.
+        parameters: of the model, by name.
+        residency: where their state is.
+    """
+    turn = rotation.block_at(updates)
+
+    def part(block: Block, visits: int, active: bool) -> BlockReport:
+        own = [parameters[name] for name in block.own_parameters]
+        parked = sum(residency.state_bytes(p) for p in own if residency.is_parked(p))
+        masters = sum(0 if (master := residency.master(p)) is None else master.nbytes for p in own)
+        return BlockReport(
+            index=block.index,
+            name=block.name,
+            numel=block.numel,
+            weight_bytes=sum(local(p).nbytes for p in own),
+            visits=visits,
+            parked_bytes=parked + masters,
+            device_bytes=sum(map(residency.state_bytes, own)) - parked,
+            active=active,
+        )
+
+    blocks = tuple(part(block, rotation.visits(block.index, updates), block.index == turn) for block in plan.blocks)
+    always = plan.always_active
+    return Report(blocks, rotation.cycle_length, updates, None if always is None else part(always, updates, True))

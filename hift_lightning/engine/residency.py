@@ -4,14 +4,13 @@ The optimizer's own ``state`` always holds the tensors that count: parked ones a
 ``optimizer.state_dict()`` needs no help from here. Nothing in this file knows an optimizer by name.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from typing_extensions import Self
@@ -462,77 +461,3 @@ def _fitting(known: list[_ParkedLeaf | None], leaf: Tensor, dtype: torch.dtype) 
     """The buffer that was there before, if the tensor fits into it."""
     buffer = known[0].buffer if known and known[0] is not None else None
     return buffer if buffer is not None and (buffer.tensor.shape, buffer.tensor.dtype) == (leaf.shape, dtype) else None
-
-
-_TOGETHER = 2**20
-"""Elements that are compared at a time, for the memory that it takes."""
-
-
-def follow_weights(master: Tensor, weights: Tensor) -> None:
-    """Change a master in place wherever the weight is not the rounded master: something else has set it since.
-
-    So weights that are loaded, clamped or averaged while training count, and the others keep their lower bits.
-
-    Args:
-        master: fp32.
-        weights: 16-bit, of the same shape and on the same device.
-    """
-    if master.is_contiguous():
-        master, weights, together = master.view(-1), weights.reshape(-1), _TOGETHER
-    else:  # as where weights are channels_last
-        together = max(1, _TOGETHER // max(1, master[0].numel()))
-    parts = (torch.split(tensor, together) for tensor in (master, weights))
-    for values, rounded in zip(*parts, strict=True):
-        same = values.to(rounded.dtype) == rounded
-        torch.where(same, values, rounded.to(values.dtype), out=values)
-
-
-def master_of(weights: Tensor, master: Tensor) -> Tensor:
-    """The master of these weights in host memory: the given one, or a copy that follows them, see `follow_weights`."""
-    on_host = weights.to(master.device)
-    if torch.equal(master.to(on_host.dtype), on_host):
-        return master
-    following = master.contiguous().clone()
-    follow_weights(following, on_host)
-    return following
-
-
-def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) -> dict[str, Any]:
-    """The model's state dict with masters in place of the weights that have one; see :meth:`HiFT.master_state_dict`.
-
-    Args:
-        model: whose weights.
-        residencies: those that keep its masters.
-    """
-    weights = model.state_dict(keep_vars=True)
-    for residency in residencies:
-        residency.synchronize()
-        for name, value in weights.items():
-            master = residency.master(value) if isinstance(value, nn.Parameter) else None
-            weights[name] = value if master is None else master_of(local(value).detach(), master)
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in weights.items()}
-
-
-def replaces_parameters(device: torch.device) -> bool:
-    """Whether ``Module.to`` makes new Parameter objects on the way to or from this device.
-
-    It does where CPU tensors and the device's are of incompatible kinds (PrivateUse1 backends, XLA).
-    """
-    return not torch._has_compatible_shallow_copy_type(torch.empty(0), torch.empty(0, device=device))
-
-
-@contextlib.contextmanager
-def parameters_stay_themselves(device: torch.device) -> Iterator[None]:
-    """Within it, ``Module.to`` changes Parameters in place on every kind of device.
-
-    Otherwise the optimizer would be left with the old ones where they are replaced.
-
-    Args:
-        device: where the module is, or goes.
-    """
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(before or replaces_parameters(device))
-    try:
-        yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)

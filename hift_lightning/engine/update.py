@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.residency import Place, Residency, follow_weights
+from hift_lightning.engine.masters import follow_weights
+from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS

@@ -17,14 +17,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from hift_lightning.engine.conversion import parameters_stay_themselves, replaces_parameters
 from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
-from hift_lightning.engine.residency import (
-    parameters_stay_themselves,
-    replaces_parameters,
-)
 from hift_lightning.engine.rotation import ONCE
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module

@@ -21,7 +21,7 @@ from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.residency import state_dict_with_masters
+from hift_lightning.engine.masters import state_dict_with_masters
 from hift_lightning.strategies.exact_resume import ExactResume
 
 if TYPE_CHECKING:

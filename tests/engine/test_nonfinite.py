@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from hift_lightning import HiFT, HiFTSettings
+from hift_lightning.engine.conversion import parameters_stay_themselves
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from hift_lightning.engine.nonfinite import NonfiniteSearch
-from hift_lightning.engine.residency import parameters_stay_themselves
 from tests.reference_loop import reference_loop, turns_of
 from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 

@@ -7,7 +7,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hift_lightning import HiFT, HiFTSettings
-from hift_lightning.engine.residency import follow_weights, master_of
+from hift_lightning.engine.masters import follow_weights, master_of
 from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from hift_lightning import HiFTStrategy
-from hift_lightning.engine.residency import parameters_stay_themselves
+from hift_lightning.engine.conversion import parameters_stay_themselves
 from hift_lightning.planner import plan
 from tests import simulated_accelerator as sim
 

@@ -10,8 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTStrategy
+from hift_lightning.engine.conversion import parameters_stay_themselves
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.residency import parameters_stay_themselves
 from hift_lightning.planner import plan
 from hift_lightning.planner.planning import StepPlanner
 from hift_lightning.planner.ranks import PlannedRanks

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
-from hift_lightning.engine.residency import parameters_stay_themselves
+from hift_lightning.engine.conversion import parameters_stay_themselves
 from tests import simulated_accelerator as sim
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 

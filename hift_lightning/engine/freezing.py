@@ -1,0 +1,113 @@
+"""Which parameters require a gradient: those of the active block and no others, while training goes on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from hift_lightning.engine.errors import ConfigurationError
+
+GradientHook = Callable[[Tensor], None]
+"""Called with a parameter when its gradient is there."""
+
+
+class Freezing:
+    """Freezes all parameters but the active ones, and gives them back what they required before.
+
+    Args:
+        parameters: of the model, by name.
+        optimizer: whose parameters must have no gradient out of turn.
+        others: further optimizers on the same model, whose parameters are left alone.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, others: Sequence[Optimizer]
+    ) -> None:
+        left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
+        self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
+        """What is frozen and activated, by name."""
+        self._name_of = {parameter: name for name, parameter in parameters.items()}
+        optimized = (p for group in optimizer.param_groups for p in group["params"])
+        self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
+        self._required_grad: list[bool] | None = None
+        self._active: list[nn.Parameter] = []
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def started(self) -> bool:
+        """Whether parameters are frozen."""
+        return self._required_grad is not None
+
+    def start(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Free all gradients, and freeze everything.
+
+        Args:
+            trained: what has a turn, by name.
+
+        Raises:
+            ConfigurationError: if somebody has frozen one of these.
+        """
+        frozen = next((name for name, parameter in trained.items() if not parameter.requires_grad), None)
+        if frozen is not None:
+            raise ConfigurationError(
+                f"`{frozen}` has been frozen since the blocks were cut, and at its block's turn HiFT would train it; "
+                "freeze it where the model is made (`__init__`, `configure_model`), or with `frozen=[...]` patterns."
+            )
+        self._required_grad = [p.requires_grad for p in self.governed.values()]
+        for parameter in self._watched:
+            parameter.grad = None
+        for parameter in self.governed.values():
+            parameter.requires_grad_(False)
+
+    def stop(self) -> None:
+        """Let every parameter require a gradient if it did before."""
+        assert self._required_grad is not None
+        self.deactivate()
+        for parameter, required_grad in zip(self.governed.values(), self._required_grad, strict=True):
+            parameter.requires_grad_(required_grad)
+        self._required_grad = None
+
+    def activate(
+        self, parameters: Iterable[nn.Parameter], hooks_of: Callable[[nn.Parameter], Iterable[GradientHook]]
+    ) -> None:
+        """Let these require a gradient, and no others.
+
+        Args:
+            parameters: those of the active block.
+            hooks_of: gives what is called when a parameter's gradient is there.
+        """
+        self.deactivate()
+        self._active = list(parameters)
+        for parameter in self._active:
+            parameter.requires_grad_(True)
+            for hook in hooks_of(parameter):
+                self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+
+    def deactivate(self) -> None:
+        """Freeze what is active, and take its hooks away."""
+        for parameter in self._active:
+            parameter.requires_grad_(False)
+        self._active = []
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def refuse_gradients_elsewhere(self, block: str) -> None:
+        """Raise if a parameter has a gradient and is not active.
+
+        Args:
+            block: name of the active one, for the message.
+
+        Raises:
+            ConfigurationError: if one has.
+        """
+        active = set(self._active)
+        strange = next((p for p in self._watched if p.grad is not None and p not in active), None)
+        if strange is not None:
+            raise ConfigurationError(
+                f"`{self._name_of[strange]}` has a gradient and is not in the active block `{block}`, so the "
+                "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out, "
+                "also for what is to be trained later only; what keeps a loss from the parameters of another optimizer "
+                "is `toggle_optimizer`, or `hift_step`."
+            )

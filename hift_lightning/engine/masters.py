@@ -1,0 +1,139 @@
+"""fp32 master weights of 16-bit weights (the paper's Mixed^Hi): which there are, and what they say of a weight."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import Residency
+from hift_lightning.engine.shards import local
+
+_SIXTEEN_BIT = {torch.bfloat16, torch.float16}
+
+_TOGETHER = 2**20
+"""Elements that are compared at a time, for the memory that it takes."""
+
+
+def check_masters(parameters: Iterable[nn.Parameter], master_weights: bool) -> None:
+    """Warn of 16-bit weights that have no masters, and raise if masters are asked for of other weights.
+
+    Args:
+        parameters: what is trained.
+        master_weights: see :class:`~hift_lightning.engine.settings.HiFTSettings`.
+
+    Raises:
+        ConfigurationError: if ``master_weights`` goes with weights that have more bits.
+    """
+    dtypes = {p.dtype for p in parameters}
+    if not master_weights and dtypes & _SIXTEEN_BIT:
+        warnings.warn(
+            "The weights have 16 bits and no fp32 masters, so every update that is small beside its weight is "
+            "rounded away, and some weights, those of norms above all, never move; use `master_weights=True`.",
+            stacklevel=3,
+        )
+    if master_weights and not dtypes <= _SIXTEEN_BIT:
+        raise ConfigurationError(
+            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
+            "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
+        )
+
+
+def make_masters(residency: Residency, parameters: Iterable[nn.Parameter]) -> None:
+    """Have masters of weights that may be rounded to 16 bits hereafter, or are already.
+
+    Args:
+        residency: where they are kept.
+        parameters: those of 16 bits get theirs at their first update, since they were never rounded.
+    """
+    for parameter in parameters:
+        if parameter.dtype in _SIXTEEN_BIT:
+            residency.make_master_when_updated(parameter)
+        else:
+            residency.keep_master(parameter, local(parameter).detach())
+
+
+def load_masters(residency: Residency, parameters: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+    """Take the masters of a checkpoint.
+
+    Args:
+        residency: where they are kept; copied, a tensor at a time.
+        parameters: by name.
+        saved: by name. Of a weight without one (not updated yet, or there were no masters) the weight is all there is.
+    """
+    for name, parameter in parameters.items():
+        if name in saved:
+            residency.keep_master(parameter, saved[name])
+        else:
+            residency.make_master_when_updated(parameter)
+
+
+def take_wider(
+    residency: Residency,
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    masters: Mapping[str, Tensor],
+) -> None:
+    """Take what was saved in 32 bits where loading has rounded it, or has left it for the rounded weight.
+
+    Args:
+        residency: where this run's masters are.
+        parameters: of this run, by name.
+        weights: the saved ones, by name.
+        masters: the saved ones, by name.
+    """
+    for name, parameter in parameters.items():
+        wide = weights.get(name)
+        if residency.has_master(parameter):
+            if name not in masters and wide is not None and wide.dtype == torch.float32:
+                residency.keep_master(parameter, wide)
+        elif name in masters and parameter.dtype == torch.float32:
+            master = masters[name]
+            parameter.data.copy_(master if wide is None else master_of(wide, master))
+
+
+def follow_weights(master: Tensor, weights: Tensor) -> None:
+    """Change a master in place wherever the weight is not the rounded master: something else has set it since.
+
+    So weights that are loaded, clamped or averaged while training count, and the others keep their lower bits.
+
+    Args:
+        master: fp32.
+        weights: 16-bit, of the same shape and on the same device.
+    """
+    if master.is_contiguous():
+        master, weights, together = master.view(-1), weights.reshape(-1), _TOGETHER
+    else:  # as where weights are channels_last
+        together = max(1, _TOGETHER // max(1, master[0].numel()))
+    parts = (torch.split(tensor, together) for tensor in (master, weights))
+    for values, rounded in zip(*parts, strict=True):
+        same = values.to(rounded.dtype) == rounded
+        torch.where(same, values, rounded.to(values.dtype), out=values)
+
+
+def master_of(weights: Tensor, master: Tensor) -> Tensor:
+    """The master of these weights in host memory: the given one, or a copy that follows them, see `follow_weights`."""
+    on_host = weights.to(master.device)
+    if torch.equal(master.to(on_host.dtype), on_host):
+        return master
+    following = master.contiguous().clone()
+    follow_weights(following, on_host)
+    return following
+
+
+def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) -> dict[str, Any]:
+    """The model's state dict with masters in place of the weights that have one; see :meth:`HiFT.master_state_dict`.
+
+    Args:
+        model: whose weights.
+        residencies: those that keep its masters.
+    """
+    weights = model.state_dict(keep_vars=True)
+    for residency in residencies:
+        residency.synchronize()
+        for name, value in weights.items():
+            master = residency.master(value) if isinstance(value, nn.Parameter) else None
+            weights[name] = value if master is None else master_of(local(value).detach(), master)
+    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in weights.items()}
