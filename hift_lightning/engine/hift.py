@@ -31,11 +31,9 @@ from hift_lightning.engine.checkpointing import ActivationCheckpointing
 from hift_lightning.engine.compatibility import (
     check_optimizer,
     is_same_plan,
-    names_in_optimizer,
     number_of_plan,
     record_of_plan,
     refuse_other_plan,
-    warn_of_unoptimized,
 )
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
@@ -54,6 +52,7 @@ from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.step import Step
+from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
 from hift_lightning.engine.update import PieceUpdate, parse_bytes
 
 
