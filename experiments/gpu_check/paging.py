@@ -14,10 +14,10 @@ from torch import Tensor
 from experiments.gpu_check.devices import Device
 from experiments.gpu_check.profiles import CONTESTANTS, PAGING, Profile
 from experiments.gpu_check.training import RAN, CycleTimes, Watch, outcome_of, train
+from hift_lightning.engine.pinned import can_pin
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.state_tensors import state_tensors
-from hift_lightning.engine.tiers import can_pin
 from hift_lightning.strategies import HiFTStrategy
 
 _REPEATS, _WARM_UP = 20, 3

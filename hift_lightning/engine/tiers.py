@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
+from hift_lightning.engine.pinned import PinnedMemory, can_pin
 from hift_lightning.engine.registry import Registry
 
 ALL_ROWS = slice(None)
@@ -141,10 +142,14 @@ class HostMemory(Tier):
 
     in_host_memory = True
 
+    def __init__(self) -> None:
+        self._pinned = PinnedMemory()
+
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`."""
-        pin = can_pin(device.type)
-        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
+        if can_pin(device.type):
+            return HostBuffer(self._pinned.empty(like, dtype))
+        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu"))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""
@@ -301,21 +306,3 @@ class _FileBuffer(Buffer):
                 done += count
         finally:
             os.close(descriptor)
-
-
-_pinning: dict[str, bool] = {}
-
-
-def can_pin(device_type: str) -> bool:
-    """Whether host memory can be pinned for this kind of device; asked of the device once, by trying."""
-    if device_type not in _pinning:
-        accelerator = torch.accelerator.current_accelerator()
-        _pinning[device_type] = accelerator is not None and accelerator.type == device_type and _try_to_pin()
-    return _pinning[device_type]
-
-
-def _try_to_pin() -> bool:
-    try:
-        return torch.empty(1, pin_memory=True).is_pinned()
-    except (RuntimeError, NotImplementedError):  # backends without pinned memory say so in either way
-        return False

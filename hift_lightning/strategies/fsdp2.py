@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
-from hift_lightning.engine.tiers import can_pin
+from hift_lightning.engine.pinned import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_other_engines
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints

@@ -18,6 +18,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/llvmMathExtras.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/extension.h>
 #include <torch/library.h>
@@ -27,9 +28,9 @@
 #include <chrono>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <thread>
-#include <unordered_map>
 
 namespace {
 
@@ -67,16 +68,19 @@ class CountedMemory {
     return true;
   }
 
-  bool owns(const void* block) {
+  bool owns(const void* data) {
     std::lock_guard<std::mutex> lock(mutex_);
-    return sizes_.count(const_cast<void*>(block)) > 0;
+    auto after = sizes_.upper_bound(const_cast<void*>(data));
+    if (after == sizes_.begin()) return false;
+    const auto& [block, bytes] = *std::prev(after);
+    return data < static_cast<const char*>(block) + bytes;
   }
 
   size_t current = 0, peak = 0, cap = kNoCap;
 
  private:
   std::mutex mutex_;
-  std::unordered_map<void*, size_t> sizes_;
+  std::map<void*, size_t> sizes_;
 };
 
 // Never destroyed: tensors may outlive this library's static objects.
@@ -108,9 +112,11 @@ void HostAllocator::release(void* block) {
   if (!device_memory.release(block)) host_allocator.original->raw_deallocate(block);
 }
 
+// As torch's own allocator of pinned memory does, for each power of two keeps a list.
 struct PinnedAllocator final : c10::Allocator {
+  static size_t rounded(size_t bytes) { return bytes == 0 ? 0 : c10::llvm::PowerOf2Ceil(bytes); }
   c10::DataPtr allocate(size_t bytes) override {
-    return pinned_memory.allocate(bytes, [](void* block) { pinned_memory.release(block); });
+    return pinned_memory.allocate(rounded(bytes), [](void* block) { pinned_memory.release(block); });
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };

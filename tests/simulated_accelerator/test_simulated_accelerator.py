@@ -256,7 +256,7 @@ def test_pinned_memory_is_pinned_and_not_the_devices():
     assert buffer[10:].is_pinned()
     assert torch.ones(3).pin_memory().is_pinned()
     assert not torch.ones(3).is_pinned()
-    assert sim.pinned_memory_allocated() == pinned + 400
+    assert sim.pinned_memory_allocated() == pinned + 512  # the next power of two, as CUDA's allocator takes
     assert sim.memory_allocated() == start
     del buffer
     assert sim.pinned_memory_allocated() == pinned
