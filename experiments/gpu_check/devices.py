@@ -26,7 +26,7 @@ class Bytes(NamedTuple):
     driver: int
     """In use on the whole card at this moment, as the driver tells; with the context, and with other processes."""
     pinned: int
-    """Of pinned host memory that its allocator holds at this moment; it rounds up to powers of two."""
+    """Of pinned host memory that its allocator holds at this moment; of small tensors it rounds up to powers of two."""
 
 
 class Device(ABC):

@@ -42,11 +42,11 @@ def check_masters(parameters: Iterable[nn.Parameter], master_weights: bool) -> N
 
 
 def make_masters(residency: Residency, parameters: Iterable[nn.Parameter]) -> None:
-    """Have masters of weights that may be rounded to 16 bits hereafter, or are already.
+    """Have masters of weights that have 16 bits, or will have them hereafter.
 
     Args:
         residency: where they are kept.
-        parameters: those of 16 bits get theirs at their first update, since they were never rounded.
+        parameters: those that have 16 bits already are their own masters until their first update.
     """
     for parameter in parameters:
         if parameter.dtype in _SIXTEEN_BIT:
@@ -59,9 +59,10 @@ def load_masters(residency: Residency, parameters: Mapping[str, nn.Parameter], s
     """Take the masters of a checkpoint.
 
     Args:
-        residency: where they are kept; copied, a tensor at a time.
+        residency: where they are kept.
         parameters: by name.
-        saved: by name. Of a weight without one (not updated yet, or there were no masters) the weight is all there is.
+        saved: by name; they are copied, a tensor at a time. Of a weight without one (not updated yet, or there were no
+            masters) the weight is all there is.
     """
     for name, parameter in parameters.items():
         if name in saved:

@@ -109,6 +109,7 @@ class Residency:
         optimizer wants them on the device (``capturable`` or ``fused``), as in
         :meth:`torch.optim.Optimizer.load_state_dict`.
         """
+        self.synchronize()
         known_before, self._leaves = self._leaves, {}
         self._parked.clear()
         self._last_parked.clear()
@@ -137,6 +138,7 @@ class Residency:
         Raises:
             ValueError: if the param groups do not match (raised by torch).
         """
+        self.synchronize()  # what is still being parked would arrive on top of what is loaded
         state_dict = self._in_own_form(state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
         known_before, self._leaves = self._leaves, {}
@@ -206,9 +208,9 @@ class Residency:
                         leaf, kept, parameter.device
                     )
                     buffer.write(leaf)
-                    self._copying_from.update({leaf.device} if leaf.device.type != "cpu" else ())
                 else:
                     buffer = self._tier.adopt(leaf, kept, parameter.device)
+                self._copying_from.update({leaf.device} if leaf.device.type != "cpu" else ())
                 known[i] = _ParkedLeaf(buffer, dtype)
                 leaves[i] = buffer.tensor
             else:
@@ -370,6 +372,7 @@ class Residency:
             parameter: the parameter, in whatever dtype it is computed with.
             weights: its values before rounding; they are kept in fp32.
         """
+        self.synchronize()
         self._mastered.add(parameter)
         if parameter not in self._masters:
             self._masters[parameter] = self._tier.allocate(weights, torch.float32, parameter.device)
@@ -418,7 +421,7 @@ class Residency:
         return parameter.device.type == "cpu" and self._tier.in_host_memory
 
     def synchronize(self) -> None:
-        """Wait until all that is parked has arrived, so that the host may read it."""
+        """Wait until all that is parked has arrived, so that the host may read it, or write in its place."""
         for device in self._copying_from:
             if (module := device_module(device)) is not None:
                 module.synchronize(device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
-from hift_lightning.engine.pinned import PinnedMemory, can_pin
+from hift_lightning.engine.pinned import can_pin
 from hift_lightning.engine.registry import Registry
 
 ALL_ROWS = slice(None)
@@ -142,14 +142,10 @@ class HostMemory(Tier):
 
     in_host_memory = True
 
-    def __init__(self) -> None:
-        self._pinned = PinnedMemory()
-
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`."""
-        if can_pin(device.type):
-            return HostBuffer(self._pinned.empty(like, dtype))
-        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu"))
+        pin = can_pin(device.type)
+        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""

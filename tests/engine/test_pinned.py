@@ -1,74 +1,52 @@
-"""Pinned memory in slabs: as much as is asked for and little more, each tensor apart from the others."""
+"""Pinned memory takes the bytes of what is parked in it, and the user's allocator settings stay."""
 
-import gc
-import io
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from hift_lightning.engine.pinned import SMALLEST_SLAB, PinnedMemory
+from hift_lightning.engine.pinned import can_pin
+from hift_lightning.engine.tiers import HostMemory
 from tests import simulated_accelerator as sim
 
 MIB = 2**20
+THRESHOLD = "pinned_max_round_threshold_mb"
 
 
-def like(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
-
-
-def test_many_tensors_take_little_more_than_their_bytes(sim_device):
-    # a layer of LLaMA-7B has four matrices of 4096 x 4096 and three of 11008 x 4096; here a sixteenth of the width
-    shapes = [(256, 256)] * 4 + [(688, 256)] * 3 + [(256,)] * 2
+def test_a_large_tensor_is_pinned_in_its_own_size(sim_device):
+    # as the feed-forward matrices of LLaMA-7B, 11008 x 4096, which torch alone would give half as much again
+    like = torch.empty(11008, 512, device="meta")
     before = sim.pinned_memory_allocated()
-    memory = PinnedMemory()
-    tensors = [memory.empty(like(*shape), torch.float32) for _ in range(3 * 32) for shape in shapes]
-    asked_for = sum(tensor.nbytes for tensor in tensors)
-    assert asked_for > 200 * MIB
-    assert asked_for <= sim.pinned_memory_allocated() - before <= 1.08 * asked_for
-    one_by_one = sum(1 << (tensor.nbytes - 1).bit_length() for tensor in tensors)
-    assert one_by_one > 1.3 * asked_for
+    buffer = HostMemory().allocate(like, torch.float32, torch.device("sim"))
+    assert buffer.tensor.is_pinned()
+    assert like.nbytes == 21.5 * MIB
+    assert sim.pinned_memory_allocated() - before == like.nbytes
 
 
-def test_tensors_are_pinned_and_do_not_overlap(sim_device):
-    memory = PinnedMemory()
-    shapes = [(3,), (5, 7), (2 * SMALLEST_SLAB,), (1,), (), (300, 301), (64,)]
-    tensors = [memory.empty(like(*shape), dtype) for shape in shapes for dtype in (torch.bfloat16, torch.float32)]
-    for value, tensor in enumerate(tensors):
-        assert tensor.is_pinned()
-        assert tensor.data_ptr() % 64 == 0
-        tensor.fill_(value)
-    for value, tensor in enumerate(tensors):
-        assert tensor.eq(value).all()
+def test_host_memory_is_pinned_whatever_the_default_device_is(sim_device):
+    with torch.device("sim"):
+        assert can_pin("sim")
+        buffer = HostMemory().allocate(torch.empty(3), torch.float32, torch.device("sim"))
+    assert buffer.tensor.device.type == "cpu"
+    assert buffer.tensor.is_pinned()
 
 
-def test_a_tensor_that_is_saved_is_saved_alone(sim_device):
-    tensor = PinnedMemory().empty(like(1000), torch.float32).zero_()
-    file = io.BytesIO()
-    torch.save(tensor, file)
-    assert len(file.getvalue()) < 6000
-
-
-def test_strides_are_those_of_what_will_be_parked(sim_device):
-    last = like(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    tensor = PinnedMemory().empty(last, torch.float32)
-    assert tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_a_tensor_without_numbers_takes_nothing(sim_device):
-    before = sim.pinned_memory_allocated()
-    assert PinnedMemory().empty(like(0, 3), torch.float32).shape == (0, 3)
-    assert sim.pinned_memory_allocated() == before
-
-
-@pytest.mark.parametrize("first", ["memory", "tensor"])
-def test_a_slab_is_freed_with_the_last_that_refers_to_it(sim_device, first):
-    before = sim.pinned_memory_allocated()
-    memory = PinnedMemory()
-    there = {"memory": memory, "tensor": memory.empty(like(10), torch.float32)}
-    del memory
-    del there[first]
-    gc.collect()
-    assert sim.pinned_memory_allocated() == before + SMALLEST_SLAB
-    del there
-    gc.collect()
-    assert sim.pinned_memory_allocated() == before
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", f"{THRESHOLD}:16"),
+        ("max_split_size_mb:200", f"max_split_size_mb:200,{THRESHOLD}:16"),
+        (f"{THRESHOLD}:1", f"{THRESHOLD}:1"),
+    ],
+)
+def test_what_the_user_has_set_of_the_allocator_stays(sim_device, before, after):
+    program = (
+        "import torch\n"
+        "from hift_lightning.engine.pinned import _pin_in_own_size\n"
+        "_pin_in_own_size()\n"
+        "print(torch._C._accelerator_getAllocatorSettings())\n"
+    )
+    environment = {"PATH": "/usr/bin:/bin", **({"PYTORCH_ALLOC_CONF": before} if before else {})}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == after

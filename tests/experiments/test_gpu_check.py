@@ -23,7 +23,6 @@ from experiments.gpu_check.record import Measured, Record, in_rounds, waiting_fo
 from experiments.gpu_check.speed import measure_speed
 from experiments.gpu_check.summary import WAITS, summary
 from experiments.gpu_check.training import Watch, outcome_of
-from hift_lightning.engine.pinned import SMALLEST_SLAB
 from tests import simulated_accelerator as sim
 from tests.pages import ROOT
 
@@ -99,7 +98,8 @@ def test_a_cell_that_fits_takes_what_is_planned(memory, name):
     row = memory[name]
     assert row["outcome"] == "ran"
     assert int(row["allocated"]) == pytest.approx(int(row["planned"]), rel=0.001)
-    assert int(row["parked"]) <= int(row["pinned"]) <= int(row["parked"]) + SMALLEST_SLAB
+    # as on a GPU, small tensors are rounded up to powers of two
+    assert int(row["parked"]) <= int(row["pinned"]) <= 2 * int(row["parked"])
 
 
 @pytest.mark.parametrize("name", [name for name in SIM.cells if not name.startswith(LLAMA)])

@@ -15,6 +15,7 @@
 #include <ATen/ops/resize_native.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/view_native.h>
+#include <c10/core/AllocatorConfig.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
@@ -112,9 +113,12 @@ void HostAllocator::release(void* block) {
   if (!device_memory.release(block)) host_allocator.original->raw_deallocate(block);
 }
 
-// As torch's own allocator of pinned memory does, for each power of two keeps a list.
+// Rounds as torch's own allocator of pinned memory does (ATen/core/CachingHostAllocator.h).
 struct PinnedAllocator final : c10::Allocator {
-  static size_t rounded(size_t bytes) { return bytes == 0 ? 0 : c10::llvm::PowerOf2Ceil(bytes); }
+  static size_t rounded(size_t bytes) {
+    const size_t threshold = c10::CachingAllocator::AcceleratorAllocatorConfig::pinned_max_round_threshold();
+    return bytes > 0 && bytes <= threshold ? c10::llvm::PowerOf2Ceil(bytes) : bytes;
+  }
   c10::DataPtr allocate(size_t bytes) override {
     return pinned_memory.allocate(rounded(bytes), [](void* block) { pinned_memory.release(block); });
   }
