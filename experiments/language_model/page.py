@@ -148,7 +148,10 @@ def _reasons(search: Rows, longer: Rows, variants: Rows) -> list[str]:
         "## Where HiFT loses, and why",
         f"Validation perplexity with seed {SEARCH_SEED} and the best rate that was tried: full AdamW {searched(FULL)}, "
         f"LoRA {searched(LORA)}. HiFT as in the paper {searched(HIFT)}, and without momentum {searched(STILL)}: the "
-        "momentum that a block begins its turn with is a mean of gradients at other weights. With 8 layers a block "
+        "momentum that a block begins its turn with is a mean of gradients at other weights. By order: `top2down` "
+        f"{searched(HIFT)}, `random` {tried('4 layers a block, random')}, `bottom2up` "
+        f"{tried('4 layers a block, bottom2up')}; with a rate that is not delayed "
+        f"{tried('4 layers a block, rate not delayed')}. With 8 layers a block "
         f"{tried(OF_8)}, and without momentum {tried(f'{OF_8}, no momentum')}. With one turn a block "
         f"{tried('4 layers a block, one turn')}, without momentum {searched(ONE_TURN)}, and with a rate that falls "
         f"anew in each turn {tried('4 layers a block, one turn, no momentum, rate anew in each turn')}. In these FLOPs "
