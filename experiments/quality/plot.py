@@ -11,6 +11,9 @@ from experiments.quality.comparison import Accuracies, less, mean
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.methods import CONTESTANTS, FULL
 
+LOWEST = -10.5
+"""Points below full fine-tuning that the axis ends with; what is below stands there as a number."""
+
 
 def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
     """Points over full fine-tuning, with standard errors: filled in its time, hollow in its steps.
@@ -32,6 +35,9 @@ def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
             for found, offset, marker in ((in_time, -0.12, {}), (in_steps, 0.12, {"markerfacecolor": "white"})):
                 if (data_set, method) in found and (found is in_time or method != FULL):
                     difference = less(found, method, FULL, [data_set])
+                    if difference.mean < LOWEST:
+                        axis.text(LOWEST, place + offset, f" ← {difference.signed()}", color=color, va="center")
+                        continue
                     axis.errorbar(
                         difference.mean,
                         place + offset,
@@ -46,7 +52,8 @@ def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
         axis.set_xlabel("test accuracy over full AdamW, points")
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(methods)), methods)
-    axes[0][0].invert_yaxis()
+    axes[0][0].set_ylim(len(methods) - 0.4, -0.6)
+    axes[0][0].set_xlim(left=LOWEST)
     figure.suptitle("Filled: in equal time. Hollow: in equal steps. Bars: standard error over seeds.", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

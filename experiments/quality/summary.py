@@ -148,19 +148,21 @@ def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
     common = complete_data_sets(in_time, [IN_MEMORY, LONG])
     if not common:
         return []
-    lines = [
-        [
-            method,
-            _mib(peaks[bytes_row(method)]),
-            str(CONTESTANTS[method].batch_size),
-            str(equal_time(method)),
-            *(str(mean(in_time[name, method])) for name in common),
-            str(over_data_sets(in_time, method, common)),
-            less(in_time, method, IN_MEMORY, common).signed() if method != IN_MEMORY else "",
-        ]
-        for method in within(peaks, ONE_TURN)
-        if all((name, method) in in_time for name in common)
-    ]
+    lines = []
+    for method in within(peaks, ONE_TURN):
+        own = [name for name in common if (name, method) in in_time]
+        if own:
+            lines.append(
+                [
+                    method,
+                    _mib(peaks[bytes_row(method)]),
+                    str(CONTESTANTS[method].batch_size),
+                    str(equal_time(method)),
+                    *(str(mean(in_time[name, method])) if name in own else "" for name in common),
+                    str(over_data_sets(in_time, method, common)) if own == common else "",
+                    less(in_time, method, IN_MEMORY, common).signed() if own == common and method != IN_MEMORY else "",
+                ]
+            )
     most = peaks[f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}"]
     return [
         "## In equal peak memory",
