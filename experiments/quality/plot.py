@@ -13,6 +13,8 @@ from experiments.quality.methods import CONTESTANTS, FULL
 
 LOWEST = -10.5
 """Points below full fine-tuning that the axis ends with; what is below stands there as a number."""
+COLUMNS = 3
+"""Data sets side by side."""
 
 
 def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
@@ -25,11 +27,19 @@ def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
     """
     data_sets = [name for name in DATA_SETS if (name, FULL) in in_time]
     methods = [name for name in CONTESTANTS if any((data_set, name) in in_time for data_set in data_sets)]
-    height = 1.2 + 0.42 * len(methods)
+    columns = min(COLUMNS, len(data_sets))
+    rows = -(-len(data_sets) // columns)
     figure, axes = pyplot.subplots(
-        1, len(data_sets), figsize=(4 * len(data_sets) + 2, height), sharex=True, sharey=True, squeeze=False
+        rows,
+        columns,
+        figsize=(4 * columns + 2, rows * (1.2 + 0.3 * len(methods))),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
     )
-    for axis, data_set in zip(axes[0], data_sets, strict=True):
+    for axis in axes.flat[len(data_sets) :]:
+        axis.set_visible(False)
+    for axis, data_set in zip(axes.flat, data_sets, strict=False):
         for place, method in enumerate(methods):
             color = "tab:blue" if method.startswith("HiFT") else "black" if method == FULL else "tab:gray"
             for found, offset, marker in ((in_time, -0.12, {}), (in_steps, 0.12, {"markerfacecolor": "white"})):
@@ -49,7 +59,9 @@ def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
                     )
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{data_set} ({FULL}: {mean(in_time[data_set, FULL])} %)", fontsize=10)
-        axis.set_xlabel("test accuracy over full AdamW, points")
+        if data_set in data_sets[-columns:]:
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("test accuracy over full AdamW, points")
         axis.grid(axis="x", alpha=0.3)
     axes[0][0].set_yticks(range(len(methods)), methods)
     axes[0][0].set_ylim(len(methods) - 0.4, -0.6)

@@ -145,7 +145,7 @@ def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
 
 
 def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
-    common = complete_data_sets(in_time, [IN_MEMORY, LONG])
+    common = complete_data_sets(in_time, [IN_MEMORY, ONE_TURN])
     if not common:
         return []
     lines = []
