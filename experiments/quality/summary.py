@@ -1,6 +1,6 @@
 """The page: every number comes from the CSV files beside it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from experiments.quality.comparison import (
     Accuracies,
@@ -128,41 +128,36 @@ def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
     methods = [name for name in CONTESTANTS if any((data_set, name) in found for data_set in DATA_SETS)]
     shown = [name for name in DATA_SETS if any((name, method) in found for method in methods)]
     common = complete_data_sets(found, [FULL])
-    lines = []
-    for method in methods:
-        own = [name for name in common if (name, method) in found]
-        complete = bool(own) and own == common
-        lines.append(
-            [
-                method,
-                str(steps_of(method)),
-                *(str(mean(found[name, method])) if (name, method) in found else "" for name in shown),
-                str(over_data_sets(found, method, common)) if complete else "",
-                less(found, method, FULL, common).signed() if complete and method != FULL else "",
-            ]
-        )
+    lines = [[method, str(steps_of(method)), *_cells(found, method, shown, common, FULL)] for method in methods]
     return markdown(["method", "steps", *shown, "mean", f"over {FULL}"], lines)
+
+
+def _cells(
+    found: Accuracies, method: str, shown: Collection[str], common: Collection[str], other: str
+) -> Iterator[str]:
+    """A method's accuracy on each data set that is shown, its mean over the common ones, and its lead over another."""
+    for name in shown:
+        yield str(mean(found[name, method])) if (name, method) in found else ""
+    complete = bool(common) and all((name, method) in found for name in common)
+    yield str(over_data_sets(found, method, common)) if complete else ""
+    yield less(found, method, other, common).signed() if complete and method != other else ""
 
 
 def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
     common = complete_data_sets(in_time, [IN_MEMORY, ONE_TURN])
     if not common:
         return []
-    lines = []
-    for method in within(peaks, ONE_TURN):
-        own = [name for name in common if (name, method) in in_time]
-        if own:
-            lines.append(
-                [
-                    method,
-                    _mib(peaks[bytes_row(method)]),
-                    str(CONTESTANTS[method].batch_size),
-                    str(equal_time(method)),
-                    *(str(mean(in_time[name, method])) if name in own else "" for name in common),
-                    str(over_data_sets(in_time, method, common)) if own == common else "",
-                    less(in_time, method, IN_MEMORY, common).signed() if own == common and method != IN_MEMORY else "",
-                ]
-            )
+    lines = [
+        [
+            method,
+            _mib(peaks[bytes_row(method)]),
+            str(CONTESTANTS[method].batch_size),
+            str(equal_time(method)),
+            *_cells(in_time, method, common, common, IN_MEMORY),
+        ]
+        for method in within(peaks, ONE_TURN)
+        if any((name, method) in in_time for name in common)
+    ]
     most = peaks[f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}"]
     return [
         "## In equal peak memory",

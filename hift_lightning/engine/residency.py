@@ -210,7 +210,8 @@ class Residency:
                     buffer.write(leaf)
                 else:
                     buffer = self._tier.adopt(leaf, kept, parameter.device)
-                self._copying_from.update({leaf.device} if leaf.device.type != "cpu" else ())
+                if leaf.device.type != "cpu":
+                    self._copying_from.add(leaf.device)
                 known[i] = _ParkedLeaf(buffer, dtype)
                 leaves[i] = buffer.tensor
             else:
