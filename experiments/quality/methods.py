@@ -303,6 +303,9 @@ HIFT = "HiFT"
 LONG = "HiFT, 20 steps a block, no momentum"
 ONE_TURN = "HiFT, one turn a block, no momentum, head always"
 IN_MEMORY = "LoRA in HiFT's memory"
+IN_LESS = "LoRA in the memory of one turn a block"
+MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN}
+"""LoRA with the largest batch whose peak of bytes is not above that of the other."""
 
 CONTESTANTS = {
     FULL: Contestant(full(), 0, STEPS),
@@ -311,12 +314,24 @@ CONTESTANTS = {
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
     ONE_TURN: Contestant(
-        hift(adamw_with(beta1=0.0), steps_per_block="once", lr_update="step", always_active=["head.*"]), 2, 340, 340
+        hift(
+            adamw_with(beta1=0.0),
+            steps_per_block="once",
+            lr_update="step",
+            always_active=["head.*"],
+            update="streamed",
+            window="16MB",
+        ),
+        2,
+        340,
+        340,
+        "streamed through a window of 16 MB, with the same updates as without",
     ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
     IN_MEMORY: Contestant(lora(rank=16), 3, 290, 1, "rate of LoRA, the largest batch within HiFT's peak", 14, "LoRA"),
+    IN_LESS: Contestant(lora(rank=16), 3, 400, 1, "rank 16, the largest batch within its peak", 10),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),
     "BitFit": Contestant(only(lambda name: name.endswith("bias")), 4, 300),

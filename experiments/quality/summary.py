@@ -16,7 +16,7 @@ from experiments.quality.comparison import (
     over_data_sets,
     within,
 )
-from experiments.quality.cost import bytes_row
+from experiments.quality.cost import bytes_row, one_more
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
 from experiments.quality.grid import SEEDS
 from experiments.quality.methods import (
@@ -24,8 +24,8 @@ from experiments.quality.methods import (
     CONTESTANTS,
     FULL,
     HIFT,
-    IN_MEMORY,
     LONG,
+    MOST_TEXTS,
     ONE_TURN,
     STEPS,
     WARMUP,
@@ -75,11 +75,11 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'time of full' is the median of the ratio in the same rounds. The one with one turn a block, and "
-        f"{IN_MEMORY}, were timed in other sessions, with full fine-tuning: compare their ratios, not their "
-        "milliseconds. FLOPs are those of rounds after the timed ones. "
-        "Peak bytes are counted on the simulated accelerator with batches of "
-        f"{BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them; {IN_MEMORY} has batches of "
-        f"{CONTESTANTS[IN_MEMORY].batch_size} in all columns.",
+        f"{' and '.join(MOST_TEXTS)}, were timed in other sessions, with full fine-tuning: compare their ratios, not "
+        "their milliseconds. FLOPs are those of rounds after the timed ones. Peak bytes are counted on the simulated "
+        f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them; "
+        + ", ".join(f"{name} has batches of {CONTESTANTS[name].batch_size}" for name in MOST_TEXTS)
+        + ", in all columns.",
         _costs(cost, peaks),
         "## Learning rates",
         _rates(final),
@@ -144,27 +144,32 @@ def _cells(
 
 
 def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
-    common = complete_data_sets(in_time, [IN_MEMORY, ONE_TURN])
+    tables = [part for lora, method in MOST_TEXTS.items() for part in _within(in_time, peaks, method, lora)]
+    return ["## In equal peak memory", *tables] if tables else []
+
+
+def _within(in_time: Accuracies, peaks: Rows, method: str, lora: str) -> list[str]:
+    """What trains within the peak of a method, beside LoRA with as many texts as fit there."""
+    common = complete_data_sets(in_time, [lora, method])
     if not common:
         return []
     lines = [
         [
-            method,
-            _mib(peaks[bytes_row(method)]),
-            str(CONTESTANTS[method].batch_size),
-            str(equal_time(method)),
-            *_cells(in_time, method, common, common, IN_MEMORY),
+            name,
+            _mib(peaks[bytes_row(name)]),
+            str(CONTESTANTS[name].batch_size),
+            str(equal_time(name)),
+            *_cells(in_time, name, common, common, lora),
         ]
-        for method in within(peaks, ONE_TURN)
-        if any((name, method) in in_time for name in common)
+        for name in within(peaks, method)
+        if any((data_set, name) in in_time for data_set in common)
     ]
-    most = peaks[f"LoRA, batch {CONTESTANTS[IN_MEMORY].batch_size + 1}"]
+    most = peaks[one_more(lora)]
     return [
-        "## In equal peak memory",
-        f"What trains within the {_mib(peaks[bytes_row(ONE_TURN)])} MiB of HiFT, in equal time. LoRA has the largest "
-        f"batch that fits: with {most['batch_size']} texts its peak is {_mib(most)} MiB. Full AdamW fits with none: "
-        "its weights, gradients and moments alone are more.",
-        markdown(["method", "peak MiB", "batch", "steps", *common, "mean", f"over {IN_MEMORY}"], lines),
+        f"What trains within the {_mib(peaks[bytes_row(method)])} MiB of '{method}', in equal time. LoRA has the "
+        f"largest batch that fits: with {most['batch_size']} texts its peak is {_mib(most)} MiB. Full AdamW fits with "
+        "none: its weights, gradients and moments alone are more.",
+        markdown(["method", "peak MiB", "batch", "steps", *common, "mean", f"over {lora}"], lines),
     ]
 
 
@@ -208,8 +213,11 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"without momentum: with a warm-up in each turn {best(WARM_UP)}, with Adam's bias correction by the steps of "
         f"the run instead of a weight's own updates {best(COUNTS)}, without weight decay {best(NO_DECAY)}. In equal "
         "steps HiFT updates each weight in a few of them only, and is behind.",
-        f"Against {IN_MEMORY}, with one turn a block: {against(IN_MEMORY, ONE_TURN)}; by data set "
-        f"{each_against(IN_MEMORY, ONE_TURN)}.",
+        *(
+            f"Against {lora}, with one turn a block: {against(lora, ONE_TURN)}; by data set "
+            f"{each_against(lora, ONE_TURN)}."
+            for lora in MOST_TEXTS
+        ),
     ]
 
 
