@@ -62,8 +62,11 @@ def test_only_missing_runs_are_measured_and_all_are_kept(tmp_path):
     assert after["second"] == before["second"]
     assert after["first"].task == TINY
     assert after["first"].parameters == sum(p.numel() for p in TINY.model().parameters())
-    record.complete(["first"], threads=1, again=True)
-    assert record.load()["first"].costs[BY_HAND].ms != after["first"].costs[BY_HAND].ms
+    longer = Record(record.path, {name: Run(TINY, (BY_HAND,), 2) for name in ("first", "second")})
+    longer.complete(["first"], threads=1, again=False)
+    assert longer.load() == after
+    longer.complete(["first"], threads=1, again=True)
+    assert [len(longer.load()[name].costs[BY_HAND].ms) for name in ("first", "second")] == [2, 1]
 
 
 def invented(name):
