@@ -325,7 +325,7 @@ CONTESTANTS = {
         2,
         340,
         340,
-        "streamed through a window of 16 MB, with the same updates as without",
+        "streamed through 16 MB; its final runs are from before, with the same updates",
     ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
