@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Lock
 
 from tests.processes import forking
 
@@ -33,6 +34,9 @@ TINY = [
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 TIMEOUT = 300.0
 
+# A start asks all processes for their exit codes, and two threads that read the same one take it from each other.
+ONE_READS_EXIT_CODES = Lock()
+
 
 def command(*overrides: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *overrides]
@@ -50,14 +54,16 @@ def run_script(
     pipes = [context.Pipe(duplex=False) for _ in ("stdout", "stderr")]
     sending = [end for _, end in pipes]
     process = context.Process(target=_as_main, args=(folder, ROOT / script, overrides, dict(environment), sending))
-    process.start()
+    with ONE_READS_EXIT_CODES:
+        process.start()
     for end in sending:
         end.close()
     with ThreadPoolExecutor(len(pipes)) as threads:
         told = [threads.submit(_read, receiving) for receiving, _ in pipes]
-        process.join(TIMEOUT)
-        if timed_out := process.exitcode is None:
-            process.kill()
+        timed_out = not wait([process.sentinel], TIMEOUT)
+        with ONE_READS_EXIT_CODES:
+            if timed_out:
+                process.kill()
             process.join()
     out, err = (future.result() for future in told)
     if timed_out:
