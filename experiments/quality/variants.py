@@ -24,9 +24,16 @@ COUNTS = "beta1 0, 20 steps a block, bias correction by the steps of the run"
 NO_DECAY = "beta1 0, 20 steps a block, no weight decay"
 
 
+def done_in_turn(engine: HiFT) -> tuple[int, int]:
+    """Updates of the present turn that have been made, and its length, where all turns are equally long."""
+    length = engine.rotation.steps_per_block
+    assert isinstance(length, int)
+    return engine.updates % length, length
+
+
 def anew(engine: HiFT, optimizer: Optimizer) -> None:
     """The first moment begins anew at each turn."""
-    if engine.updates % engine.rotation.steps_per_block == 0:
+    if done_in_turn(engine)[0] == 0:
         for state in optimizer.state.values():
             state["exp_avg"].zero_()
 
@@ -35,7 +42,7 @@ def warm_up_of_turn(steps: int) -> BeforeUpdate:
     """The rate rises from 0 within so many steps at the beginning of each turn."""
 
     def slower(engine: HiFT, optimizer: Optimizer) -> None:
-        done = engine.updates % engine.rotation.steps_per_block
+        done, _ = done_in_turn(engine)
         for group in optimizer.param_groups:  # the schedule sets the rate again after each step
             group["lr"] *= min(1.0, (done + 1) / steps)
 
