@@ -17,7 +17,6 @@ from experiments.language_model.methods import CONTESTANTS, HIFT, ONE_TURN, Cont
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import Method, adamw_with, rate_of
 from experiments.quality.methods import hift as hift_of
-from experiments.quality.variants import done_in_turn
 from experiments.table import Table
 from hift_lightning import HiFT
 
@@ -27,9 +26,9 @@ still = adamw_with(beta1=0.0)
 
 def rate_of_turn(engine: HiFT, optimizer: Optimizer) -> None:
     """In each turn the rate falls from the highest, linearly, to 0 at its end."""
-    done, length = done_in_turn(engine)
+    turn = engine.rotation.steps_per_block
     for group in optimizer.param_groups:  # the schedule sets the rate again after each step
-        group["lr"] = group["initial_lr"] * (1 - done / length)
+        group["lr"] = group["initial_lr"] * (1 - engine.updates % turn / turn)
 
 
 OF_8 = "8 layers a block"

@@ -24,16 +24,9 @@ COUNTS = "beta1 0, 20 steps a block, bias correction by the steps of the run"
 NO_DECAY = "beta1 0, 20 steps a block, no weight decay"
 
 
-def done_in_turn(engine: HiFT) -> tuple[int, int]:
-    """Updates of the present turn that have been made, and its length, where all turns are equally long."""
-    length = engine.rotation.steps_per_block
-    assert isinstance(length, int)
-    return engine.updates % length, length
-
-
 def anew(engine: HiFT, optimizer: Optimizer) -> None:
     """The first moment begins anew at each turn."""
-    if done_in_turn(engine)[0] == 0:
+    if engine.updates % engine.rotation.steps_per_block == 0:
         for state in optimizer.state.values():
             state["exp_avg"].zero_()
 
@@ -42,7 +35,7 @@ def warm_up_of_turn(steps: int) -> BeforeUpdate:
     """The rate rises from 0 within so many steps at the beginning of each turn."""
 
     def slower(engine: HiFT, optimizer: Optimizer) -> None:
-        done, _ = done_in_turn(engine)
+        done = engine.updates % engine.rotation.steps_per_block
         for group in optimizer.param_groups:  # the schedule sets the rate again after each step
             group["lr"] *= min(1.0, (done + 1) / steps)
 

@@ -44,7 +44,7 @@ def record_of_plan(plan: Plan, rotation: Rotation) -> dict[str, Any]:
         "order": rotation.order,
         "turns": list(rotation.turns),
         "rotation": rotation.fingerprint,
-        "steps_per_block": list(steps) if isinstance(steps := rotation.steps_per_block, tuple) else steps,
+        "steps_per_block": rotation.steps_per_block,
         "plan": plan.fingerprint(),
         "blocks": [{"name": block.name, "parameters": list(block.parameters)} for block in plan.blocks],
     }
@@ -166,11 +166,9 @@ def _in_words(record: dict[str, Any]) -> str:
     blocks = record.get("blocks")
     first = [f"`{blocks[turn]['name']}`" if blocks else str(turn) for turn in turns[:3]]
     shown = ", ".join(first) + (", …" if len(turns) > 3 else "")
-    steps = record.get("steps_per_block")
-    length = f"turns of {steps[0]} to {steps[-1]} steps" if isinstance(steps, list) else f"steps_per_block={steps}"
     return (
         f"{len(turns)} blocks of group_size={record.get('group_size')} with "
-        f"{length} and the turns {shown} (order={record.get('order')})"
+        f"steps_per_block={record.get('steps_per_block')} and the turns {shown} (order={record.get('order')})"
     )
 
 

@@ -84,7 +84,7 @@ class HiFT:
             that makes one from a list of parameters. Parameters that require a gradient but are in no param
             group are frozen while training.
         settings: see :class:`HiFTSettings`.
-        total_steps: optimizer steps of the run; only ``steps_per_block="once"`` and ``"tapered"`` have to know it.
+        total_steps: optimizer steps of the run; only ``steps_per_block="once"`` has to know it.
         others: further optimizers on the same model, whose parameters are left alone.
         ranks: the processes that train this model together, each on its own batches; every one builds its engine.
             Gradients are averaged over them in the backward pass, so call :meth:`after_backward` after it.

@@ -3,10 +3,8 @@
 Because the rotation keeps no state, resuming a run is setting a number.
 """
 
-import bisect
 import functools
 import hashlib
-import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -23,14 +21,8 @@ cycles count from 0. A seed is always given to orders that are not built in."""
 ORDERS: Registry[Order] = Registry("register_order")
 """The orders by name. Those built in are fixed once before training (HiFT, arXiv 2401.15207)."""
 
-ONCE, TAPERED = "once", "tapered"
-"""``steps_per_block`` with which each block has one turn in the whole run: of equal lengths, or of falling ones."""
-
-ONE_TURN = (ONCE, TAPERED)
-"""The values of ``steps_per_block`` that want to know the steps of the run."""
-
-_FIRST_TO_LAST = 4
-"""How many times as long as the last turn the first one is under ``tapered``; the lengths fall linearly."""
+ONCE = "once"
+"""``steps_per_block`` with which each block has one turn in the whole run."""
 
 _COMPARED_CYCLES = 16
 """In a checkpoint an order is known by its turns in so many cycles."""
@@ -86,7 +78,7 @@ def check_order(order: str) -> None:
 
 
 def check_steps_per_block(steps_per_block: Any) -> None:
-    """Raise unless the value is an integer of at least 1, ``once`` or ``tapered``.
+    """Raise unless the value is an integer of at least 1, or ``once``.
 
     Args:
         steps_per_block: optimizer steps before the next block has its turn.
@@ -94,27 +86,26 @@ def check_steps_per_block(steps_per_block: Any) -> None:
     Raises:
         ConfigurationError: if it is not.
     """
-    if steps_per_block in ONE_TURN:
+    if steps_per_block == ONCE:
         return
     if not isinstance(steps_per_block, int) or isinstance(steps_per_block, bool) or steps_per_block < 1:
         raise ConfigurationError(
             f"`steps_per_block={steps_per_block!r}` must be an integer of at least 1, the optimizer steps that a block "
-            f"makes before the next one has its turn, or `{ONCE}` or `{TAPERED}`."
+            f"makes before the next one has its turn, or `{ONCE}`."
         )
 
 
-def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | None) -> int | tuple[int, ...]:
-    """Optimizer steps of a turn; where they differ, those of each turn in a cycle.
+def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | None) -> int:
+    """Optimizer steps of a turn.
 
     Args:
-        steps_per_block: a number, which is returned; ``once`` or ``tapered``.
+        steps_per_block: a number, which is returned, or ``once``.
         blocks: number of blocks.
-        total_steps: optimizer steps of the run. Under ``once`` as many turns of equal length are made of them as there
-            are blocks, and what is left over begins a second cycle. Under ``tapered`` nothing is left over: each turn
-            has a step, and the others are dealt out in shares that fall linearly to a quarter of the first.
+        total_steps: optimizer steps of the run, looked at under ``once``: as many turns of equal length are made of
+            them as there are blocks, and what is left over begins a second cycle.
 
     Raises:
-        ConfigurationError: under ``once`` and ``tapered``, if the number of steps is not known.
+        ConfigurationError: under ``once``, if the number of steps is not known.
     """
     if isinstance(steps_per_block, int):
         return steps_per_block
@@ -124,12 +115,7 @@ def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | N
             f"number is not known here (`total_steps={total_steps}`): give it (`HiFT(..., total_steps=1000)`), or a "
             "number of steps a block."
         )
-    if steps_per_block == ONCE:
-        return max(1, total_steps // blocks)
-    shares = [_FIRST_TO_LAST * (blocks - 1 - place) + place for place in range(blocks)] if blocks > 1 else [1]
-    whole, others = sum(shares), max(0, total_steps - blocks)
-    ends = [others * until // whole for until in itertools.accumulate(shares)]
-    return tuple(1 + end - begin for begin, end in itertools.pairwise([0, *ends]))
+    return max(1, total_steps // blocks)
 
 
 @dataclass(frozen=True)
@@ -140,8 +126,7 @@ class Rotation:
         blocks: number of blocks (the paper's k), at least 1.
         order: a key of :data:`ORDERS`; blocks are cut from the bottom whatever the order, which only
             permutes their turns.
-        steps_per_block: updates that a block makes before the next one has its turn; or those of each turn in a
-            cycle, as many numbers as there are blocks.
+        steps_per_block: updates that a block makes before the next one has its turn.
         seed: decides the ``random`` order; the others that are built in ignore it.
 
     Raises:
@@ -151,7 +136,7 @@ class Rotation:
 
     blocks: int
     order: str = "top2down"
-    steps_per_block: int | tuple[int, ...] = 1
+    steps_per_block: int = 1
     seed: int | None = 0
     turns: tuple[int, ...] = field(init=False)
     """Block indices in the order of their turns in the first cycle."""
@@ -160,8 +145,7 @@ class Rotation:
 
     def __post_init__(self) -> None:
         check_order(self.order)
-        for steps in self._lengths:
-            check_steps_per_block(steps)
+        check_steps_per_block(self.steps_per_block)
         first, again = ([self._ask(cycle) for cycle in range(_COMPARED_CYCLES)] for _ in range(2))
         if first != again:
             raise ConfigurationError(
@@ -181,20 +165,10 @@ class Rotation:
             )
         return turns
 
-    @functools.cached_property
-    def _lengths(self) -> tuple[int, ...]:
-        steps = self.steps_per_block
-        return steps if isinstance(steps, tuple) else (steps,) * self.blocks
-
-    @functools.cached_property
-    def _ends(self) -> tuple[int, ...]:
-        """Updates of a cycle until the end of each turn."""
-        return tuple(itertools.accumulate(self._lengths))
-
     @property
     def cycle_length(self) -> int:
         """Updates in one cycle, after which every block has had its turn once."""
-        return self._ends[-1]
+        return self.blocks * self.steps_per_block
 
     def turns_in(self, cycle: int) -> tuple[int, ...]:
         """Block indices in the order of their turns in a cycle, the first of which is 0."""
@@ -202,8 +176,7 @@ class Rotation:
 
     def block_at(self, updates: int) -> int:
         """Index of the block that is active after ``updates`` updates have been performed."""
-        cycle, rest = divmod(updates, self.cycle_length)
-        return self.turns_in(cycle)[bisect.bisect_right(self._ends, rest)]
+        return self.turns_in(self.cycle_at(updates))[updates % self.cycle_length // self.steps_per_block]
 
     def cycle_at(self, updates: int) -> int:
         """Number of whole cycles contained in ``updates`` updates."""
@@ -212,13 +185,8 @@ class Rotation:
     def visits(self, block: int, updates: int) -> int:
         """Number of the first ``updates`` updates that went to ``block`` (an index)."""
         cycles, rest = divmod(updates, self.cycle_length)
-        if isinstance(self.steps_per_block, int):
-            before = cycles * self.steps_per_block
-        else:
-            before = sum(self._lengths[self.turns_in(cycle).index(block)] for cycle in range(cycles))
-        place = self.turns_in(cycles).index(block)
-        length = self._lengths[place]
-        return before + min(max(rest - self._ends[place] + length, 0), length)
+        own = rest - self.turns_in(cycles).index(block) * self.steps_per_block
+        return cycles * self.steps_per_block + min(max(own, 0), self.steps_per_block)
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.nonfinite import check_nonfinite
 from hift_lightning.engine.residency import check_parked_dtype
-from hift_lightning.engine.rotation import ONE_TURN, check_order, check_steps_per_block
+from hift_lightning.engine.rotation import ONCE, check_order, check_steps_per_block
 from hift_lightning.engine.tiers import check_offload
 from hift_lightning.engine.update import check_update, parse_bytes
 
@@ -32,8 +32,7 @@ class HiFTSettings:
     """When the learning rate changes. ``cycle``: at the end of a cycle, by as many scheduler steps as the cycle
     had optimizer steps; ``cycle_once``: at the end of a cycle, by one; ``step``: at every optimizer step."""
     steps_per_block: int | str = 1
-    """Optimizer steps before the next block has its turn; ``once``: so many that each block has one turn in the run;
-    ``tapered``: one turn too, the first four times as long as the last."""
+    """Optimizer steps before the next block has its turn; ``once``: so many that each block has one turn in the run."""
     offload: str | Path = "cpu"
     """Where optimizer state is parked: ``cpu`` (host memory), the path of a folder (files), ``none`` (it stays on the
     device), or a registered tier."""
@@ -83,10 +82,10 @@ class HiFTSettings:
         check_order(self.order)
         check_lr_update(self.lr_update)
         check_steps_per_block(self.steps_per_block)
-        if self.steps_per_block in ONE_TURN and self.lr_update != "step":
+        if self.steps_per_block == ONCE and self.lr_update != "step":
             raise ConfigurationError(
-                f"`steps_per_block={self.steps_per_block!r}` makes the run one cycle, and "
-                f"`lr_update={self.lr_update!r}` would hold the learning rate all through it; give `lr_update='step'`."
+                f"`steps_per_block={ONCE!r}` makes the run one cycle, and `lr_update={self.lr_update!r}` would hold "
+                "the learning rate all through it; give `lr_update='step'`."
             )
         check_offload(self.offload)
         check_parked_dtype(self.parked_dtype)

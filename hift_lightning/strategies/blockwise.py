@@ -22,7 +22,7 @@ from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
-from hift_lightning.engine.rotation import ONE_TURN
+from hift_lightning.engine.rotation import ONCE
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
@@ -61,9 +61,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         steps_per_block: optimizer steps before the next block has its turn; ``"once"`` divides the steps of the run
             among the blocks, so that each has one turn (wants ``lr_update="step"`` and automatic optimization). Steps
             that are left over, fewer than there are blocks, begin a second cycle; a run that is stopped early leaves
-            the blocks untrained whose turn had not come. ``"tapered"`` is the same with turns whose lengths fall
-            linearly, the first being four times as long as the last: when the rate falls through the run, the last
-            turns move their blocks little.
+            the blocks untrained whose turn had not come.
         offload: where optimizer state is parked: ``"cpu"``, the path of a folder (files), ``"none"`` (it stays on the
             device), or a registered tier (:func:`~hift_lightning.engine.tiers.register_tier`).
         update: ``"block"`` pages all state of the block in and makes one optimizer step; ``"streamed"`` takes it piece
@@ -275,28 +273,27 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
     def _total_steps(self, trainer: Trainer) -> int | None:
         """Optimizer steps of the run, where the length of a turn depends on them."""
-        value = self.settings.steps_per_block
-        if value not in ONE_TURN:
+        if self.settings.steps_per_block != ONCE:
             return None
         module = self.lightning_module
         assert module is not None
         if not module.automatic_optimization:
             raise ConfigurationError(
-                f"`steps_per_block={value!r}` divides the optimizer steps of the run among the blocks, and of "
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and of "
                 f"`{type(module).__name__}`, which optimizes by hand, their number is not known; give a number of "
                 "steps a block."
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise ConfigurationError(
-                f"`steps_per_block={value!r}` divides the optimizer steps of the run among the blocks, and with "
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and with "
                 "`GradientAccumulationScheduler` their number is not known at its start; leave the callback out, or "
                 "give a number of steps a block."
             )
         steps = trainer.estimated_stepping_batches
         if steps == float("inf") or steps < 1:  # Lightning gives -1 where a data loader has no length
             raise ConfigurationError(
-                f"`steps_per_block={value!r}` divides the optimizer steps of the run among the blocks, and this run "
-                "has no end that is known; give the Trainer `max_steps`, or a number of steps a block."
+                f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and this run has "
+                "no end that is known; give the Trainer `max_steps`, or a number of steps a block."
             )
         return int(steps)
 
@@ -443,7 +440,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 f"HiFT: {to_come:.0f} optimizer steps are {'left' if done else 'planned'} and one cycle takes "
                 f"{rotation.cycle_length}, so {_unvisited(engine, engine.updates + int(to_come))} of the "
                 f"{len(plan.blocks)} blocks will not be trained; train for longer, or use a larger `group_size`"
-                + (" or a smaller `steps_per_block`." if rotation.cycle_length > len(plan.blocks) else ".")
+                + (" or a smaller `steps_per_block`." if rotation.steps_per_block > 1 else ".")
             )
 
 

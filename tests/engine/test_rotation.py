@@ -1,6 +1,5 @@
 """The rotation is a function of the number of updates, and each block has its turn once a cycle."""
 
-import itertools
 import random
 
 import pytest
@@ -11,38 +10,20 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.rotation import ORDERS, Rotation, length_of_turn, register_order
 from hift_lightning.engine.settings import HiFTSettings
 
-equal = st.builds(
+rotations = st.builds(
     Rotation,
     blocks=st.integers(1, 40),
     order=st.sampled_from(sorted(ORDERS)),
     steps_per_block=st.integers(1, 5),
     seed=st.integers(0, 2**32),
 )
-unequal = st.integers(1, 40).flatmap(
-    lambda blocks: st.builds(
-        Rotation,
-        blocks=st.just(blocks),
-        order=st.sampled_from(sorted(ORDERS)),
-        steps_per_block=st.lists(st.integers(1, 5), min_size=blocks, max_size=blocks).map(tuple),
-        seed=st.integers(0, 2**32),
-    )
-)
-rotations = st.one_of(equal, unequal)
 
 
-@given(equal, st.integers(0, 10))
+@given(rotations, st.integers(0, 10))
 def test_every_block_is_visited_equally_in_every_cycle(rotation, cycle):
     start = cycle * rotation.cycle_length
     turns = [rotation.block_at(start + i) for i in range(rotation.cycle_length)]
     assert sorted(turns) == sorted(list(range(rotation.blocks)) * rotation.steps_per_block)
-
-
-@given(unequal, st.integers(0, 10))
-def test_turns_may_differ_in_length(rotation, cycle):
-    start = cycle * rotation.cycle_length
-    turns = [rotation.block_at(start + i) for i in range(rotation.cycle_length)]
-    lengths = zip(rotation.turns, rotation.steps_per_block, strict=True)
-    assert turns == [block for block, length in lengths for _ in range(length)]
 
 
 @given(rotations, st.integers(0, 1000))
@@ -53,7 +34,7 @@ def test_visits_count_the_turns_that_were_had(rotation, updates):
     ]
 
 
-@given(equal, st.integers(0, 1000))
+@given(rotations, st.integers(0, 1000))
 def test_a_block_makes_its_steps_in_a_row(rotation, updates):
     first = updates // rotation.steps_per_block * rotation.steps_per_block
     assert rotation.block_at(updates) == rotation.block_at(first)
@@ -78,7 +59,6 @@ def test_orders_permute_the_turns_only():
         ({"order": "sideways"}, "`order='sideways'`.*bottom2up, random, top2down"),
         ({"steps_per_block": 0}, "`steps_per_block=0`"),
         ({"steps_per_block": True}, "`steps_per_block=True`"),
-        ({"steps_per_block": (2, 0, 1)}, "`steps_per_block=0`"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
@@ -94,32 +74,16 @@ def test_once_gives_every_block_one_turn_of_the_run(blocks, total_steps):
     assert length_of_turn(3, blocks, None) == 3
 
 
-@given(st.integers(1, 40), st.integers(1, 2000))
-def test_tapered_gives_every_block_one_turn_of_the_run_and_the_first_ones_the_longest(blocks, total_steps):
-    lengths = length_of_turn("tapered", blocks, total_steps)
-    assert len(lengths) == blocks
-    assert sum(lengths) == max(total_steps, blocks)
-    assert all(1 <= later <= earlier + 1 for earlier, later in itertools.pairwise(lengths))
-
-
-def test_the_first_turn_is_four_times_as_long_as_the_last():
-    assert length_of_turn("tapered", 4, 1000) == (399, 300, 200, 101)
-    assert length_of_turn("tapered", 7, 350) == (79, 70, 59, 50, 41, 30, 21)
-    assert length_of_turn("tapered", 1, 50) == (50,)
-    assert length_of_turn("tapered", 3, 2) == (1, 1, 1)
-
-
-@pytest.mark.parametrize("value", ["once", "tapered"])
-def test_once_wants_the_steps_of_the_run_and_a_rate_that_is_not_held(value):
+def test_once_wants_the_steps_of_the_run_and_a_rate_that_is_not_held():
     with pytest.raises(
-        ConfigurationError, match=rf"^`steps_per_block='{value}'` divides .*`HiFT\(..., total_steps=1000\)`"
+        ConfigurationError, match=r"^`steps_per_block='once'` divides .*`HiFT\(..., total_steps=1000\)`"
     ):
-        length_of_turn(value, 3, None)
+        length_of_turn("once", 3, None)
     with pytest.raises(
-        ConfigurationError, match=f"^`steps_per_block='{value}'` .*`lr_update='cycle'`.*give `lr_update='st"
+        ConfigurationError, match="^`steps_per_block='once'` .*`lr_update='cycle'`.*give `lr_update='st"
     ):
-        HiFTSettings(steps_per_block=value)
-    with pytest.raises(ConfigurationError, match="^`steps_per_block='twice'` must be .* or `once` or `tapered`"):
+        HiFTSettings(steps_per_block="once")
+    with pytest.raises(ConfigurationError, match="^`steps_per_block='twice'` must be .* or `once`"):
         HiFTSettings(steps_per_block="twice", lr_update="step")
 
 

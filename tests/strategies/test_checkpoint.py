@@ -146,14 +146,15 @@ def test_a_rebuilt_plan_takes_everything_but_the_place_in_the_rotation(changed, 
     ]
 
 
-@pytest.mark.parametrize(("turn", "cycle", "missed"), [(2, 8, 1), ("once", 8, 1), ("tapered", 10, 2), (1, 4, 0)])
-def test_blocks_that_the_steps_left_do_not_reach_are_told_of(turn, cycle, missed, tmp_path, recwarn):
+@pytest.mark.parametrize(("turn", "missed"), [(2, 1), ("once", 1), (1, 0)])
+def test_blocks_that_the_steps_left_do_not_reach_are_told_of(turn, missed, tmp_path, recwarn):
     _, stopped = fit()
     stopped.save_checkpoint(tmp_path / "stopped.ckpt")
     recwarn.clear()
     strategy = HiFTStrategy(resume_plan="rebuild", order="bottom2up", steps_per_block=turn, lr_update="step")
     fit(strategy, epochs=2, ckpt_path=tmp_path / "stopped.ckpt")
     told = [str(each.message) for each in recwarn if "will not be trained" in str(each.message)]
+    cycle = 2 * LAYERS
     assert told == [
         f"HiFT: {STEPS} optimizer steps are left and one cycle takes {cycle}, so {missed} of the {LAYERS} blocks will "
         "not be trained; train for longer, or use a larger `group_size` or a smaller `steps_per_block`."

@@ -158,7 +158,6 @@ def test_with_every_optimizer(optimizer: str, tmp_path: Path) -> None:
         {"group_size": 3, "steps_per_block": 2},
         {"steps_per_block": 3},
         {"steps_per_block": "once", "lr_update": "step"},
-        {"steps_per_block": "tapered", "lr_update": "step"},
         {"lr_update": "cycle_once"},
         {"lr_update": "step"},
         {"offload": "none"},
