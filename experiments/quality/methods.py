@@ -302,6 +302,7 @@ FULL = "full AdamW"
 HIFT = "HiFT"
 LONG = "HiFT, 20 steps a block, no momentum"
 ONE_TURN = "HiFT, one turn a block, no momentum, head always"
+TOP = "HiFT, one turn a block, head and top FFN always"
 IN_MEMORY = "LoRA in HiFT's memory"
 IN_LESS = "LoRA in the memory of one turn a block"
 MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN}
@@ -326,6 +327,20 @@ CONTESTANTS = {
         340,
         340,
         "streamed through 16 MB; its final runs are from before, with the same updates",
+    ),
+    TOP: Contestant(
+        hift(
+            adamw_with(beta1=0.0),
+            steps_per_block="once",
+            lr_update="step",
+            always_active=["head.*", "body.encoder.layer.5.intermediate.*", "body.encoder.layer.5.output.*"],
+            update="streamed",
+            window="16MB",
+        ),
+        2,
+        320,
+        320,
+        "no momentum; FFN: the feed-forward part of the top layer; streamed through 16 MB",
     ),
     "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),

@@ -28,6 +28,7 @@ from experiments.quality.methods import (
     MOST_TEXTS,
     ONE_TURN,
     STEPS,
+    TOP,
     WARMUP,
     rate_of,
 )
@@ -74,7 +75,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         *_reasons(in_time, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
-        "one thread; 'time of full' is the median of the ratio in the same rounds. The one with one turn a block, and "
+        "one thread; 'time of full' is the median of the ratio in the same rounds. Those with one turn a block, and "
         f"{' and '.join(MOST_TEXTS)}, were timed in other sessions, with full fine-tuning: compare their ratios, not "
         "their milliseconds. FLOPs are those of rounds after the timed ones. Peak bytes are counted on the simulated "
         f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them; "
@@ -202,7 +203,8 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         f"{against(FULL, HIFT)}; {orders()}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With "
         'one turn for each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head '
         f'trained in every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}; by data set '
-        f"{each_against(FULL, ONE_TURN)}.",
+        f"{each_against(FULL, ONE_TURN)}. With the feed-forward part of the top layer trained in every step too: "
+        f"{against(FULL, TOP)}; by data set {each_against(FULL, TOP)}.",
         "Validation accuracy on film reviews, of one seed and with the best rate that was tried, from the settings at "
         f"the end of this page: as in the paper {best('as in the paper')}, and with a rate that is not delayed "
         f"{best('rate not delayed')}. Without momentum {best('beta1 0')}, with 20 "
@@ -215,7 +217,8 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
         "steps HiFT updates each weight in a few of them only, and is behind.",
         *(
             f"Against {lora}, with one turn a block: {against(lora, ONE_TURN)}; by data set "
-            f"{each_against(lora, ONE_TURN)}."
+            f"{each_against(lora, ONE_TURN)}. With the top feed-forward part in every step too: {against(lora, TOP)}; "
+            f"by data set {each_against(lora, TOP)}."
             for lora in MOST_TEXTS
         ),
     ]

@@ -17,7 +17,16 @@ from experiments.quality.comparison import (
 from experiments.quality.cost import BYTES, bytes_row, one_more, times
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
-from experiments.quality.methods import CONTESTANTS, MOST_TEXTS, ONE_TURN, STEPS, adamw_with, hift, rate_of
+from experiments.quality.methods import (
+    CONTESTANTS,
+    MOST_TEXTS,
+    ONE_TURN,
+    STEPS,
+    TOP,
+    adamw_with,
+    hift,
+    rate_of,
+)
 from experiments.quality.summary import summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
@@ -106,7 +115,8 @@ TRAINS = {
     "HiFT": ("head",),
     "HiFT bottom2up": ("embeddings",),
     "HiFT, 20 steps a block, no momentum": ("head",),
-    "HiFT, one turn a block, no momentum, head always": ("encoder", "head"),
+    ONE_TURN: ("encoder", "head"),
+    TOP: ("encoder", "head"),
     "LoRA": ("encoder", "head"),
     "BitFit": ("embeddings", "encoder", "head"),
     "head only": ("head",),
@@ -144,6 +154,19 @@ def test_one_turn_streamed_makes_the_updates_of_whole_blocks(film_reviews):
         assert not any(torch.equal(parameter, begun[name]) for name, parameter in network.named_parameters())
         trained.append({name: parameter.detach() for name, parameter in network.named_parameters()})
     assert all(torch.equal(parameter, trained[1][name]) for name, parameter in trained[0].items())
+
+
+def test_the_top_feed_forward_part_is_trained_in_the_turns_of_all_blocks(film_reviews):
+    batch = film_reviews.collate(film_reviews.train_dataloader().dataset[:2])
+    network = network_for(film_reviews)
+    training = CONTESTANTS[TOP].method(network, rate_of(2), 7, 0)
+    top = "body.encoder.layer.5"
+    always = ("head.", f"{top}.intermediate.", f"{top}.output.")
+    for block in (f"{top}.attention.", *(f"body.encoder.layer.{n}." for n in range(4, -1, -1)), "body.embeddings."):
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        training.step(batch)
+        for name, parameter in network.named_parameters():
+            assert torch.equal(parameter, before[name]) != name.startswith((block, *always)), name
 
 
 @pytest.mark.parametrize(("lora", "method"), MOST_TEXTS.items())
