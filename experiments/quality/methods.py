@@ -308,6 +308,10 @@ IN_LESS = "LoRA in the memory of one turn a block"
 MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN}
 """LoRA with the largest batch whose peak of bytes is not above that of the other."""
 
+_one_turn = functools.partial(
+    hift, adamw_with(beta1=0.0), steps_per_block="once", lr_update="step", update="streamed", window="16MB"
+)
+
 CONTESTANTS = {
     FULL: Contestant(full(), 0, STEPS),
     HIFT: Contestant(hift(), 2, 350, 8, "top2down, a layer a block"),
@@ -315,28 +319,14 @@ CONTESTANTS = {
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
     ONE_TURN: Contestant(
-        hift(
-            adamw_with(beta1=0.0),
-            steps_per_block="once",
-            lr_update="step",
-            always_active=["head.*"],
-            update="streamed",
-            window="16MB",
-        ),
+        _one_turn(always_active=["head.*"]),
         2,
         340,
         340,
         "streamed through 16 MB; its final runs are from before, with the same updates",
     ),
     TOP: Contestant(
-        hift(
-            adamw_with(beta1=0.0),
-            steps_per_block="once",
-            lr_update="step",
-            always_active=["head.*", "body.encoder.layer.5.intermediate.*", "body.encoder.layer.5.output.*"],
-            update="streamed",
-            window="16MB",
-        ),
+        _one_turn(always_active=["head.*", "body.encoder.layer.5.intermediate.*", "body.encoder.layer.5.output.*"]),
         2,
         320,
         320,
