@@ -12,7 +12,7 @@ from experiments.language_model import methods as of_language_model
 from experiments.language_model.page import perplexities
 from experiments.memory.tables import PEAKS
 from experiments.paper_memory.jobs import LLAMA7B
-from experiments.quality.comparison import accuracies, complete_data_sets, equal_time, mean, over_data_sets
+from experiments.quality.comparison import accuracies, complete_data_sets, equal_time, losses, mean, over_data_sets
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
 from experiments.quality.grid import FINAL
@@ -94,14 +94,17 @@ def _steps() -> list[list[str]]:
 
 
 def _quality() -> list[list[str]]:
-    found = accuracies(FINAL.load(), equal_time)
+    final = FINAL.load()
+    right, lost = accuracies(final, equal_time), losses(final, equal_time)
     lines = []
     for recipe, (told, lora) in RECIPES.items():
         methods = (FULL, recipe, lora)
-        if data_sets := complete_data_sets(found, methods):
-            cells = [str(over_data_sets(found, name, data_sets)) for name in methods]
-            words = f"accuracy on {', '.join(data_sets)} in equal time ({told}; LoRA in as much memory)"
-            lines.append(_line(words, cells, "quality"))
+        data_sets = complete_data_sets(right, methods)
+        for what, found in (("accuracy", right), ("test loss in hundredths of a nat, less is better,", lost)):
+            if data_sets:
+                cells = [str(over_data_sets(found, name, data_sets)) for name in methods]
+                words = f"{what} on {len(data_sets)} data sets in equal time ({told}; LoRA in as much memory)"
+                lines.append(_line(words, cells, "quality"))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Means over seeds and data sets, and differences from full fine-tuning, of the final runs."""
+"""Means over seeds and data sets, and differences between methods, of the final runs."""
 
 import statistics
 from collections.abc import Callable, Collection
@@ -13,7 +13,7 @@ from experiments.table import Rows
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean and standard error, in points (hundredths of accuracy)."""
+    """Mean and standard error, in hundredths: points of accuracy, or hundredths of a nat of loss."""
 
     mean: float
     error: float
@@ -26,8 +26,8 @@ class Mean:
         return f"{self.mean:+.1f} ± {self.error:.1f}"
 
 
-Accuracies = dict[tuple[str, str], list[float]]
-"""Test accuracies of all seeds, in points, by data set and method."""
+Results = dict[tuple[str, str], list[float]]
+"""What all seeds have, in hundredths, by data set and method."""
 
 
 def equal_time(method: str) -> int:
@@ -40,17 +40,26 @@ def equal_steps(method: str) -> int:
     return STEPS
 
 
-def accuracies(rows: Rows, steps_of: Callable[[str], int]) -> Accuracies:
-    """Of the methods that have all seeds of a data set.
+def accuracies(rows: Rows, steps_of: Callable[[str], int]) -> Results:
+    """Test accuracies, in points, of the methods that have all seeds of a data set.
 
     Args:
         rows: of `final.csv`.
         steps_of: the number of steps that is looked at, by the method's name.
     """
+    return _results(rows, steps_of, "test_accuracy")
+
+
+def losses(rows: Rows, steps_of: Callable[[str], int]) -> Results:
+    """Mean cross entropies of the test parts, in hundredths of a nat; for the rest as `accuracies`."""
+    return _results(rows, steps_of, "test_loss")
+
+
+def _results(rows: Rows, steps_of: Callable[[str], int], column: str) -> Results:
     found: dict[tuple[str, str, int], dict[int, float]] = {}
     for row in rows.values():
         key = row["data_set"], row["method"], int(row["steps"])
-        found.setdefault(key, {})[int(row["seed"])] = 100 * float(row["test_accuracy"])
+        found.setdefault(key, {})[int(row["seed"])] = 100 * float(row[column])
     return {
         (data_set, method): [by_seed[seed] for seed in SEEDS]
         for data_set in DATA_SETS
@@ -64,23 +73,23 @@ def mean(values: Collection[float]) -> Mean:
     return Mean(statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5)
 
 
-def complete_data_sets(found: Accuracies, methods: Collection[str]) -> list[str]:
+def complete_data_sets(found: Results, methods: Collection[str]) -> list[str]:
     """Data sets on which all these methods have been run."""
     return [name for name in DATA_SETS if all((name, method) in found for method in methods)]
 
 
-def over_data_sets(found: Accuracies, method: str, data_sets: Collection[str]) -> Mean:
+def over_data_sets(found: Results, method: str, data_sets: Collection[str]) -> Mean:
     """Each seed's mean over the data sets, and the standard error over seeds."""
     return mean(_by_seed(found, method, data_sets))
 
 
-def less(found: Accuracies, method: str, other: str, data_sets: Collection[str]) -> Mean:
+def less(found: Results, method: str, other: str, data_sets: Collection[str]) -> Mean:
     """What a method has more than another, paired by seed: both have the same new head and batches."""
     pairs = zip(_by_seed(found, method, data_sets), _by_seed(found, other, data_sets), strict=True)
     return mean([own - theirs for own, theirs in pairs])
 
 
-def _by_seed(found: Accuracies, method: str, data_sets: Collection[str]) -> list[float]:
+def _by_seed(found: Results, method: str, data_sets: Collection[str]) -> list[float]:
     columns = [found[name, method] for name in data_sets]
     return [statistics.fmean(values) for values in zip(*columns, strict=True)]
 

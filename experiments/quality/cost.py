@@ -157,13 +157,13 @@ def bytes_row(method: str) -> str:
 
 
 def one_more(method: str) -> str:
-    """Name of the row of LoRA with a text more than this one has."""
-    return f"LoRA, batch {CONTESTANTS[method].batch_size + 1}"
+    """Name of the row of a method with a text more than it is run with."""
+    return f"{method}, batch {CONTESTANTS[method].batch_size + 1}"
 
 
 ROWS = {
     **{bytes_row(name): (name, contestant.batch_size) for name, contestant in CONTESTANTS.items()},
-    **{one_more(name): ("LoRA", CONTESTANTS[name].batch_size + 1) for name in MOST_TEXTS},
+    **{one_more(name): (name, CONTESTANTS[name].batch_size + 1) for name in MOST_TEXTS},
 }
 BYTES = Table(HERE / "bytes.csv", tuple(ROWS), measure_bytes)
 

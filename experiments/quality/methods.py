@@ -137,6 +137,18 @@ def hift(
     return method
 
 
+def without_dropout(method: Method) -> Method:
+    """A method with the network's dropout turned off."""
+
+    def quiet(network: nn.Module, rate: float, steps: int, seed: int) -> Training:
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return method(network, rate, steps, seed)
+
+    return quiet
+
+
 def _encoder_layers(network: Any) -> Any:
     return network.body.encoder.layer
 
@@ -305,12 +317,18 @@ ONE_TURN = "HiFT, one turn a block, no momentum, head always"
 TOP = "HiFT, one turn a block, head and top FFN always"
 IN_MEMORY = "LoRA in HiFT's memory"
 IN_LESS = "LoRA in the memory of one turn a block"
-MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN}
+FULL_NO_DROPOUT = "full AdamW, no dropout"
+ONE_TURN_NO_DROPOUT = "HiFT, one turn a block, head always, no dropout"
+TOP_NO_DROPOUT = "HiFT, one turn, head and top FFN, no dropout"
+LORA_NO_DROPOUT = "LoRA in that memory, no dropout"
+MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN, LORA_NO_DROPOUT: TOP_NO_DROPOUT}
 """LoRA with the largest batch whose peak of bytes is not above that of the other."""
 
 _one_turn = functools.partial(
     hift, adamw_with(beta1=0.0), steps_per_block="once", lr_update="step", update="streamed", window="16MB"
 )
+_HEAD = ["head.*"]
+_HEAD_AND_TOP_FFN = [*_HEAD, "body.encoder.layer.5.intermediate.*", "body.encoder.layer.5.output.*"]
 
 CONTESTANTS = {
     FULL: Contestant(full(), 0, STEPS),
@@ -319,14 +337,14 @@ CONTESTANTS = {
     "HiFT random": Contestant(hift(order="random"), 2, 350, 8),
     LONG: Contestant(hift(adamw_with(beta1=0.0), steps_per_block=20, lr_update="step"), 2, 350, 160),
     ONE_TURN: Contestant(
-        _one_turn(always_active=["head.*"]),
+        _one_turn(always_active=_HEAD),
         2,
         340,
         340,
         "streamed through 16 MB; its final runs are from before, with the same updates",
     ),
     TOP: Contestant(
-        _one_turn(always_active=["head.*", "body.encoder.layer.5.intermediate.*", "body.encoder.layer.5.output.*"]),
+        _one_turn(always_active=_HEAD_AND_TOP_FFN),
         2,
         320,
         320,
@@ -337,6 +355,16 @@ CONTESTANTS = {
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
     IN_MEMORY: Contestant(lora(rank=16), 3, 290, 1, "rate of LoRA, the largest batch within HiFT's peak", 14, "LoRA"),
     IN_LESS: Contestant(lora(rank=16), 3, 400, 1, "rank 16, the largest batch within its peak", 10),
+    FULL_NO_DROPOUT: Contestant(without_dropout(full()), 0, 210),
+    ONE_TURN_NO_DROPOUT: Contestant(
+        without_dropout(_one_turn(always_active=_HEAD)), 2, 390, 390, "no momentum; streamed through 16 MB"
+    ),
+    TOP_NO_DROPOUT: Contestant(
+        without_dropout(_one_turn(always_active=_HEAD_AND_TOP_FFN)), 2, 370, 370, "no momentum; streamed through 16 MB"
+    ),
+    LORA_NO_DROPOUT: Contestant(
+        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10
+    ),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),
     "BitFit": Contestant(only(lambda name: name.endswith("bias")), 4, 300),

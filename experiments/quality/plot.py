@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from experiments.quality.comparison import Accuracies, less, mean
+from experiments.quality.comparison import Results, less, mean
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.methods import CONTESTANTS, FULL
 
@@ -17,7 +17,7 @@ COLUMNS = 3
 """Data sets side by side."""
 
 
-def plot(in_time: Accuracies, in_steps: Accuracies, path: Path) -> None:
+def plot(in_time: Results, in_steps: Results, path: Path) -> None:
     """Points over full fine-tuning, with standard errors: filled in its time, hollow in its steps.
 
     Args:

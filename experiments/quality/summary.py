@@ -3,13 +3,14 @@
 from collections.abc import Callable, Collection, Iterator
 
 from experiments.quality.comparison import (
-    Accuracies,
+    Results,
     accuracies,
     chosen_exponents,
     complete_data_sets,
     equal_steps,
     equal_time,
     less,
+    losses,
     mean,
     missing_in_steps,
     missing_in_time,
@@ -23,12 +24,18 @@ from experiments.quality.methods import (
     CLIP_NORM,
     CONTESTANTS,
     FULL,
+    FULL_NO_DROPOUT,
     HIFT,
+    IN_LESS,
+    IN_MEMORY,
     LONG,
+    LORA_NO_DROPOUT,
     MOST_TEXTS,
     ONE_TURN,
+    ONE_TURN_NO_DROPOUT,
     STEPS,
     TOP,
+    TOP_NO_DROPOUT,
     WARMUP,
     rate_of,
 )
@@ -50,6 +57,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         peaks: of bytes (`bytes.csv`).
     """
     in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
+    lost = losses(final, equal_time)
     parts = [
         f"MiniLM (pretrained, 6 layers) with a new head, fine-tuned in fp32 on one core: AdamW, batch {BATCH_SIZE}, at "
         f"most {MAX_LENGTH} tokens, linear decay after a warm-up of {WARMUP:.0%} of the steps, gradients clipped by "
@@ -70,9 +78,9 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        *_accuracies(in_time, in_steps, cost),
-        *_in_memory(in_time, peaks),
-        *_reasons(in_time, variants),
+        *_accuracies(in_time, lost, in_steps, cost),
+        *_in_memory(in_time, lost, peaks),
+        *_reasons(in_time, lost, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'time of full' is the median of the ratio in the same rounds. Those with one turn a block, and "
@@ -91,7 +99,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _accuracies(in_time: Accuracies, in_steps: Accuracies, cost: Rows) -> list[str]:
+def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows) -> list[str]:
     if not in_time:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
@@ -100,6 +108,8 @@ def _accuracies(in_time: Accuracies, in_steps: Accuracies, cost: Rows) -> list[s
         + _fewer({name: row for name, row in cost.items() if any(method == name for _, method in in_time)}),
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
+        "The test loss of the same runs: mean cross entropy in hundredths of a nat, less is better.",
+        _table(lost, equal_time),
         "## In equal steps",
         f"{STEPS} steps each.",
         _table(in_steps, equal_steps),
@@ -125,7 +135,7 @@ def _steps(of_full: str) -> int:
     return int(STEPS / float(of_full)) // 10 * 10
 
 
-def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
+def _table(found: Results, steps_of: Callable[[str], int]) -> str:
     methods = [name for name in CONTESTANTS if any((data_set, name) in found for data_set in DATA_SETS)]
     shown = [name for name in DATA_SETS if any((name, method) in found for method in methods)]
     common = complete_data_sets(found, [FULL])
@@ -133,9 +143,7 @@ def _table(found: Accuracies, steps_of: Callable[[str], int]) -> str:
     return markdown(["method", "steps", *shown, "mean", f"over {FULL}"], lines)
 
 
-def _cells(
-    found: Accuracies, method: str, shown: Collection[str], common: Collection[str], other: str
-) -> Iterator[str]:
+def _cells(found: Results, method: str, shown: Collection[str], common: Collection[str], other: str) -> Iterator[str]:
     """A method's accuracy on each data set that is shown, its mean over the common ones, and its lead over another."""
     for name in shown:
         yield str(mean(found[name, method])) if (name, method) in found else ""
@@ -144,12 +152,12 @@ def _cells(
     yield less(found, method, other, common).signed() if complete and method != other else ""
 
 
-def _in_memory(in_time: Accuracies, peaks: Rows) -> list[str]:
-    tables = [part for lora, method in MOST_TEXTS.items() for part in _within(in_time, peaks, method, lora)]
+def _in_memory(in_time: Results, lost: Results, peaks: Rows) -> list[str]:
+    tables = [part for lora, method in MOST_TEXTS.items() for part in _within(in_time, lost, peaks, method, lora)]
     return ["## In equal peak memory", *tables] if tables else []
 
 
-def _within(in_time: Accuracies, peaks: Rows, method: str, lora: str) -> list[str]:
+def _within(in_time: Results, lost: Results, peaks: Rows, method: str, lora: str) -> list[str]:
     """What trains within the peak of a method, beside LoRA with as many texts as fit there."""
     common = complete_data_sets(in_time, [lora, method])
     if not common:
@@ -161,6 +169,7 @@ def _within(in_time: Accuracies, peaks: Rows, method: str, lora: str) -> list[st
             str(CONTESTANTS[name].batch_size),
             str(equal_time(name)),
             *_cells(in_time, name, common, common, lora),
+            *_cells(lost, name, [], common, lora),
         ]
         for name in within(peaks, method)
         if any((data_set, name) in in_time for data_set in common)
@@ -170,18 +179,25 @@ def _within(in_time: Accuracies, peaks: Rows, method: str, lora: str) -> list[st
         f"What trains within the {_mib(peaks[bytes_row(method)])} MiB of '{method}', in equal time. LoRA has the "
         f"largest batch that fits: with {most['batch_size']} texts its peak is {_mib(most)} MiB. Full AdamW fits with "
         "none: its weights, gradients and moments alone are more.",
-        markdown(["method", "peak MiB", "batch", "steps", *common, "mean", f"over {lora}"], lines),
+        markdown(
+            ["method", "peak MiB", "batch", "steps", *common, "mean", f"over {lora}", "mean loss", f"over {lora}"],
+            lines,
+        ),
     ]
 
 
-def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
+def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
     def against(other: str, method: str) -> str:
         common = complete_data_sets(in_time, [other, method])
         return f"{less(in_time, method, other, common).signed()} points ({', '.join(common)})" if common else "not run"
 
-    def each_against(other: str, method: str) -> str:
-        common = complete_data_sets(in_time, [other, method])
-        return ", ".join(f"{name} {less(in_time, method, other, [name]).signed()}" for name in common) or "not run"
+    def each_against(other: str, method: str, found: Results = in_time) -> str:
+        common = complete_data_sets(found, [other, method])
+        return ", ".join(f"{name} {less(found, method, other, [name]).signed()}" for name in common) or "not run"
+
+    def loss_against(other: str, method: str) -> str:
+        common = complete_data_sets(lost, [other, method])
+        return less(lost, method, other, common).signed() if common else "not run"
 
     def orders() -> str:
         found = [
@@ -219,8 +235,22 @@ def _reasons(in_time: Accuracies, variants: Rows) -> list[str]:
             f"Against {lora}, with one turn a block: {against(lora, ONE_TURN)}; by data set "
             f"{each_against(lora, ONE_TURN)}. With the top feed-forward part in every step too: {against(lora, TOP)}; "
             f"by data set {each_against(lora, TOP)}."
-            for lora in MOST_TEXTS
+            for lora in (IN_MEMORY, IN_LESS)
         ),
+        "In test loss, of one turn a block less that of another: "
+        + "; ".join(
+            f"{other} {loss_against(other, ONE_TURN)} ({each_against(other, ONE_TURN, lost)})"
+            for other in (FULL, IN_MEMORY, IN_LESS)
+        )
+        + ".",
+        "Without dropout, in the time of full AdamW with it: "
+        + "; ".join(
+            f"'{method}' over {other} {against(other, method)}, by data set {each_against(other, method)}, in test "
+            f"loss {loss_against(other, method)}"
+            for method in (TOP_NO_DROPOUT, ONE_TURN_NO_DROPOUT)
+            for other in (FULL, FULL_NO_DROPOUT, LORA_NO_DROPOUT, IN_LESS)
+        )
+        + ".",
     ]
 
 

@@ -9,6 +9,7 @@ from experiments.quality.comparison import (
     equal_steps,
     equal_time,
     less,
+    losses,
     mean,
     missing_in_steps,
     missing_in_time,
@@ -19,12 +20,17 @@ from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
 from experiments.quality.methods import (
     CONTESTANTS,
+    FULL_NO_DROPOUT,
+    LORA_NO_DROPOUT,
     MOST_TEXTS,
     ONE_TURN,
+    ONE_TURN_NO_DROPOUT,
     STEPS,
     TOP,
+    TOP_NO_DROPOUT,
     adamw_with,
     hift,
+    loss_of,
     rate_of,
 )
 from experiments.quality.summary import summary
@@ -32,16 +38,13 @@ from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
 
 
-def rows_of(accuracy_by_method, steps_of, data_set="mails"):
+def rows_of(value_by_method, steps_of, data_set="mails", column="test_accuracy"):
     runs = [
-        (Run(data_set, method, 0, steps_of(method), seed), accuracy)
-        for method, by_seed in accuracy_by_method.items()
-        for seed, accuracy in zip(SEEDS, by_seed, strict=False)
+        (Run(data_set, method, 0, steps_of(method), seed), value)
+        for method, by_seed in value_by_method.items()
+        for seed, value in zip(SEEDS, by_seed, strict=False)
     ]
-    return {
-        run.name: {**{k: str(v) for k, v in run._asdict().items()}, "test_accuracy": str(accuracy)}
-        for run, accuracy in runs
-    }
+    return {run.name: {**{k: str(v) for k, v in run._asdict().items()}, column: str(value)} for run, value in runs}
 
 
 def test_the_page_is_made_of_the_record():
@@ -64,6 +67,13 @@ def test_differences_are_paired_by_seed_and_their_error_is_that_of_the_mean():
     assert own.mean == pytest.approx(85)
     assert own.error == pytest.approx(torch.tensor([81.0, 83, 85, 87, 89]).std().item() / 5**0.5)
     assert str(mean([1, 2, 3])) == "2.0 ± 0.6"
+
+
+def test_losses_are_hundredths_of_those_on_the_test_part():
+    rows = rows_of({"full AdamW": [0.5] * 5, "HiFT": [0.375] * 5}, equal_time, column="test_loss")
+    found = losses(rows, equal_time)
+    assert str(over_data_sets(found, "HiFT", ["mails"])) == "37.5 ± 0.0"
+    assert less(found, "HiFT", "full AdamW", ["mails"]).signed() == "-12.5 ± 0.0"
 
 
 def test_methods_without_all_seeds_are_not_compared_but_named():
@@ -117,6 +127,10 @@ TRAINS = {
     "HiFT, 20 steps a block, no momentum": ("head",),
     ONE_TURN: ("encoder", "head"),
     TOP: ("encoder", "head"),
+    FULL_NO_DROPOUT: ("embeddings", "encoder", "head"),
+    ONE_TURN_NO_DROPOUT: ("encoder", "head"),
+    TOP_NO_DROPOUT: ("encoder", "head"),
+    LORA_NO_DROPOUT: ("encoder", "head"),
     "LoRA": ("encoder", "head"),
     "BitFit": ("embeddings", "encoder", "head"),
     "head only": ("head",),
@@ -167,6 +181,16 @@ def test_the_top_feed_forward_part_is_trained_in_the_turns_of_all_blocks(film_re
         training.step(batch)
         for name, parameter in network.named_parameters():
             assert torch.equal(parameter, before[name]) != name.startswith((block, *always)), name
+
+
+@pytest.mark.parametrize("method", [FULL_NO_DROPOUT, ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, LORA_NO_DROPOUT])
+def test_without_dropout_a_batch_has_one_loss(method, film_reviews):
+    network = network_for(film_reviews).train()
+    CONTESTANTS[method].method(network, rate_of(0), STEPS, 0)
+    batch = film_reviews.collate(film_reviews.train_dataloader().dataset[:2])
+    assert loss_of(network, batch) == loss_of(network, batch)
+    with_dropout = network_for(film_reviews).train()
+    assert loss_of(with_dropout, batch) != loss_of(with_dropout, batch)
 
 
 @pytest.mark.parametrize(("lora", "method"), MOST_TEXTS.items())
