@@ -249,6 +249,7 @@ def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
             f"loss {loss_against(other, method)}"
             for method in (TOP_NO_DROPOUT, ONE_TURN_NO_DROPOUT)
             for other in (FULL, FULL_NO_DROPOUT, LORA_NO_DROPOUT, IN_LESS)
+            if complete_data_sets(in_time, [other, method])
         )
         + ".",
     ]
