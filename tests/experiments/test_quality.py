@@ -20,7 +20,9 @@ from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
 from experiments.quality.methods import (
     CONTESTANTS,
+    FULL,
     FULL_NO_DROPOUT,
+    IN_LESS,
     LORA_NO_DROPOUT,
     MOST_TEXTS,
     ONE_TURN,
@@ -197,6 +199,20 @@ def test_without_dropout_a_batch_has_one_loss(method, film_reviews):
 def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it(lora, method):
     peak = {name: int(row["peak_bytes"]) for name, row in BYTES.load().items()}
     assert peak[bytes_row(lora)] <= peak[bytes_row(method)] < peak[one_more(lora)]
+
+
+@pytest.mark.parametrize(
+    ("method", "other", "least"),
+    [
+        (ONE_TURN, FULL, -1),
+        (TOP_NO_DROPOUT, FULL, -1),
+        (TOP_NO_DROPOUT, LORA_NO_DROPOUT, 0),
+        (TOP_NO_DROPOUT, IN_LESS, 0),
+    ],
+)
+def test_the_record_shows_what_is_claimed_of_the_mean_over_all_data_sets(method, other, least):
+    lead = less(accuracies(FINAL.load(), equal_time), method, other, DATA_SETS)
+    assert lead.mean - 2 * lead.error > least
 
 
 def test_every_method_has_the_time_of_full_fine_tuning():
