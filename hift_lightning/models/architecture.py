@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import pretrained_architecture
 
 # what models of transformers call the table that they look a token's position up in
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
-def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
+def random_model(model_class: Any, config: Mapping[str, Any], dropout: float | None = None) -> Any:
     """Build a model with random weights, on torch's default device and in its default dtype.
 
     Under `torch.device("meta")` the weights take no memory; nothing is asked of a hub in any case.
@@ -24,9 +25,11 @@ def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
         model_class: a class such as `transformers.AutoModel`.
         config: `model_type`, the architecture's transformers name, and numbers of its configuration; those not
             given have transformers' defaults.
+        dropout: as for `hift_lightning.models.dropout.set_dropout`.
 
     Raises:
-        ConfigurationError: there is no such architecture, it has no such number, or the numbers make no model.
+        ConfigurationError: there is no such architecture, it has no such number, the numbers make no model, or it
+            cannot have this dropout.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -35,7 +38,11 @@ def random_model(model_class: Any, config: Mapping[str, Any]) -> Any:
     kind = numbers.pop("model_type", None)
     _check_names(kind, numbers)
     try:
-        return model_class.from_config(AutoConfig.for_model(kind, **numbers))
+        filled = AutoConfig.for_model(kind, **numbers)
+        set_dropout(filled, dropout)
+        return model_class.from_config(filled)
+    except ConfigurationError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(

@@ -17,6 +17,7 @@ def causal_lm(
     dtype: torch.dtype | None = None,
     lossless: bool = False,
     weights: bool = True,
+    dropout: float | None = None,
 ) -> Any:
     """Build a causal language model on pretrained or random weights.
 
@@ -28,6 +29,7 @@ def causal_lm(
         dtype: of pretrained weights; `None` for that of their files.
         lossless: take a wider one where this one would round them.
         weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
+        dropout: as for `hift_lightning.models.dropout.set_dropout`.
 
     Returns:
         A transformers model in training mode: called with `input_ids` (batch x tokens), its result has `logits`
@@ -44,9 +46,9 @@ def causal_lm(
     if not weights:
         return architecture(AutoModelForCausalLM, pretrained, config)
     if pretrained is None:
-        model = random_model(AutoModelForCausalLM, config)
+        model = random_model(AutoModelForCausalLM, config, dropout)
     else:
-        model, unexpected = pretrained_model(AutoModelForCausalLM, pretrained, dtype, lossless)
+        model, unexpected = pretrained_model(AutoModelForCausalLM, pretrained, dtype, lossless, dropout)
         if unexpected:
             raise ConfigurationError(
                 f"`model.pretrained={pretrained}` has {len(unexpected)} tensors that its config.json has no place for, "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models.dropout import set_dropout
 from hift_lightning.progress import is_rank_0
 
 HUB_TIMEOUT_SECONDS = 5.0
@@ -94,7 +95,11 @@ def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
 
 
 def pretrained_model(
-    model_class: Any, pretrained: str, dtype: torch.dtype | None = None, lossless: bool = False
+    model_class: Any,
+    pretrained: str,
+    dtype: torch.dtype | None = None,
+    lossless: bool = False,
+    dropout: float | None = None,
 ) -> tuple[Any, list[str]]:
     """Load a model and its weights on the CPU.
 
@@ -108,14 +113,16 @@ def pretrained_model(
         dtype: of the weights; `None` for that of the files, the widest where they have several.
         lossless: take a wider one where this one would round the weights in the files (fp16 and bf16 round each
             other).
+        dropout: as for `hift_lightning.models.dropout.set_dropout`.
 
     Returns:
         The model, and the names of tensors in the files that it has no use for.
 
     Raises:
         ConfigurationError: see `locate`; or the weights are missing, broken, incomplete or of another shape than
-            config.json tells.
+            config.json tells, or the model cannot have this dropout.
     """
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     if not is_rank_0():
@@ -127,8 +134,11 @@ def pretrained_model(
     elif lossless:
         dtype = torch.promote_types(dtype, stored)
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        set_dropout(config, dropout)
         model, found = model_class.from_pretrained(
             folder,
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
@@ -136,6 +146,8 @@ def pretrained_model(
             ignore_mismatched_sizes=True,  # they are told below, by name
             output_loading_info=True,
         )
+    except ConfigurationError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"`model.pretrained={pretrained}` cannot be loaded ({_first_line(error)}); give "

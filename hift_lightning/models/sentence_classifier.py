@@ -70,6 +70,7 @@ def sentence_classifier(
     dtype: torch.dtype | None = None,
     lossless: bool = False,
     weights: bool = True,
+    dropout: float | None = None,
 ) -> SentenceClassifier:
     """Build a `SentenceClassifier` on pretrained or random weights; the head is new in either case.
 
@@ -84,6 +85,7 @@ def sentence_classifier(
         dtype: of pretrained weights; `None` for that of their files.
         lossless: take a wider one where this one would round them.
         weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
+        dropout: as for `hift_lightning.models.dropout.set_dropout`.
 
     Raises:
         ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used,
@@ -100,10 +102,10 @@ def sentence_classifier(
         with torch.device("meta"):
             return SentenceClassifier(without_pooler(body), body.config.hidden_size, num_classes, pooling, head)
     if pretrained is None:
-        body = random_model(AutoModel, config)
+        body = random_model(AutoModel, config, dropout)
     else:
         # what else is in the files belongs to the head that they were trained with
-        body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless)
+        body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless, dropout)
     check_vocabulary(tokenizer, body)
     without_pooler(body)
     body.config.use_cache = False

@@ -117,6 +117,72 @@ def test_numbers_that_make_no_model_are_refused(tokenizer: Any, change: dict[str
         sentence_classifier(tokenizer, None, 2, "mean", {**SHAPES["bert"], **change})
 
 
+def outputs(network: Any) -> list[torch.Tensor]:
+    """Of two calls in training mode with the same tokens."""
+    ids = torch.tensor([[101, 2204, 2143, 102]])
+    found = [network(input_ids=ids, attention_mask=torch.ones_like(ids)) for _ in range(2)]
+    return [each if isinstance(each, torch.Tensor) else each.logits for each in found]
+
+
+DROPPING = {
+    "bert": SHAPES["bert"],
+    "gpt2": {"model_type": "gpt2", "vocab_size": 30522, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "opt": {
+        "model_type": "opt",
+        "vocab_size": 30522,
+        "hidden_size": 16,
+        "word_embed_proj_dim": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DROPPING)
+def test_dropout_of_any_architecture_is_turned_off_and_on_by_one_number(kind: str) -> None:
+    for dropout, same in ((0, True), (0.0, True), (None, False), (0.5, False)):
+        once, again = outputs(causal_lm(None, None, DROPPING[kind], dropout=dropout))
+        assert torch.equal(once, again) == same, dropout
+
+
+def test_dropout_of_a_pretrained_model_is_what_its_configuration_has_or_what_is_given(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    as_it_is = sentence_classifier(tokenizer, MINILM, 2, "mean", {})
+    torch.manual_seed(0)
+    without = sentence_classifier(tokenizer, MINILM, 2, "mean", {}, dropout=0.0)
+    assert as_it_is.body.config.hidden_dropout_prob == as_it_is.body.config.attention_probs_dropout_prob == 0.1
+    assert not torch.equal(*outputs(as_it_is))
+    once, again = outputs(without)
+    assert torch.equal(once, again)
+    torch.testing.assert_close(once, outputs(as_it_is.eval())[0])  # the same weights
+
+
+def test_attention_that_drops_by_a_number_of_its_own_is_reached() -> None:
+    network = causal_lm(None, None, SHAPES["llama"], dropout=0.5)
+    assert not torch.equal(*outputs(network))
+    assert torch.equal(*outputs(causal_lm(None, None, SHAPES["llama"])))
+
+
+def test_layers_that_are_left_out_whole_are_no_dropout() -> None:
+    network = causal_lm(None, None, {**DROPPING["opt"], "layerdrop": 0.25}, dropout=0)
+    assert network.config.layerdrop == 0.25
+
+
+@pytest.mark.parametrize("dropout", [1, -0.1, "much", True, float("nan")])
+@pytest.mark.parametrize("pretrained", [None, MINILM])
+def test_what_is_no_probability_of_dropout_is_refused(pretrained: str | None, dropout: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"^`model\.network\.dropout=.*from 0 to below 1"):
+        sentence_classifier(None, pretrained, 2, "mean", SHAPES["bert"], dropout=dropout)
+
+
+def test_an_architecture_without_dropout_is_told_apart() -> None:
+    shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1}
+    causal_lm(None, None, shape, dropout=0)
+    with pytest.raises(ConfigurationError, match=r"dropout=0\.1` cannot be set.*`mamba` has no dropout; leave it out"):
+        causal_lm(None, None, shape, dropout=0.1)
+
+
 def test_a_word_that_names_no_pooling_or_head_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"pooling=middle.*mean, first, last"):
         sentence_classifier(tokenizer, None, 2, "middle", SHAPES["bert"])  # type: ignore[arg-type]

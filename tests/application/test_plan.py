@@ -85,6 +85,15 @@ def test_a_classifier_is_planned_without_weights_or_tokenizer(tmp_path):
     assert json.loads((tmp_path / "out" / "plan.json").read_text())["parameters"] > 124e6
 
 
+def test_without_dropout_a_step_is_planned_to_need_less(tmp_path):
+    peaks = []
+    for dropout in ("null", "0.0"):
+        done = plan(tmp_path, f"model.network.dropout={dropout}", "data.batch_size=64", *QUICK)
+        assert done.returncode == 0, done.stderr
+        peaks.append(json.loads((tmp_path / "out" / "plan.json").read_text())["peak_bytes"])
+    assert peaks[1] < peaks[0]
+
+
 def test_data_of_ones_own_are_not_looked_at(tmp_path):
     done = plan(tmp_path, *SMALL, *QUICK, "data=jsonl")
     assert done.returncode == 0, done.stderr
