@@ -28,6 +28,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from hift_lightning.engine.errors import ConfigurationError
 
@@ -148,7 +149,7 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
         config_name: likewise.
 
     Raises:
-        ConfigurationError: there is such a thing.
+        ConfigurationError: there is such a thing, or a file that the command names is no YAML.
     """
     given = get_args_parser().parse_args(list(arguments))
     if given.experimental_rerun is not None:
@@ -169,6 +170,10 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
             )
         except (HydraException, OmegaConfBaseException):
             continue  # Hydra composes it again before it runs anything, and tells what is wrong
+        except YAMLError as error:
+            raise ConfigurationError(
+                f"A file of the configuration is no YAML ({' '.join(str(error).split())}); mend it there."
+            ) from error
         except ValueError as error:
             parsed = OverridesParser.create().parse_overrides(given.overrides)
             groups = hydra.config_loader.list_groups("")

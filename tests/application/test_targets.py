@@ -209,6 +209,18 @@ def test_a_preset_of_a_stranger_runs_nothing_and_the_application_ends_with_a_sen
     assert ended.stderr.strip().splitlines()[-1].startswith(NAMED[kind]), ended.stderr
 
 
+@pytest.mark.parametrize("script", ["train.py", "plan.py"])
+def test_a_preset_that_is_no_yaml_is_named_with_its_line(script: str, tmp_path: Path) -> None:
+    write_preset(tmp_path, "strategy:\n  always_active: [network.model.layers.2[2-9].*]")
+    ended = run_script(tmp_path, script, "--config-dir", "presets", "experiment=strangers")
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    told = ended.stderr.strip().splitlines()[-1]
+    assert told.startswith("A file of the configuration is no YAML (while parsing a flow sequence in ")
+    assert f'"{tmp_path}/presets/experiment/strangers.yaml", line 3, column ' in told
+    assert told.endswith("; mend it there.")
+
+
 def test_planning_runs_nothing_of_a_stranger_either(tmp_path: Path) -> None:
     for kind in ("nested", "hydra callback"):
         write_preset(tmp_path, PRESETS[kind])
