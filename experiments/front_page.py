@@ -122,7 +122,11 @@ def _quality() -> list[list[str]]:
 def _language_model() -> list[list[str]]:
     search, final = language_model.SEARCH.load(), language_model.FINAL.load()
     lines = []
-    for recipe, told in ((of_language_model.HIFT, "as in the paper"), (of_language_model.STILL, "without momentum")):
+    for recipe, told in (
+        (of_language_model.HIFT, "as in the paper"),
+        (of_language_model.STILL, "without momentum"),
+        (of_language_model.TOP, "without momentum, top 8 of 30 layers always"),
+    ):
         methods = (of_language_model.FULL, recipe, of_language_model.LORA)
         found = [perplexities(search, final, method) for method in methods]
         if all(found):

@@ -69,6 +69,14 @@ def lora(rank: int) -> Method:
     return method
 
 
+LAYERS = 30
+
+
+def top_layers(number: int) -> list[str]:
+    """Patterns of the parameters of so many layers, and of the norm above them."""
+    return [*(f"model.layers.{layer}.*" for layer in range(LAYERS - number, LAYERS)), "model.norm.*"]
+
+
 STEPS = 60
 """Steps of full fine-tuning; the others have as many FLOPs."""
 
@@ -96,6 +104,7 @@ FULL = "full AdamW"
 HIFT = "HiFT"
 STILL = "HiFT, no momentum"
 ONE_TURN = "HiFT, one turn a block, no momentum"
+TOP = "HiFT, top 8 layers always, no momentum"
 LORA = "LoRA"
 
 _blocks_of_4 = functools.partial(hift, loss_of=loss_of, group_size=4)
@@ -106,6 +115,13 @@ CONTESTANTS = {
     STILL: Contestant(_blocks_of_4(adamw_with(beta1=0.0)), 2, 101, 8, "the same blocks"),
     ONE_TURN: Contestant(
         _blocks_of_4(adamw_with(beta1=0.0), steps_per_block="once", lr_update="step"), 2, 96, 96, "the same blocks"
+    ),
+    TOP: Contestant(
+        _blocks_of_4(adamw_with(beta1=0.0), always_active=top_layers(8), update="streamed", window="16MB"),
+        2,
+        85,
+        6,
+        "the rest in blocks of 4, a new one in each step; streamed through 16 MB",
     ),
     "LISA": Contestant(
         lisa(layers=2, period=10, stack_of=lambda network: network.model.layers, loss_of=loss_of),

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from experiments.language_model.grid import LONGER, SEEDS, UNTRAINED, Run, best_exponent
-from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, ROWS, STEPS, STILL, TOKENS
-from experiments.language_model.variants import OF_8
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, ROWS, STEPS, STILL, TOKENS, TOP
+from experiments.language_model.variants import ALWAYS, OF_8
 from experiments.quality.comparison import mean
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import CLIP_NORM, WARMUP, rate_of
@@ -109,6 +109,7 @@ def _told(found: dict[str, list[float]], cost: Rows) -> str:
         (HIFT, "As in the paper, with a new block in every step"),
         (STILL, "The same without momentum"),
         (ONE_TURN, "With one turn a block"),
+        (TOP, "With a new block in every step, without momentum, and with the top 8 layers trained in all steps"),
     ):
         if against := [f"{gain} against {other}" for other in (FULL, LORA) if (gain := less(found, method, other))]:
             peaks = ", ".join(f"{name} {int(cost[name]['peak_bytes']) / MIB:.0f}" for name in (method, LORA, FULL))
@@ -156,6 +157,10 @@ def _reasons(search: Rows, longer: Rows, variants: Rows) -> list[str]:
         f"{tried('4 layers a block, one turn')}, without momentum {searched(ONE_TURN)}, and with a rate that falls "
         f"anew in each turn {tried('4 layers a block, one turn, no momentum, rate anew in each turn')}. In these FLOPs "
         f"a weight has {updates:.0f} updates under HiFT and {STEPS} in full fine-tuning.",
+        "Backward goes through the top layers for nearly every block, so to train them in all steps "
+        "(`always_active`) adds no more than the products for their own gradients: without momentum and with the top "
+        f"layer {tried(ALWAYS[1])}, with the top 4 {tried(ALWAYS[4])}, with 8 {searched(TOP)}, with 12 "
+        f"{tried(ALWAYS[12])}.",
     ]
     if longer:
         parts += [

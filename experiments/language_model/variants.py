@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from experiments.language_model.measuring import cost, run
-from experiments.language_model.methods import CONTESTANTS, HIFT, ONE_TURN, Contestant, loss_of
+from experiments.language_model.methods import CONTESTANTS, HIFT, ONE_TURN, Contestant, loss_of, top_layers
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import Method, adamw_with, rate_of
 from experiments.quality.methods import hift as hift_of
@@ -32,7 +32,9 @@ def rate_of_turn(engine: HiFT, optimizer: Optimizer) -> None:
 
 
 OF_8 = "8 layers a block"
+ALWAYS = {number: f"top {number} always, 4 layers a block, no momentum" for number in (1, 4, 12)}
 _STEPS, _STEPS_OF_8 = CONTESTANTS[HIFT].steps, 92
+_STEPS_OF_ALWAYS = {1: 99, 4: 92, 12: 79}
 _KINDS: dict[str, tuple[Method, int, tuple[int, ...]]] = {
     "4 layers a block, rate not delayed": (hift(group_size=4, lr_update="step"), _STEPS, (2,)),
     "4 layers a block, random": (hift(group_size=4, order="random"), _STEPS, (2,)),
@@ -57,6 +59,10 @@ _KINDS: dict[str, tuple[Method, int, tuple[int, ...]]] = {
     "4 layers a block, no momentum, beta2 0.99": (hift(adamw_with(beta1=0.0, beta2=0.99), group_size=4), _STEPS, (2,)),
     OF_8: (hift(group_size=8), _STEPS_OF_8, (1, 2)),
     f"{OF_8}, no momentum": (hift(still, group_size=8), _STEPS_OF_8, (1, 2)),
+    **{
+        name: (hift(still, group_size=4, always_active=top_layers(number)), _STEPS_OF_ALWAYS[number], (2,))
+        for number, name in ALWAYS.items()
+    },
 }
 VARIANTS = {
     f"{kind}, rate 2^{exponent}": (method, steps, exponent)
@@ -76,12 +82,13 @@ def measure(name: str) -> dict[str, object]:
 def measure_cost(name: str) -> dict[str, object]:
     """FLOPs and bytes of a setting."""
     method, steps, _ = _KINDS[name]
-    return cost(Contestant(method, 0, steps, cycle=4))
+    return cost(Contestant(method, 0, steps, _BLOCKS[name]))
 
 
 TABLE = Table(Path(__file__).parent / "variants.csv", tuple(VARIANTS), measure)
-COST = Table(Path(__file__).parent / "variants_cost.csv", (OF_8,), measure_cost)
-"""Of the setting with other blocks; the rest have the cost of HiFT."""
+_BLOCKS = {OF_8: 4, ALWAYS[1]: 8, ALWAYS[4]: 7, ALWAYS[12]: 5}
+COST = Table(Path(__file__).parent / "variants_cost.csv", tuple(_BLOCKS), measure_cost)
+"""Of the settings with other blocks; the rest have the cost of HiFT."""
 
 
 def main() -> None:

@@ -357,10 +357,10 @@ CONTESTANTS = {
     IN_LESS: Contestant(lora(rank=16), 3, 400, 1, "rank 16, the largest batch within its peak", 10),
     FULL_NO_DROPOUT: Contestant(without_dropout(full()), 0, 210),
     ONE_TURN_NO_DROPOUT: Contestant(
-        without_dropout(_one_turn(always_active=_HEAD)), 2, 390, 390, "no momentum; streamed through 16 MB"
+        without_dropout(_one_turn(always_active=_HEAD)), 2, 340, 340, "no momentum; streamed through 16 MB"
     ),
     TOP_NO_DROPOUT: Contestant(
-        without_dropout(_one_turn(always_active=_HEAD_AND_TOP_FFN)), 2, 370, 370, "no momentum; streamed through 16 MB"
+        without_dropout(_one_turn(always_active=_HEAD_AND_TOP_FFN)), 2, 330, 330, "no momentum; streamed through 16 MB"
     ),
     LORA_NO_DROPOUT: Contestant(
         without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10

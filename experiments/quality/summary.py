@@ -1,6 +1,5 @@
 """The page: every number comes from the CSV files beside it."""
 
-import statistics
 from collections.abc import Callable, Collection, Iterator
 
 from experiments.quality.comparison import (
@@ -81,7 +80,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         ),
         *_accuracies(in_time, lost, in_steps, cost),
         *_in_memory(in_time, lost, peaks),
-        *_reasons(final, in_time, lost, variants),
+        *_reasons(in_time, lost, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'time of full' is the median of the ratio in the same rounds. Those with one turn a block or "
@@ -188,7 +187,7 @@ def _within(in_time: Results, lost: Results, peaks: Rows, method: str, lora: str
     ]
 
 
-def _reasons(final: Rows, in_time: Results, lost: Results, variants: Rows) -> list[str]:
+def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
     def against(other: str, method: str) -> str:
         common = complete_data_sets(in_time, [other, method])
         return f"{less(in_time, method, other, common).signed()} points ({', '.join(common)})" if common else "not run"
@@ -253,26 +252,8 @@ def _reasons(final: Rows, in_time: Results, lost: Results, variants: Rows) -> li
             for other in (FULL, FULL_NO_DROPOUT, LORA_NO_DROPOUT, IN_LESS)
             if complete_data_sets(in_time, [other, method])
         )
-        + f". The final runs of '{TOP_NO_DROPOUT}' took {_seconds_over(final)} times the seconds of those of "
-        f"'{LORA_NO_DROPOUT}', with other runs beside them.",
+        + ".",
     ]
-
-
-def _seconds_over(final: Rows) -> str:
-    """How much longer runs of HiFT without dropout took than LoRA's: least and most over data sets, of medians."""
-    ratios = []
-    for data_set in DATA_SETS:
-        ours, theirs = (
-            [
-                float(row["seconds"])
-                for row in final.values()
-                if (row["data_set"], row["method"], int(row["steps"])) == (data_set, name, equal_time(name))
-            ]
-            for name in (TOP_NO_DROPOUT, LORA_NO_DROPOUT)
-        )
-        if ours and theirs:
-            ratios.append(statistics.median(ours) / statistics.median(theirs))
-    return f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "not known"
 
 
 def _mib(row: Row) -> str:

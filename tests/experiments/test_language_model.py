@@ -20,10 +20,9 @@ from experiments.language_model.grid import (
     best_exponent,
 )
 from experiments.language_model.measuring import perplexity
-from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, STEPS, STILL
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, ONE_TURN, STEPS, STILL, TOP
 from experiments.language_model.page import perplexities, summary
 from experiments.language_model.variants import COST as VARIANTS_COST
-from experiments.language_model.variants import OF_8
 from experiments.language_model.variants import TABLE as VARIANTS
 from hift_lightning.models.causal_lm import causal_lm
 
@@ -42,26 +41,31 @@ def test_no_method_has_more_flops_than_full_fine_tuning_and_few_less(method):
     assert 0.94 < share <= 1
 
 
-def test_settings_with_other_blocks_have_no_more_flops_either():
-    cost, of_full = VARIANTS_COST.load()[OF_8], COST.load()[FULL]
-    steps = {int(row["steps"]) for name, row in VARIANTS.load().items() if name.startswith(OF_8)}
+@pytest.mark.parametrize("kind", VARIANTS_COST.rows)
+def test_settings_with_other_blocks_have_no_more_flops_either(kind):
+    cost, of_full = VARIANTS_COST.load()[kind], COST.load()[FULL]
+    steps = {int(row["steps"]) for name, row in VARIANTS.load().items() if name.startswith(kind)}
     assert {0.94 < each * float(cost["gflop"]) / (STEPS * float(of_full["gflop"])) <= 1 for each in steps} == {True}
 
 
-@pytest.fixture
-def small_model():
+def model_of(layers):
     torch.manual_seed(0)
     shape = {
         "model_type": "llama",
         "vocab_size": 64,
         "hidden_size": 16,
         "intermediate_size": 32,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "tie_word_embeddings": True,
     }
     return causal_lm(None, None, shape)
+
+
+@pytest.fixture
+def small_model():
+    return model_of(LAYERS)
 
 
 def batch():
@@ -85,6 +89,18 @@ def test_hift_moves_four_layers_at_a_time(method, small_model):
     moved = moved_by(method, small_model)
     assert {name.split(".")[2] for name in moved if ".layers." in name} <= {"5", "6", "7"}
     assert moved < {name for name, _ in small_model.named_parameters()}
+
+
+def test_the_top_layers_are_trained_in_the_turns_of_all_blocks():
+    model = model_of(30)
+    training = CONTESTANTS[TOP].method(model, 1e-2, 12, 0)
+    for block in (range(19, 22), range(15, 19), range(11, 15), range(7, 11), range(3, 7), range(3)):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        training.step(batch())
+        moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert {int(name.split(".")[2]) for name in moved if ".layers." in name} == {*block, *range(22, 30)}
+        assert "model.norm.weight" in moved
+        assert ("model.embed_tokens.weight" in moved) == (0 in block)
 
 
 def test_lisa_moves_two_layers_and_the_embeddings(small_model):
@@ -148,7 +164,7 @@ def test_rates_are_searched_then_all_seeds_run_and_the_page_tells_what_is_missin
     page = summary(search.rows, final.rows, {}, {}, BEFORE.load(), COST.load())
     assert "72.0 ± 0.6" in page
     assert "As in the paper, with a new block in every step: -2.0 ± 0.0 against full AdamW (" in page
-    assert f"Not run yet: {STILL}; {ONE_TURN}; LISA; LoRA." in page
+    assert f"Not run yet: {STILL}; {ONE_TURN}; {TOP}; LISA; LoRA." in page
     del final.rows[Run(HIFT, 1, CONTESTANTS[HIFT].steps, 2).name]
     assert perplexities(search.rows, final.rows, HIFT) == []
 

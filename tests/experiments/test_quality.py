@@ -205,17 +205,27 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
     ("method", "other", "least"),
     [
         (ONE_TURN, FULL, -1),
-        (TOP_NO_DROPOUT, FULL, -1),
-        (TOP_NO_DROPOUT, LORA_NO_DROPOUT, 0),
+        (TOP_NO_DROPOUT, FULL, 0),
         (TOP_NO_DROPOUT, IN_LESS, 0),
     ],
 )
-def test_the_record_shows_what_is_claimed_of_the_mean_over_all_data_sets(method, other, least):
+def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_sets(method, other, least):
     lead = less(accuracies(FINAL.load(), equal_time), method, other, DATA_SETS)
     assert lead.mean - 2 * lead.error > least
 
 
+@pytest.mark.parametrize(
+    ("method", "other"), [(ONE_TURN, IN_LESS), (TOP_NO_DROPOUT, FULL), (TOP_NO_DROPOUT, LORA_NO_DROPOUT)]
+)
+def test_the_record_shows_what_is_claimed_of_the_mean_loss_over_all_data_sets(method, other):
+    more = less(losses(FINAL.load(), equal_time), method, other, DATA_SETS)
+    assert more.mean + 2 * more.error < 0
+
+
 def test_every_method_has_the_time_of_full_fine_tuning():
+    """Or as much of it as its FLOPs allow, if they allow less."""
     for name, row in times().items():
-        share = CONTESTANTS[name].steps_in_time * float(row["time_of_full"]) / STEPS
-        assert 0.9 < share <= 1, name
+        steps = CONTESTANTS[name].steps_in_time
+        time, flops = (steps * float(row[share]) / STEPS for share in ("time_of_full", "flops_of_full"))
+        assert time <= 1, name
+        assert time > 0.9 or 0.95 < flops <= 1, name
