@@ -1,5 +1,6 @@
 """The page and its picture: every number comes from the CSV files beside it."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from experiments.quality.methods import CLIP_NORM, WARMUP, rate_of
 from experiments.table import Row, Rows, markdown
 
 MIB = 2**20
-BESIDE = {HIFT: -4, STILL: -12}
-"""Heights of labels, in points over theirs: all HiFT has the same peak."""
+BESIDE = {HIFT: (7, -4), STILL: (7, -12), TOP: (-7, -4)}
+"""Where labels begin, or end if it is to the left, in points from theirs: most HiFT has the same peak."""
 
 
 def perplexities(search: Rows, final: Rows, method: str) -> list[float]:
@@ -212,14 +213,15 @@ def plot(search: Rows, final: Rows, before: Rows, cost: Rows, path: Path) -> Non
             color = "tab:orange" if method.startswith("HiFT") else "black" if method == FULL else "tab:gray"
             place, height = int(cost[method]["peak_bytes"]) / MIB, mean(values)
             axis.errorbar(place, height.mean, yerr=height.error, fmt="o", capsize=4, color=color)
-            beside = (7, BESIDE.get(method, 5))
-            axis.annotate(method, (place, height.mean), xytext=beside, textcoords="offset points", color=color)
+            beside = BESIDE.get(method, (7, 5))
+            words, side = (textwrap.fill(method, 28), "right") if beside[0] < 0 else (method, "left")
+            axis.annotate(words, (place, height.mean), beside, textcoords="offset points", color=color, ha=side)
     axis.axhline(float(before[UNTRAINED]["test_perplexity"]), color="tab:gray", linestyle=":", label="untrained")
     axis.set_xlim(0, 1.25 * max(int(row["peak_bytes"]) for row in cost.values()) / MIB)
     axis.set_xlabel("peak bytes on the device, MiB")
     axis.set_ylabel("test perplexity")
     axis.set_title(f"In the FLOPs of {STEPS} steps of full fine-tuning (bars: standard error over seeds)", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center right")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
