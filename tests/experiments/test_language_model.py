@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import statistics
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ LAYERS = 8
 def test_the_page_is_made_of_the_record():
     page = summary(SEARCH.load(), FINAL.load(), IN_LONGER.load(), VARIANTS.load(), BEFORE.load(), COST.load())
     assert (HERE / "summary.md").read_text() == page
+
+
+def test_the_record_shows_that_with_the_top_layers_in_every_step_hift_is_level_with_full_fine_tuning():
+    own, full, without = (statistics.fmean(perplexities(SEARCH.load(), FINAL.load(), m)) for m in (TOP, FULL, STILL))
+    assert abs(own - full) < 0.5
+    assert own < without - 1
 
 
 @pytest.mark.parametrize("method", CONTESTANTS)

@@ -206,6 +206,7 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
     [
         (ONE_TURN, FULL, -1),
         (TOP_NO_DROPOUT, FULL, 0),
+        (TOP_NO_DROPOUT, FULL_NO_DROPOUT, -1),
         (TOP_NO_DROPOUT, IN_LESS, 0),
     ],
 )
