@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.language_model.measuring import cost, run, untrained
-from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, STILL
+from experiments.language_model.methods import CONTESTANTS, FULL, HIFT, LORA, STILL, TOP
 from experiments.quality.grid import EXPONENTS, SEARCH_SEED, climb
 from experiments.quality.methods import rate_of
 from experiments.table import Rows, Table
@@ -71,7 +71,7 @@ FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
 BEFORE = Table(HERE / "untrained.csv", (UNTRAINED,), _measure_untrained)
 _LONGER = {
     each.name: each
-    for method, exponents in ((FULL, (-1, 0)), (HIFT, (2,)), (STILL, (1, 2)), (LORA, (3, 4)))
+    for method, exponents in ((FULL, (-1, 0)), (HIFT, (2,)), (STILL, (1, 2)), (TOP, (1, 2)), (LORA, (3, 4)))
     for each in (Run(method, exponent, LONGER * CONTESTANTS[method].steps, SEARCH_SEED) for exponent in exponents)
 }
 IN_LONGER = Table(HERE / "longer.csv", tuple(_LONGER), _measure_longer)
