@@ -76,7 +76,8 @@ def _collect(processes: list[Any], pipes: list[Any], deadline: float) -> list[An
             except EOFError:
                 raise RankError(f"rank {rank} died") from None
             if raised:
-                # what this rank raised may only be that another is gone
+                # what this rank raised may only be that another is gone, whose sockets close before it has an exit code
+                multiprocessing.connection.wait([processes[other].sentinel for other in waiting], 1.0)
                 if dead := [other for other in waiting if processes[other].exitcode]:
                     raise RankError(f"rank {dead[0]} died, and rank {rank} raised\n{value}")
                 raise RankError(f"rank {rank} raised\n{value}")
