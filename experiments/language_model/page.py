@@ -159,9 +159,9 @@ def _reasons(search: Rows, longer: Rows, variants: Rows) -> list[str]:
         f"anew in each turn {tried('4 layers a block, one turn, no momentum, rate anew in each turn')}. In these FLOPs "
         f"a weight has {updates:.0f} updates under HiFT and {STEPS} in full fine-tuning.",
         "Backward goes through the top layers for nearly every block, so to train them in all steps "
-        "(`always_active`) adds no more than the products for their own gradients: without momentum and with the top "
-        f"layer {tried(ALWAYS[1])}, with the top 4 {tried(ALWAYS[4])}, with 8 {searched(TOP)}, with 12 "
-        f"{tried(ALWAYS[12])}.",
+        "(`always_active`) adds the products for their own gradients, and takes the cheap turns of the top blocks "
+        f"away: without momentum and with the top layer {tried(ALWAYS[1])}, with the top 4 {tried(ALWAYS[4])}, with 8 "
+        f"{searched(TOP)}, with 12 {tried(ALWAYS[12])}.",
     ]
     if longer:
         parts += [
