@@ -69,12 +69,9 @@ def lora(rank: int) -> Method:
     return method
 
 
-LAYERS = 30
-
-
-def top_layers(number: int) -> list[str]:
-    """Patterns of the parameters of so many layers, and of the norm above them."""
-    return [*(f"model.layers.{layer}.*" for layer in range(LAYERS - number, LAYERS)), "model.norm.*"]
+def with_norm(layers: int) -> int:
+    """Layers from the top, as `always_active` counts them: so many, and the final norm, which is the head here."""
+    return layers + 1
 
 
 STEPS = 60
@@ -117,7 +114,7 @@ CONTESTANTS = {
         _blocks_of_4(adamw_with(beta1=0.0), steps_per_block="once", lr_update="step"), 2, 96, 96, "the same blocks"
     ),
     TOP: Contestant(
-        _blocks_of_4(adamw_with(beta1=0.0), always_active=top_layers(8), update="streamed", window="16MB"),
+        _blocks_of_4(adamw_with(beta1=0.0), always_active=with_norm(8), update="streamed", window="16MB"),
         2,
         85,
         6,

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from experiments.language_model.measuring import cost, run
-from experiments.language_model.methods import CONTESTANTS, HIFT, ONE_TURN, Contestant, loss_of, top_layers
+from experiments.language_model.methods import CONTESTANTS, HIFT, ONE_TURN, Contestant, loss_of, with_norm
 from experiments.quality.grid import SEARCH_SEED
 from experiments.quality.methods import Method, adamw_with, rate_of
 from experiments.quality.methods import hift as hift_of
@@ -60,7 +60,7 @@ _KINDS: dict[str, tuple[Method, int, tuple[int, ...]]] = {
     OF_8: (hift(group_size=8), _STEPS_OF_8, (1, 2)),
     f"{OF_8}, no momentum": (hift(still, group_size=8), _STEPS_OF_8, (1, 2)),
     **{
-        name: (hift(still, group_size=4, always_active=top_layers(number)), _STEPS_OF_ALWAYS[number], (2,))
+        name: (hift(still, group_size=4, always_active=with_norm(number)), _STEPS_OF_ALWAYS[number], (2,))
         for number, name in ALWAYS.items()
     },
 }

@@ -179,7 +179,7 @@ def partition(
     *,
     layers: Sequence[str] | None = None,
     frozen: Sequence[str] | None = None,
-    always_active: Sequence[str] | None = None,
+    always_active: Sequence[str] | int | None = None,
     trainable: Collection[str] | None = None,
 ) -> Plan:
     """Puts each trainable parameter of a model into exactly one block, or among those that are always active.
@@ -194,13 +194,15 @@ def partition(
             Parameters that no pattern matches keep the layer that was found for them.
         frozen: Shell-style patterns on parameter names that are never trained. A tied weight is matched under
             any of its names, here and in the other two.
-        always_active: Shell-style patterns on parameter names that are trained in every step, with whichever block
-            has its turn. What is frozen stays so.
+        always_active: What is trained in every step, with whichever block has its turn: shell-style patterns on
+            parameter names, or a number of layers from the top (of those that are trained; the head is one). What
+            is frozen stays so.
         trainable: Names of the parameters to place; by default all that require a gradient.
 
     Raises:
-        ConfigurationError: `group_size` is no whole number of at least 1; a pattern or name matches no
-            parameter; a parameter has no shape yet (lazy modules); nothing is left to train, or to take turns.
+        ConfigurationError: `group_size` or the number of layers that are always active is no whole number of at
+            least 1; a pattern or name matches no parameter; a parameter has no shape yet (lazy modules); nothing is
+            left to train, or to take turns.
     """
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ConfigurationError(
@@ -222,18 +224,39 @@ def partition(
             )
 
     placed = _override(_lay_out(model, aliases), _matched("layers", layers, aliases))
-    constant = _matched("always_active", always_active, aliases).keys() & chosen
+    if isinstance(always_active, int):
+        check_always_active(always_active)
+        constant = {name for layer in _restricted(placed, chosen)[-always_active:] for name in layer.parameters}
+    else:
+        constant = _matched("always_active", always_active, aliases).keys() & chosen
     kept = _restricted(placed, chosen - constant)
     if not kept:
         raise ConfigurationError(
-            f"`always_active={list(always_active or [])}` takes all parameters of `{type(model).__name__}` that are "
-            "trained, and none is left to take turns: narrow it, or use full fine-tuning."
+            f"`always_active={always_active}` takes all parameters of `{type(model).__name__}` that are trained (they "
+            f"are in {len(_restricted(placed, chosen))} layers), and none is left to take turns: narrow it, or use "
+            "full fine-tuning."
         )
     everywhere = tuple(name for layer in _restricted(placed, constant) for name in layer.parameters)
     groups = [tuple(kept[start : start + group_size]) for start in range(0, len(kept), group_size)]
     blocks = tuple(_block(index, group, weights, everywhere) for index, group in enumerate(groups))
     always = _block(len(blocks), (Layer("always active", everywhere),), weights) if everywhere else None
     return Plan(blocks, group_size, always)
+
+
+def check_always_active(always_active: Sequence[str] | int | None) -> None:
+    """Raise if it is a number that is none of layers.
+
+    Args:
+        always_active: patterns, or a number of layers from the top.
+
+    Raises:
+        ConfigurationError: if it is a number below 1, or true or false.
+    """
+    if isinstance(always_active, bool) or (isinstance(always_active, int) and always_active < 1):
+        raise ConfigurationError(
+            f"`always_active={always_active}` must be a number of layers from the top, at least 1, or a list of "
+            "patterns on parameter names; leave it out to train every layer in its turns alone."
+        )
 
 
 def _restricted(layers: Sequence[Layer], names: Collection[str]) -> list[Layer]:

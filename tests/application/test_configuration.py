@@ -110,7 +110,7 @@ def test_long_turns_are_one_for_each_block_without_momentum() -> None:
     cfg = composed("experiment=long_turns")
     assert (cfg.optimizer.lr, cfg.optimizer.betas) == (4.0e-4, [0.0, 0.999])
     assert (cfg.strategy.steps_per_block, cfg.strategy.lr_update) == ("once", "step")
-    assert cfg.strategy.always_active == ["network.head.*"]
+    assert cfg.strategy.always_active == 1
 
 
 def test_the_file_of_the_strategy_sets_nothing_else() -> None:

@@ -64,3 +64,16 @@ def test_the_largest_layer_is_the_papers(name: str) -> None:
     with torch.device("meta"):
         blocks = partition(instantiate(cfg.model.network, tokenizer=None)).blocks
     assert max(block.numel for block in blocks) / 1e6 == pytest.approx(LARGEST_LAYER[name], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "patterns"),
+    [("smollm2", ["model.layers.2[2-9].*", "model.norm.*"]), ("long_turns", ["head.*"])],
+)
+def test_the_layers_that_an_experiment_always_trains_are_what_its_comment_says(
+    experiment: str, patterns: list[str]
+) -> None:
+    cfg = composed(f"experiment={experiment}", "model.pretrained=null")
+    with torch.device("meta"):
+        network = instantiate(cfg.model.network, tokenizer=None)
+    assert partition(network, always_active=cfg.strategy.always_active) == partition(network, always_active=patterns)

@@ -1,6 +1,7 @@
 """Parameters that are trained in every step, with whichever block has its turn."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 
 HEAD = ("norm.weight", "norm.bias", "head.weight", "head.bias")
 PATTERNS = ["norm.*", "head.*"]
+
+
+def settings_of(always_active):
+    return HiFTSettings(always_active=always_active)
 
 
 def adamw(parameters):
@@ -40,9 +45,31 @@ def test_what_is_frozen_stays_so():
     assert plan == partition(SmallTransformer(), frozen=PATTERNS)
 
 
-def test_all_parameters_cannot_be_active_always():
-    with pytest.raises(ConfigurationError, match=r"^`always_active=\['\*'\]` takes all .* narrow it"):
-        partition(SmallTransformer(), always_active=["*"])
+def test_a_number_means_so_many_layers_from_the_top():
+    assert partition(SmallTransformer(), always_active=1) == partition(SmallTransformer(), always_active=PATTERNS)
+    below = partition(SmallTransformer()).layers[-2].parameters
+    plan = partition(SmallTransformer(), always_active=2)
+    assert plan.always_active.own_parameters == (*below, *HEAD)
+    assert len(plan.blocks) == LAYERS - 2
+
+
+def test_frozen_layers_are_not_among_the_layers_from_the_top():
+    below = partition(SmallTransformer()).layers[-2].parameters
+    assert partition(SmallTransformer(), frozen=PATTERNS, always_active=1).always_active.own_parameters == below
+
+
+@pytest.mark.parametrize("value", [["*"], LAYERS, LAYERS + 1])
+def test_all_parameters_cannot_be_active_always(value):
+    told = rf"^`always_active={re.escape(str(value))}` takes all .* in {LAYERS} layers.* narrow it"
+    with pytest.raises(ConfigurationError, match=told):
+        partition(SmallTransformer(), always_active=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True])
+@pytest.mark.parametrize("accept", [lambda v: partition(SmallTransformer(), always_active=v), settings_of])
+def test_a_number_that_is_none_of_layers_is_refused(accept, value):
+    with pytest.raises(ConfigurationError, match=f"^`always_active={value}` must be a number of layers from the top"):
+        accept(value)
 
 
 def trained(model, settings, batches, steps=None):
