@@ -67,7 +67,7 @@ class HiFTMonitor(L.Callback):
         if pictures and importlib.util.find_spec("matplotlib") is None:
             raise ConfigurationError(
                 "`pictures=True` of `HiFTMonitor` needs matplotlib, which is not installed; run "
-                "`pip install 'hift-lightning[plots]'`, or use `pictures=None`, which leaves them out."
+                "`pip install matplotlib`, or use `pictures=None`, which leaves them out."
             )
         if pictures and folder is None:
             raise ConfigurationError("`pictures=True` of `HiFTMonitor` has no place to draw to; give `folder`.")
@@ -278,7 +278,7 @@ class HiFTMonitor(L.Callback):
         except ImportError:
             rank_zero_info(
                 "HiFTMonitor draws no pictures, since matplotlib is not installed; they come with "
-                "`pip install 'hift-lightning[plots]'`."
+                "`pip install matplotlib`."
             )
             return
         print("pictures:", ", ".join(map(os.path.relpath, pictures)))

@@ -1,11 +1,13 @@
 """Activation checkpointing of each layer, and never of one below the active block."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -22,13 +24,11 @@ class ActivationCheckpointing:
 
     Args:
         model: the model.
-        layers: names of its layers; those that are a module of the model are checkpointed, others (the embeddings, the
-            head) are not.
+        layers: paths of the modules that are its layers.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
-        modules = dict(model.named_modules())
-        self._layers = [modules[name] for name in layers if name in modules]
+        self._layers = [model.get_submodule(name) for name in layers]
         self._own: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def start(self) -> None:
@@ -62,6 +62,26 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in [*tensors, *layer.parameters()]):
             return function(layer, *args, **kwargs)
         kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+        if norms := [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]:
+            # given only where it is needed, since torch.compile knows contexts of other kinds alone
+            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(norms))
         return checkpoint(function, layer, *args, use_reentrant=False, **kwargs)
 
     return checkpointed
+
+
+@contextlib.contextmanager
+def _averages_left_alone(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within it these norms leave their running averages as they are: the first forward has updated them."""
+    # they have to be handed over all the same, since a second forward must save as many tensors as the first
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    counts = [None if count is None else count.clone() for _, _, count in before]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:  # by torch's exception too that ends a second forward early
+        for (norm, momentum, count), was in zip(before, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None and was is not None:
+                count.copy_(was)

@@ -47,6 +47,7 @@ def record_of_plan(plan: Plan, rotation: Rotation) -> dict[str, Any]:
         "steps_per_block": rotation.steps_per_block,
         "plan": plan.fingerprint(),
         "blocks": [{"name": block.name, "parameters": list(block.parameters)} for block in plan.blocks],
+        "always_active": [] if plan.always_active is None else list(plan.always_active.own_parameters),
     }
 
 
@@ -166,9 +167,11 @@ def _in_words(record: dict[str, Any]) -> str:
     blocks = record.get("blocks")
     first = [f"`{blocks[turn]['name']}`" if blocks else str(turn) for turn in turns[:3]]
     shown = ", ".join(first) + (", …" if len(turns) > 3 else "")
+    always = record.get("always_active")  # which checkpoints of before do not tell
     return (
         f"{len(turns)} blocks of group_size={record.get('group_size')} with "
         f"steps_per_block={record.get('steps_per_block')} and the turns {shown} (order={record.get('order')})"
+        f"{f', with {_named(always)} always active' if always else ''}"
     )
 
 

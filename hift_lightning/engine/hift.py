@@ -41,7 +41,7 @@ from hift_lightning.engine.freezing import Freezing, GradientHook
 from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
-from hift_lightning.engine.partition import Block, partition
+from hift_lightning.engine.partition import Block, modules_of_layers, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks
@@ -122,6 +122,11 @@ class HiFT:
         self.optimizer = optimizer
         self._parameters = dict(model.named_parameters())
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
+        if others and isinstance(settings.always_active, int):
+            raise ConfigurationError(
+                f"`always_active={settings.always_active}` counts layers from the top of the model, and here several "
+                "optimizers share them; give patterns on parameter names."
+            )
         self.plan = partition(
             model,
             settings.layers_per_block,
@@ -145,7 +150,7 @@ class HiFT:
         self._mesh = mesh_of(self._trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
-        self._checkpointing = ActivationCheckpointing(model, [layer.name for layer in self.plan.layers])
+        self._checkpointing = ActivationCheckpointing(model, self._layers_to_checkpoint(others))
         self.clip_value: float | None = None
         """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
         self.updates = 0
@@ -177,6 +182,14 @@ class HiFT:
         self._step = Step(NonfiniteSearch(self._mesh))
         self._handles: list[RemovableHandle] = []
         self._warned_of_skipping = False
+
+    def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
+        """Frozen layers and those that are always active too: backward goes through them as through the rest."""
+        names = modules_of_layers(self.model, self.settings.layers)
+        if not others:
+            return names
+        own = set(self._trained.values())  # each engine sees to the layers of its optimizer
+        return [name for name in names if not own.isdisjoint(self.model.get_submodule(name).parameters())]
 
     @property
     def block(self) -> Block:

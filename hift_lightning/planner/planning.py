@@ -153,6 +153,12 @@ class StepPlanner:
         Raises:
             ConfigurationError: as in `plan`.
         """
+        if settings is not None and settings.group_size == "auto":
+            raise ConfigurationError(
+                "`group_size='auto'` is chosen by planning with one number of layers after another: call "
+                "`choose(strategy.settings, budget, StepPlanner(module, batch))` of `hift_lightning.planner`, with the "
+                "budget in bytes, or give a number."
+            )
         if settings is not None and settings.update == "fused" and self.why_not_fused:
             raise ConfigurationError(not_with_fused(self.why_not_fused))
         if settings is None and self.ranks is not None:

@@ -82,9 +82,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             passed on at the end of the new cycle, together with its own.
         layers: shell-style patterns on parameter names that override the layers found: each makes one layer.
         frozen: shell-style patterns on parameter names that are never trained.
-        always_active: what is trained in every step, with whichever block has its turn: a number of layers from the top
-            (1: the head), or shell-style patterns on parameter names. Its gradients and state are on the device in
-            each step.
+        always_active: what is trained in every step, with whichever block has its turn: a number of layers from the
+            top, or shell-style patterns on parameter names. The top layer is the head, or the final norm where the head
+            has the weights of the embeddings. Gradients and state of these layers are on the device in each step.
         seed: seed of the ``"random"`` order; with the others it may be ``None``.
         arguments: of the Lightning strategy.
 

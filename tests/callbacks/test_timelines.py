@@ -146,7 +146,7 @@ def test_the_picture_tells_what_is_not_counted(update, told):
 def test_without_matplotlib_a_message_names_the_extra(tmp_path, no_matplotlib, caplog):
     with caplog.at_level("INFO"):
         fitted(HiFTMonitor(tmp_path), HiFTStrategy())
-    assert caplog.text.count("they come with `pip install 'hift-lightning[plots]'`") == 1
+    assert caplog.text.count("they come with `pip install matplotlib`") == 1
     assert not list(tmp_path.iterdir())
 
 

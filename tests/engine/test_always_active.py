@@ -164,3 +164,21 @@ def test_a_block_that_no_gradient_reaches_is_named_though_they_have_one(update):
 
     with pytest.warns(UserWarning, match=r"No gradient reached block 3 \(`layers\.2`\)"):
         trained(WithUnused(), HiFTSettings(update=update, always_active=PATTERNS), make_batches(4))
+
+
+def test_a_number_of_layers_is_refused_where_several_optimizers_share_the_model():
+    model = SmallTransformer()
+    names = dict(model.named_parameters())
+    head = adamw([names[name] for name in HEAD])
+    rest = adamw([parameter for name, parameter in names.items() if name not in HEAD])
+    with pytest.raises(ConfigurationError, match="^`always_active=1` counts layers .* several optimizers share them"):
+        HiFT(model, rest, HiFTSettings(always_active=1), others=[head])
+
+
+def test_a_checkpoint_with_others_that_are_always_active_is_told_from_this_run():
+    one, other = (
+        HiFT(model := SmallTransformer(), adamw(model.parameters()), HiFTSettings(always_active=patterns))
+        for patterns in (["head.bias"], None)
+    )
+    with pytest.raises(ConfigurationError, match=r"\(order=top2down\), with `head.bias` always active, and this run"):
+        other.load_state_dict(one.state_dict())

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.partition import Block, Layer, partition
+from hift_lightning.engine.settings import HiFTSettings
 
 
 class Residual(nn.Module):
@@ -320,6 +321,19 @@ def test_a_pattern_that_is_left_with_nothing_is_refused() -> None:
 def test_a_lone_string_is_refused_rather_than_read_by_letters(argument: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"`{argument}='\*'` is not a list of patterns: write `\['\*'\]`"):
         partition(Stack(), **{argument: "*"})
+
+
+@pytest.mark.parametrize("argument", ["frozen", "layers", "always_active"])
+@pytest.mark.parametrize("value", [1.5, [1], {"head.*": 1}])
+def test_what_is_no_list_of_patterns_is_refused(argument: str, value: object) -> None:
+    for refused in (lambda given: HiFTSettings(**given), lambda given: partition(Stack(), **given)):
+        with pytest.raises(ConfigurationError, match=rf"^`{argument}=.*` is not a list of patterns on parameter names"):
+            refused({argument: value})
+
+
+def test_a_number_of_layers_in_quotes_is_answered_with_the_number() -> None:
+    with pytest.raises(ConfigurationError, match="^`always_active='2'` is text; .* give the number, `always_active=2`"):
+        HiFTSettings(always_active="2")
 
 
 def test_nothing_left_to_train_is_refused() -> None:

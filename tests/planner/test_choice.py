@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
+from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.engine.update import parse_bytes
-from hift_lightning.planner import StepPlanner, choose
+from hift_lightning.planner import StepPlanner, choose, plan
 from hift_lightning.planner.gpus import GIB, needed_bytes
 from tests.planner.small_llama import SmallLlama
 from tests.small_transformer import SmallTransformer, make_batches
@@ -101,3 +102,9 @@ def test_clipping_by_value_goes_with_fused():
     step = StepPlanner(SmallTransformer(), make_batches(1)[0], gradient_clip_val=1.0, gradient_clip_algorithm="value")
     assert step.why_not_fused is None
     assert step.plan(HiFTSettings(update="fused")).peak_bytes > 0
+
+
+def test_a_plan_with_the_group_size_left_open_is_answered_with_what_chooses_it():
+    strategy = HiFTStrategy(group_size="auto", memory_budget="1GiB")
+    with pytest.raises(ConfigurationError, match=r"^`group_size='auto'` is chosen by .* `choose\(strategy.settings, "):
+        plan(SmallTransformer(), strategy, make_batches(1)[0])

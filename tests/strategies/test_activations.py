@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hift_lightning import HiFTStrategy
+from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from tests.comparing import assert_same
 from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
 
 
@@ -55,6 +56,63 @@ def test_checkpointing_changes_nothing_but_what_is_kept(any_device):
     for p, q in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.equal(p, q)
     assert checkpointed.saved[0] < plain.saved[0] / 2
+
+
+def wrapped(model, **arguments):
+    """Modules whose forward is another while they are trained."""
+    with HiFT(model, torch.optim.SGD(model.parameters(), lr=0.1), HiFTSettings(**arguments)):
+        return [name for name, module in model.named_modules() if "forward" in module.__dict__]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"always_active": 3}, {"frozen": ["layers.1.*"]}, {"group_size": 2}])
+def test_each_layer_is_checkpointed_whether_it_has_turns_or_not(arguments):
+    names = wrapped(SmallTransformer(depth=4), activation_checkpointing=True, **arguments)
+    assert names == [f"layers.{index}" for index in range(4)]  # neither `embedding` nor `head`, which keep little
+
+
+def test_of_two_engines_each_checkpoints_its_own_layers():
+    model = SmallTransformer()
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in model.layers]
+    settings = HiFTSettings(activation_checkpointing=True)
+    first, second = (HiFT(model, own, settings, others=[o for o in optimizers if o is not own]) for own in optimizers)
+    with first:
+        assert ["forward" in layer.__dict__ for layer in model.layers] == [True, False]
+    with second:
+        assert ["forward" in layer.__dict__ for layer in model.layers] == [False, True]
+
+
+class Convolutions(nn.Module):
+    """Layers with running averages, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(3)
+        )
+        self.layers[1][1].eval()  # a layer's averages may be fixed
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, signal):
+        for layer in self.layers:
+            signal = layer(signal)
+        return self.head(signal.mean(-1))
+
+
+def test_running_averages_are_updated_once_a_step():
+    models = []
+    for checkpointing in (False, True):
+        model = Convolutions()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(1)
+        with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=checkpointing)):
+            for _ in range(5):
+                model(torch.randn(8, 4, 6)).square().mean().backward()
+                optimizer.step()
+        models.append(model)
+    plain, checkpointed = models
+    assert plain.layers[0][1].num_batches_tracked == 5
+    assert_same(checkpointed.state_dict(), plain.state_dict())
 
 
 def test_checkpointing_never_reaches_below_the_active_block(any_device):
