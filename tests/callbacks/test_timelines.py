@@ -143,7 +143,7 @@ def test_the_picture_tells_what_is_not_counted(update, told):
     assert (f"what update={update} has on the device inside a step" in title) == told
 
 
-def test_without_matplotlib_a_message_names_the_extra(tmp_path, no_matplotlib, caplog):
+def test_without_matplotlib_a_message_names_the_command_that_brings_it(tmp_path, no_matplotlib, caplog):
     with caplog.at_level("INFO"):
         fitted(HiFTMonitor(tmp_path), HiFTStrategy())
     assert caplog.text.count("they come with `pip install matplotlib`") == 1
@@ -151,7 +151,7 @@ def test_without_matplotlib_a_message_names_the_extra(tmp_path, no_matplotlib, c
 
 
 def test_pictures_that_are_asked_for_and_cannot_be_drawn_are_an_error(tmp_path, no_matplotlib):
-    with pytest.raises(ConfigurationError, match=r"needs matplotlib, .*'hift-lightning\[plots\]'"):
+    with pytest.raises(ConfigurationError, match=r"needs matplotlib, .*`pip install matplotlib`"):
         HiFTMonitor(tmp_path, pictures=True)
 
 
