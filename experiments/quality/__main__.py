@@ -4,8 +4,9 @@
 
 A run takes about a minute and a half of one core. Runs that `search.csv` and `final.csv` have are not done again unless
 `--again` is given, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and `quality.png`
-are made of what there is. Two other commands have records for the page: `python -m experiments.quality.cost`, which
-wants the machine for itself, and `python -m experiments.quality.variants`. Three of the methods are packages:
+are made of what there is. Three other commands have records for the page: `python -m experiments.quality.cost` and
+`python -m experiments.quality.pair_times`, which want the machine for themselves, and
+`python -m experiments.quality.variants`. Three of the methods are packages:
 
     pip install peft
     pip install --no-deps badam galore-torch bitsandbytes
@@ -18,6 +19,7 @@ from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, complete
 from experiments.quality.methods import CONTESTANTS
+from experiments.quality.pair_times import TABLE as PAIRS
 from experiments.quality.plot import plot
 from experiments.quality.summary import summary
 from experiments.quality.variants import TABLE as VARIANTS
@@ -33,8 +35,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.page:
         complete(arguments.data_sets, arguments.methods, arguments.again, arguments.jobs)
-    data, search, final, variants, peaks = (table.load() for table in (DATA, SEARCH, FINAL, VARIANTS, BYTES))
-    text = summary(data, search, final, variants, times(), peaks)
+    data, search, final, variants, pairs, peaks = (t.load() for t in (DATA, SEARCH, FINAL, VARIANTS, PAIRS, BYTES))
+    text = summary(data, search, final, variants, times(), pairs, peaks)
     (HERE / "summary.md").write_text(text)
     if in_time := accuracies(final, equal_time):
         plot(in_time, accuracies(final, equal_steps), HERE / "quality.png")

@@ -67,6 +67,6 @@ def plot(in_time: Results, in_steps: Results, path: Path) -> None:
     axes[0][0].set_ylim(len(methods) - 0.4, -0.6)
     axes[0][0].set_xlim(left=LOWEST)
     figure.suptitle("Filled: in equal time. Hollow: in equal steps. Bars: standard error over seeds.", fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,5 +1,6 @@
 """The page: every number comes from the CSV files beside it."""
 
+import statistics
 from collections.abc import Callable, Collection, Iterator
 
 from experiments.quality.comparison import (
@@ -35,17 +36,27 @@ from experiments.quality.methods import (
     ONE_TURN_NO_DROPOUT,
     STEPS,
     TOP,
+    TOP_IN_LORAS_TIME,
     TOP_NO_DROPOUT,
     WARMUP,
     rate_of,
 )
+from experiments.quality.pair_times import steps_in_loras_time
 from experiments.quality.variants import COUNTS, DATA, NO_DECAY, VARIANTS, WARM_UP
 from experiments.table import Row, Rows, markdown
 
 MIB = 2**20
+COMPARED = (
+    *((method, FULL) for method in (HIFT, LONG, ONE_TURN, TOP, TOP_NO_DROPOUT)),
+    *((method, FULL_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, TOP_IN_LORAS_TIME)),
+    *((method, IN_MEMORY) for method in (HIFT, LONG, ONE_TURN)),
+    *((method, IN_LESS) for method in (ONE_TURN, TOP_NO_DROPOUT)),
+    *((method, LORA_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, TOP_IN_LORAS_TIME)),
+)
+"""Recipes of HiFT, and what each is put beside: full fine-tuning, and LoRA with as many texts as fit in its memory."""
 
 
-def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, peaks: Rows) -> str:
+def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, pairs: Rows, peaks: Rows) -> str:
     """Make it of the records.
 
     Args:
@@ -54,6 +65,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         final: of the final runs (`final.csv`).
         variants: of HiFT with other settings (`variants.csv`).
         cost: of a step's time and FLOPs (`cost.csv`).
+        pairs: of steps of HiFT and LoRA in turn (`pair_times.csv`).
         peaks: of bytes (`bytes.csv`).
     """
     in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
@@ -78,9 +90,10 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
                 for name, row in data.items()
             ],
         ),
-        *_accuracies(in_time, lost, in_steps, cost),
+        *_accuracies(in_time, lost, in_steps, cost, pairs),
         *_in_memory(in_time, lost, peaks),
-        *_reasons(in_time, lost, variants),
+        *_over_others(in_time, lost),
+        *_reasons(in_time, variants),
         "## What a step costs",
         "Milliseconds are the median over cycles of the mean step of a cycle, the methods in turn in one process on "
         "one thread; 'time of full' is the median of the ratio in the same rounds. Those with one turn a block or "
@@ -100,13 +113,14 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows) -> list[str]:
+def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows, pairs: Rows) -> list[str]:
     if not in_time:
         return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
     return [
         "## In equal time",
         f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below)."
-        + _fewer({name: row for name, row in cost.items() if any(method == name for _, method in in_time)}),
+        + _fewer({name: row for name, row in cost.items() if any(method == name for _, method in in_time)})
+        + (_in_loras_time(cost, pairs) if any(method == TOP_IN_LORAS_TIME for _, method in in_time) else ""),
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "The test loss of the same runs: mean cross entropy in hundredths of a nat, less is better.",
@@ -118,18 +132,29 @@ def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows) 
 
 
 def _fewer(cost: Rows) -> str:
-    """A sentence for each method that has fewer steps than its time allows."""
-    sentences = []
-    for name, row in cost.items():
-        steps, by_time, by_flops = equal_time(name), _steps(row["time_of_full"]), _steps(row["flops_of_full"])
-        if steps < by_time:
-            assert steps <= by_flops  # the reason that is given
-            sentences.append(
-                f" '{name}' has {steps}, though by its time, {float(row['time_of_full']):.3f} of full fine-tuning's, "
-                f"it could have {by_time}: it was given what its FLOPs, {float(row['flops_of_full']):.3f}, allow, to "
-                "be on the safe side."
-            )
-    return "".join(sentences)
+    """Which methods have fewer steps than their time allows."""
+    names = [name for name, row in cost.items() if equal_time(name) < _steps(row["time_of_full"])]
+    assert all(equal_time(name) <= _steps(cost[name]["flops_of_full"]) for name in names)  # the reason that is given
+    return f" Fewer than their time allows, as many as their FLOPs do, have {_list(names)}." if names else ""
+
+
+def _in_loras_time(cost: Rows, pairs: Rows) -> str:
+    """How the steps of the recipe that is put beside LoRA in its time were found."""
+    steps, ratios = equal_time(TOP_IN_LORAS_TIME), [float(row["ratio"]) for row in pairs.values()]
+    return (
+        f" '{TOP_IN_LORAS_TIME}' is '{TOP_NO_DROPOUT}' with as many as take as long as the "
+        f"{equal_time(LORA_NO_DROPOUT)} of '{LORA_NO_DROPOUT}', when both train in turn on each data set, loading of "
+        f"batches included (`python -m experiments.quality.pair_times`): a step takes {statistics.fmean(ratios):.3f} "
+        f"times as long in the mean, {min(ratios):.2f} to {max(ratios):.2f} by data set, so it could have "
+        f"{steps_in_loras_time(pairs)} and has {steps}. Its FLOPs are "
+        f"{steps / STEPS * float(cost[TOP_NO_DROPOUT]['flops_of_full']):.2f} of those of {FULL}."
+    )
+
+
+def _list(names: Collection[str]) -> str:
+    """In quotation marks, since names have commas."""
+    *first, last = (f"'{name}'" for name in names)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _steps(of_full: str) -> int:
@@ -187,18 +212,29 @@ def _within(in_time: Results, lost: Results, peaks: Rows, method: str, lora: str
     ]
 
 
-def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
+def _over_others(in_time: Results, lost: Results) -> list[str]:
+    """What recipes of HiFT have more than full fine-tuning and than LoRA, by data set."""
+    lines = []
+    for method, other in COMPARED:
+        common = complete_data_sets(in_time, [method, other])
+        if common:
+            of_each = [less(in_time, method, other, [name]).signed() if name in common else "" for name in DATA_SETS]
+            means = [less(found, method, other, common).signed() for found in (in_time, lost)]
+            lines.append([method, other, *of_each, *means])
+    if not lines:
+        return []
+    return [
+        "## What HiFT has over the others",
+        "In equal time: points of accuracy more, and hundredths of a nat of test loss more, paired by seed. Means are "
+        "over the data sets that both have been run on.",
+        markdown(["recipe", "over", *DATA_SETS, "mean", "mean loss"], lines),
+    ]
+
+
+def _reasons(in_time: Results, variants: Rows) -> list[str]:
     def against(other: str, method: str) -> str:
         common = complete_data_sets(in_time, [other, method])
-        return f"{less(in_time, method, other, common).signed()} points ({', '.join(common)})" if common else "not run"
-
-    def each_against(other: str, method: str, found: Results = in_time) -> str:
-        common = complete_data_sets(found, [other, method])
-        return ", ".join(f"{name} {less(found, method, other, [name]).signed()}" for name in common) or "not run"
-
-    def loss_against(other: str, method: str) -> str:
-        common = complete_data_sets(lost, [other, method])
-        return less(lost, method, other, common).signed() if common else "not run"
+        return f"{less(in_time, method, other, common).signed()} points" if common else "not run"
 
     def orders() -> str:
         found = [
@@ -219,9 +255,7 @@ def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
         f"As in the paper, with a new block in every step, it is behind full AdamW in equal time: "
         f"{against(FULL, HIFT)}; {orders()}. With 20 steps a block and without momentum: {against(FULL, LONG)}. With "
         'one turn for each block in the whole run (`steps_per_block="once"`), without momentum, and with the new head '
-        f'trained in every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}; by data set '
-        f"{each_against(FULL, ONE_TURN)}. With the feed-forward part of the top layer trained in every step too: "
-        f"{against(FULL, TOP)}; by data set {each_against(FULL, TOP)}.",
+        f'trained in every step (`always_active=["head.*"]`): {against(FULL, ONE_TURN)}.',
         "Validation accuracy on film reviews, of one seed and with the best rate that was tried, from the settings at "
         f"the end of this page: as in the paper {best('as in the paper')}, and with a rate that is not delayed "
         f"{best('rate not delayed')}. Without momentum {best('beta1 0')}, with 20 "
@@ -232,27 +266,6 @@ def _reasons(in_time: Results, lost: Results, variants: Rows) -> list[str]:
         f"without momentum: with a warm-up in each turn {best(WARM_UP)}, with Adam's bias correction by the steps of "
         f"the run instead of a weight's own updates {best(COUNTS)}, without weight decay {best(NO_DECAY)}. In equal "
         "steps HiFT updates each weight in a few of them only, and is behind.",
-        *(
-            f"Against {lora}, with one turn a block: {against(lora, ONE_TURN)}; by data set "
-            f"{each_against(lora, ONE_TURN)}. With the top feed-forward part in every step too: {against(lora, TOP)}; "
-            f"by data set {each_against(lora, TOP)}."
-            for lora in (IN_MEMORY, IN_LESS)
-        ),
-        "In test loss, of one turn a block less that of another: "
-        + "; ".join(
-            f"{other} {loss_against(other, ONE_TURN)} ({each_against(other, ONE_TURN, lost)})"
-            for other in (FULL, IN_MEMORY, IN_LESS)
-        )
-        + ".",
-        "Without dropout, in the time of full AdamW with it: "
-        + "; ".join(
-            f"'{method}' over {other} {against(other, method)}, by data set {each_against(other, method)}, in test "
-            f"loss {loss_against(other, method)}"
-            for method in (TOP_NO_DROPOUT, ONE_TURN_NO_DROPOUT)
-            for other in (FULL, FULL_NO_DROPOUT, LORA_NO_DROPOUT, IN_LESS)
-            if complete_data_sets(in_time, [other, method])
-        )
-        + ".",
     ]
 
 

@@ -29,12 +29,15 @@ from experiments.quality.methods import (
     ONE_TURN_NO_DROPOUT,
     STEPS,
     TOP,
+    TOP_IN_LORAS_TIME,
     TOP_NO_DROPOUT,
     adamw_with,
     hift,
     loss_of,
     rate_of,
 )
+from experiments.quality.pair_times import TABLE as PAIRS
+from experiments.quality.pair_times import steps_in_loras_time
 from experiments.quality.summary import summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
@@ -50,8 +53,8 @@ def rows_of(value_by_method, steps_of, data_set="mails", column="test_accuracy")
 
 
 def test_the_page_is_made_of_the_record():
-    data, search, final, variants, peaks = (table.load() for table in (DATA, SEARCH, FINAL, VARIANTS, BYTES))
-    assert (HERE / "summary.md").read_text() == summary(data, search, final, variants, times(), peaks)
+    data, search, final, variants, pairs, peaks = (t.load() for t in (DATA, SEARCH, FINAL, VARIANTS, PAIRS, BYTES))
+    assert (HERE / "summary.md").read_text() == summary(data, search, final, variants, times(), pairs, peaks)
 
 
 def test_the_record_describes_the_data_that_are_read():
@@ -132,6 +135,7 @@ TRAINS = {
     FULL_NO_DROPOUT: ("embeddings", "encoder", "head"),
     ONE_TURN_NO_DROPOUT: ("encoder", "head"),
     TOP_NO_DROPOUT: ("encoder", "head"),
+    TOP_IN_LORAS_TIME: ("encoder", "head"),
     LORA_NO_DROPOUT: ("encoder", "head"),
     "LoRA": ("encoder", "head"),
     "BitFit": ("embeddings", "encoder", "head"),
@@ -208,6 +212,8 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
         (TOP_NO_DROPOUT, FULL, 0),
         (TOP_NO_DROPOUT, FULL_NO_DROPOUT, -1),
         (TOP_NO_DROPOUT, IN_LESS, 0),
+        (TOP_IN_LORAS_TIME, FULL, 0),
+        (TOP_IN_LORAS_TIME, FULL_NO_DROPOUT, 0),
     ],
 )
 def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_sets(method, other, least):
@@ -216,7 +222,13 @@ def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_set
 
 
 @pytest.mark.parametrize(
-    ("method", "other"), [(ONE_TURN, IN_LESS), (TOP_NO_DROPOUT, FULL), (TOP_NO_DROPOUT, LORA_NO_DROPOUT)]
+    ("method", "other"),
+    [
+        (ONE_TURN, IN_LESS),
+        (TOP_NO_DROPOUT, FULL),
+        (TOP_NO_DROPOUT, LORA_NO_DROPOUT),
+        (TOP_IN_LORAS_TIME, LORA_NO_DROPOUT),
+    ],
 )
 def test_the_record_shows_what_is_claimed_of_the_mean_loss_over_all_data_sets(method, other):
     more = less(losses(FINAL.load(), equal_time), method, other, DATA_SETS)
@@ -230,3 +242,14 @@ def test_every_method_has_the_time_of_full_fine_tuning():
         time, flops = (steps * float(row[share]) / STEPS for share in ("time_of_full", "flops_of_full"))
         assert time <= 1, name
         assert time > 0.9 or 0.95 < flops <= 1, name
+
+
+def test_hift_in_loras_time_has_no_more_steps_than_take_as_long():
+    allowed = steps_in_loras_time(PAIRS.load())
+    assert allowed - 10 <= CONTESTANTS[TOP_IN_LORAS_TIME].steps_in_time <= allowed
+
+
+def test_steps_in_loras_time_are_by_the_mean_ratio_over_data_sets():
+    ratios = {"tweets": 1.0, "mails": 1.5}
+    rows = {name: {"name": name, "ratio": str(ratio)} for name, ratio in ratios.items()}
+    assert steps_in_loras_time(rows) == CONTESTANTS[LORA_NO_DROPOUT].steps_in_time / 1.25
