@@ -200,14 +200,14 @@ def test_rotary_frequencies_stay_in_fp32_when_lightning_casts_the_model(tokenize
     assert torch.equal(network.model.rotary_emb.inv_freq, frequencies)
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for build in (
         lambda: load_tokenizer("somewhere"),
         lambda: causal_lm(None, None, {}),
         lambda: sentence_classifier(None, None, 2, "mean", {}),
     ):
-        with pytest.raises(ConfigurationError, match=r"`transformers`.*pip install 'hift-lightning\[demo\]'"):
+        with pytest.raises(ConfigurationError, match=r"`transformers`.*pip install transformers "):
             build()
 
 
