@@ -62,8 +62,8 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in [*tensors, *layer.parameters()]):
             return function(layer, *args, **kwargs)
         kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
-        if norms := [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]:
-            # given only where it is needed, since torch.compile knows contexts of other kinds alone
+        norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+        if norms and not torch.compiler.is_compiling():  # a compiled layer updates them once by itself
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(norms))
         return checkpoint(function, layer, *args, use_reentrant=False, **kwargs)
 

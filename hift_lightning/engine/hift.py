@@ -185,6 +185,8 @@ class HiFT:
 
     def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
         """Frozen layers and those that are always active too: backward goes through them as through the rest."""
+        if not self.settings.activation_checkpointing:
+            return []
         names = modules_of_layers(self.model, self.settings.layers)
         if not others:
             return names
@@ -237,8 +239,7 @@ class HiFT:
             self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state()),
         ]
         self.residency.adopt_state()
-        if self.settings.activation_checkpointing:
-            self._checkpointing.start()
+        self._checkpointing.start()
         self._activate()
 
     def finish(self) -> None:

@@ -99,10 +99,13 @@ class Convolutions(nn.Module):
         return self.head(signal.mean(-1))
 
 
-def test_running_averages_are_updated_once_a_step():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_running_averages_are_updated_once_a_step(compiled):
     models = []
     for checkpointing in (False, True):
         model = Convolutions()
+        for layer in model.layers if compiled else ():
+            layer.compile(backend="aot_eager")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torch.manual_seed(1)
         with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=checkpointing)):
