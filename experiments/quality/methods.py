@@ -294,6 +294,7 @@ class Contestant:
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
         rate_from: the method whose learning rate it takes, where it does not search for its own.
+        closely: whether it is compared closely: with more seeds, in the search too (see `grid`).
     """
 
     method: Method
@@ -303,6 +304,7 @@ class Contestant:
     remark: str = ""
     batch_size: int = BATCH_SIZE
     rate_from: str = ""
+    closely: bool = False
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -363,10 +365,10 @@ CONTESTANTS = {
     ),
     TOP_NO_DROPOUT: Contestant(_top_no_dropout, 2, 330, 330, "no momentum; streamed through 16 MB"),
     TOP_IN_LORAS_TIME: Contestant(
-        _top_no_dropout, 2, 360, 360, "the same, as many steps as take as long as LoRA's in that memory"
+        _top_no_dropout, 2, 360, 360, "the same, as many steps as take as long as LoRA's in that memory", closely=True
     ),
     LORA_NO_DROPOUT: Contestant(
-        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10
+        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10, closely=True
     ),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),
