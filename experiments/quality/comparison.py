@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from experiments.quality.cost import bytes_row
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.grid import SEEDS
+from experiments.quality.grid import seeds_of
 from experiments.quality.methods import CONTESTANTS, STEPS
 from experiments.table import Rows
 
@@ -27,7 +27,7 @@ class Mean:
 
 
 Results = dict[tuple[str, str], list[float]]
-"""What all seeds have, in hundredths, by data set and method."""
+"""What all seeds of a method have, in hundredths, by data set and method."""
 
 
 def equal_time(method: str) -> int:
@@ -61,10 +61,10 @@ def _results(rows: Rows, steps_of: Callable[[str], int], column: str) -> Results
         key = row["data_set"], row["method"], int(row["steps"])
         found.setdefault(key, {})[int(row["seed"])] = 100 * float(row[column])
     return {
-        (data_set, method): [by_seed[seed] for seed in SEEDS]
+        (data_set, method): [by_seed[seed] for seed in seeds_of(method)]
         for data_set in DATA_SETS
         for method in CONTESTANTS
-        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) == set(SEEDS)
+        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) == set(seeds_of(method))
     }
 
 
@@ -84,8 +84,11 @@ def over_data_sets(found: Results, method: str, data_sets: Collection[str]) -> M
 
 
 def less(found: Results, method: str, other: str, data_sets: Collection[str]) -> Mean:
-    """What a method has more than another, paired by seed: both have the same new head and batches."""
-    pairs = zip(_by_seed(found, method, data_sets), _by_seed(found, other, data_sets), strict=True)
+    """What a method has more than another, paired by seed: both have the same new head and batches.
+
+    Where one has more seeds than the other, those that both have count, which are the first.
+    """
+    pairs = zip(_by_seed(found, method, data_sets), _by_seed(found, other, data_sets), strict=False)
     return mean([own - theirs for own, theirs in pairs])
 
 

@@ -1,5 +1,7 @@
 """The experiment on quality: how runs are chosen, compared and told."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from experiments.quality.comparison import (
 )
 from experiments.quality.cost import BYTES, bytes_row, one_more, times
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, SEEDS, Run
+from experiments.quality.grid import CLOSE_SEEDS, DATA, FINAL, HERE, RUN_OFF_SEEDS, SEARCH, SEEDS, Run, seeds_of
 from experiments.quality.methods import (
     CONTESTANTS,
     FULL,
@@ -47,7 +49,7 @@ def rows_of(value_by_method, steps_of, data_set="mails", column="test_accuracy")
     runs = [
         (Run(data_set, method, 0, steps_of(method), seed), value)
         for method, by_seed in value_by_method.items()
-        for seed, value in zip(SEEDS, by_seed, strict=False)
+        for seed, value in zip(seeds_of(method), by_seed, strict=False)
     ]
     return {run.name: {**{k: str(v) for k, v in run._asdict().items()}, column: str(value)} for run, value in runs}
 
@@ -72,6 +74,16 @@ def test_differences_are_paired_by_seed_and_their_error_is_that_of_the_mean():
     assert own.mean == pytest.approx(85)
     assert own.error == pytest.approx(torch.tensor([81.0, 83, 85, 87, 89]).std().item() / 5**0.5)
     assert str(mean([1, 2, 3])) == "2.0 ± 0.6"
+
+
+def test_of_two_methods_the_seeds_that_both_have_are_compared():
+    assert CLOSE_SEEDS[: len(SEEDS)] == SEEDS
+    assert len(CLOSE_SEEDS) == 10
+    rows = rows_of({FULL: [0.80] * 5, TOP_IN_LORAS_TIME: [0.81] * 5 + [0.91] * 5}, equal_time)
+    found = accuracies(rows, equal_time)
+    assert less(found, TOP_IN_LORAS_TIME, FULL, ["mails"]).mean == pytest.approx(1)
+    assert over_data_sets(found, TOP_IN_LORAS_TIME, ["mails"]).mean == pytest.approx(86)
+    assert not accuracies(rows_of({TOP_IN_LORAS_TIME: [0.81] * 9}, equal_time), equal_time)
 
 
 def test_losses_are_hundredths_of_those_on_the_test_part():
@@ -116,6 +128,55 @@ def test_the_search_climbs_until_both_neighbours_of_the_best_rate_are_known(monk
     assert grid.best_exponent("mails", "HiFT") == chosen
     assert len(hill.rows) == tried
     assert all(grid.RUNS[name].steps == CONTESTANTS["HiFT"].steps_in_time for name in hill.rows)
+
+
+class Noisy(Hill):
+    """A table of runs whose accuracy is given by exponent and seed."""
+
+    def __init__(self, accuracy):
+        super().__init__(0)
+        self.accuracy = accuracy
+
+    def complete(self, chosen, again):
+        for name in chosen:
+            run = grid.RUNS[name]
+            values = {"validation_accuracy": str(self.accuracy[run.exponent][run.seed]), "validation_loss": "1"}
+            self.rows.setdefault(name, values)
+
+
+@pytest.mark.parametrize("closely", [True, False])
+def test_rates_that_one_seed_cannot_tell_apart_have_a_run_off_where_methods_are_compared_closely(monkeypatch, closely):
+    first, *others = RUN_OFF_SEEDS
+    far = 0.93  # the standard error of the best, 0.97 on 934 mails, is 0.0056
+    accuracy = {
+        2: {first: far},
+        3: {first: 0.97, **dict.fromkeys(others, 0.95)},
+        4: {first: 0.965, **dict.fromkeys(others, 0.96)},
+        5: {first: far},
+    }
+    table = Noisy(accuracy)
+    monkeypatch.setattr(grid, "SEARCH", table)
+    contestant = dataclasses.replace(CONTESTANTS[LORA_NO_DROPOUT], closely=closely)
+    monkeypatch.setitem(CONTESTANTS, LORA_NO_DROPOUT, contestant)
+    assert grid.best_exponent("mails", LORA_NO_DROPOUT) == (4 if closely else 3)
+    assert len(table.rows) == (7 if closely else 3)
+
+
+def test_final_runs_have_the_rate_that_the_search_has_chosen(monkeypatch):
+    class Kept:
+        rows = SEARCH.load()
+
+        def complete(self, chosen, again):
+            assert self.rows.keys() >= set(chosen)
+
+        def load(self):
+            return self.rows
+
+    monkeypatch.setattr(grid, "SEARCH", Kept())
+    chosen: dict[tuple[str, str], set[int]] = {}
+    for row in FINAL.load().values():
+        chosen.setdefault((row["data_set"], row["method"]), set()).add(int(row["exponent"]))
+    assert chosen == {pair: {grid.best_exponent(*pair)} for pair in chosen}
 
 
 @pytest.fixture(scope="module")
