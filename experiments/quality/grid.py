@@ -140,7 +140,7 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
     pairs = list(itertools.product(data_sets, methods))
     searched = list(dict.fromkeys((data_set, CONTESTANTS[method].rate_from or method) for data_set, method in pairs))
     with ThreadPoolExecutor(jobs) as threads:
-        found = list(threads.map(lambda pair: best_exponent(*pair, again), searched))
+        found = list(threads.map(lambda pair: best_exponent(pair[0], pair[1], again), searched))
     exponents = dict(zip(searched, found, strict=True))
 
     def names(steps_of: Callable[[str], int]) -> set[str]:

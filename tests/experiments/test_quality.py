@@ -1,11 +1,12 @@
 """The experiment on quality: how runs are chosen, compared and told."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from experiments.quality import grid
+from experiments.quality import cost, grid
 from experiments.quality.comparison import (
     accuracies,
     equal_steps,
@@ -294,6 +295,20 @@ def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_set
 def test_the_record_shows_what_is_claimed_of_the_mean_loss_over_all_data_sets(method, other):
     more = less(losses(FINAL.load(), equal_time), method, other, DATA_SETS)
     assert more.mean + 2 * more.error < 0
+
+
+def test_a_second_call_of_the_cost_has_nothing_to_time(monkeypatch):
+    """Where all is in the record; what is missing is timed with the methods asked for alone."""
+    monkeypatch.setattr(cost, "BYTES", SimpleNamespace(complete=lambda rows, again: None, rows=()))
+    timed = []
+    monkeypatch.setattr(cost, "measure_times", lambda rounds, chosen: timed.append(chosen) or {})
+    monkeypatch.setattr(cost, "write_rows", lambda path, rows: None)
+    monkeypatch.setattr("sys.argv", ["cost"])
+    cost.main()
+    assert timed == []
+    monkeypatch.setattr("sys.argv", ["cost", "--again", "--only", "MeZO"])
+    cost.main()
+    assert timed == [["MeZO"]]
 
 
 def test_every_method_has_the_time_of_full_fine_tuning():
