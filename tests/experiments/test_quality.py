@@ -26,6 +26,7 @@ from experiments.quality.methods import (
     FULL,
     FULL_NO_DROPOUT,
     IN_LESS,
+    IN_MEMORY,
     LORA_NO_DROPOUT,
     MOST_TEXTS,
     ONE_TURN,
@@ -161,6 +162,23 @@ def test_rates_that_one_seed_cannot_tell_apart_have_a_run_off_where_methods_are_
     monkeypatch.setitem(CONTESTANTS, LORA_NO_DROPOUT, contestant)
     assert grid.best_exponent("mails", LORA_NO_DROPOUT) == (4 if closely else 3)
     assert len(table.rows) == (7 if closely else 3)
+
+
+def test_final_runs_have_the_seeds_of_their_method_and_those_in_equal_time_come_first(monkeypatch):
+    asked = []
+    monkeypatch.setattr(grid, "SEARCH", Hill(2))
+    monkeypatch.setattr(grid, "FINAL", SimpleNamespace(complete=lambda names, again, jobs: asked.append(names)))
+    grid.complete(["mails"], [FULL, IN_MEMORY, TOP_IN_LORAS_TIME], again=False, jobs=2)
+    assert len(grid.SEARCH.rows) == 5 + 4 + 3  # from 0 up to 2, from 3 down to it, and at it from the start
+    runs = [[grid.RUNS[name] for name in names] for names in asked]
+    told = [sorted((run.method, run.exponent, run.steps, run.seed) for run in part) for part in runs]
+    lora, close = ((name, 2, CONTESTANTS[name].steps_in_time) for name in (IN_MEMORY, TOP_IN_LORAS_TIME))
+    assert told[0] == sorted(
+        (*each, seed)
+        for each, seeds in (((FULL, 2, STEPS), SEEDS), (lora, SEEDS), (close, CLOSE_SEEDS))
+        for seed in seeds
+    )
+    assert told[1] == [(TOP_IN_LORAS_TIME, 2, STEPS, seed) for seed in CLOSE_SEEDS]
 
 
 def test_final_runs_have_the_rate_that_the_search_has_chosen(monkeypatch):
