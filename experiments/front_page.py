@@ -25,7 +25,7 @@ from experiments.quality.methods import (
     LONG,
     LORA_NO_DROPOUT,
     ONE_TURN,
-    TOP_NO_DROPOUT,
+    TOP_IN_LORAS_TIME,
 )
 from experiments.step_cost.runs import SIZES, TIMES
 from experiments.step_cost.summary import ratios
@@ -40,7 +40,11 @@ RECIPES = {
     HIFT: ("as in the paper", FULL, IN_MEMORY),
     LONG: ("20 steps a block, no momentum", FULL, IN_MEMORY),
     ONE_TURN: ("one turn a block, no momentum, head always, streamed", FULL, IN_LESS),
-    TOP_NO_DROPOUT: ("so with the top FFN always, and all three without dropout", FULL_NO_DROPOUT, LORA_NO_DROPOUT),
+    TOP_IN_LORAS_TIME: (
+        "so with the top FFN always, in the time of LoRA, and all three without dropout",
+        FULL_NO_DROPOUT,
+        LORA_NO_DROPOUT,
+    ),
 }
 """In words, and what it stands beside: full fine-tuning, and LoRA in as much memory."""
 

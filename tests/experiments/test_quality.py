@@ -80,12 +80,13 @@ def test_differences_are_paired_by_seed_and_their_error_is_that_of_the_mean():
 
 def test_of_two_methods_the_seeds_that_both_have_are_compared():
     assert CLOSE_SEEDS[: len(SEEDS)] == SEEDS
-    assert len(CLOSE_SEEDS) == 10
-    rows = rows_of({FULL: [0.80] * 5, TOP_IN_LORAS_TIME: [0.81] * 5 + [0.91] * 5}, equal_time)
+    more = len(CLOSE_SEEDS) - len(SEEDS)
+    assert more > 0
+    rows = rows_of({FULL: [0.80] * 5, TOP_IN_LORAS_TIME: [0.81] * 5 + [0.97] * more}, equal_time)
     found = accuracies(rows, equal_time)
     assert less(found, TOP_IN_LORAS_TIME, FULL, ["mails"]).mean == pytest.approx(1)
-    assert over_data_sets(found, TOP_IN_LORAS_TIME, ["mails"]).mean == pytest.approx(86)
-    assert not accuracies(rows_of({TOP_IN_LORAS_TIME: [0.81] * 9}, equal_time), equal_time)
+    assert over_data_sets(found, TOP_IN_LORAS_TIME, ["mails"]).mean == pytest.approx(81 + 16 * more / (5 + more))
+    assert not accuracies(rows_of({TOP_IN_LORAS_TIME: [0.81] * (4 + more)}, equal_time), equal_time)
 
 
 def test_losses_are_hundredths_of_those_on_the_test_part():
@@ -293,7 +294,7 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
         (TOP_NO_DROPOUT, FULL_NO_DROPOUT, -1),
         (TOP_NO_DROPOUT, IN_LESS, 0),
         (TOP_IN_LORAS_TIME, FULL, 0),
-        (TOP_IN_LORAS_TIME, FULL_NO_DROPOUT, 0),
+        (TOP_IN_LORAS_TIME, FULL_NO_DROPOUT, -1),
     ],
 )
 def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_sets(method, other, least):
