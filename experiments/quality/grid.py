@@ -138,17 +138,17 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
     """
     DATA.complete(data_sets, again)
     pairs = list(itertools.product(data_sets, methods))
-    searched = list(dict.fromkeys((data_set, CONTESTANTS[method].rate_from or method) for data_set, method in pairs))
+    searches = {pair: (pair[0], CONTESTANTS[pair[1]].rate_from or pair[1]) for pair in pairs}
+    searched = list(dict.fromkeys(searches.values()))
     with ThreadPoolExecutor(jobs) as threads:
-        found = list(threads.map(lambda pair: best_exponent(pair[0], pair[1], again), searched))
-    exponents = dict(zip(searched, found, strict=True))
+        found = dict(zip(searched, threads.map(lambda of: best_exponent(of[0], of[1], again), searched), strict=True))
+    exponents = {pair: found[of] for pair, of in searches.items()}
 
     def names(steps_of: Callable[[str], int]) -> set[str]:
         return {
-            Run(data_set, method, exponents[data_set, CONTESTANTS[method].rate_from or method], steps, seed).name
+            Run(data_set, method, exponents[data_set, method], steps_of(method), seed).name
             for data_set, method in pairs
-            for steps in (steps_of(method),)
-            if steps in CONTESTANTS[method].lengths
+            if steps_of(method) in CONTESTANTS[method].lengths
             for seed in seeds_of(method)
         }
 

@@ -78,7 +78,8 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         "Test accuracy in points; ± is the standard error over seeds. Every method has its own learning rate on each "
         "data set, the best on the validation part among powers of two times 1e-4, with a seed that the final runs do "
         f"not have. Two are compared closely, {_list(CLOSELY)}: of theirs the rates within a standard error of the "
-        f"best are tried with {len(RUN_OFF_SEEDS)} seeds, and the final runs have {len(CLOSE_SEEDS)}.",
+        f"best are tried with {len(RUN_OFF_SEEDS)} seeds, and the final runs have {len(CLOSE_SEEDS)}. "
+        "What a method has over another is paired by seed, over the seeds that both have.",
         markdown(
             ["data set", "texts for training", "for the test", "classes", "most frequent class"],
             [
@@ -227,8 +228,8 @@ def _over_others(in_time: Results, lost: Results) -> list[str]:
         return []
     return [
         "## What HiFT has over the others",
-        "In equal time: points of accuracy more, and hundredths of a nat of test loss more, paired by seed, over "
-        "the seeds that both have. Means are over the data sets that both have been run on.",
+        "In equal time: points of accuracy more, and hundredths of a nat of test loss more. Means are over the "
+        "data sets that both have been run on.",
         markdown(["recipe", "over", *DATA_SETS, "mean", "mean loss"], lines),
     ]
 
