@@ -41,7 +41,7 @@ from experiments.quality.methods import (
     WARMUP,
     rate_of,
 )
-from experiments.quality.pair_times import steps_in_loras_time
+from experiments.quality.pair_times import IN_LORAS_TIME, ratios, steps_in_loras_time
 from experiments.quality.variants import COUNTS, DATA, NO_DECAY, VARIANTS, WARM_UP
 from experiments.table import Row, Rows, markdown
 
@@ -49,10 +49,10 @@ MIB = 2**20
 CLOSELY = [name for name, contestant in CONTESTANTS.items() if contestant.closely]
 COMPARED = (
     *((method, FULL) for method in (HIFT, LONG, ONE_TURN, TOP, TOP_NO_DROPOUT)),
-    *((method, FULL_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, TOP_IN_LORAS_TIME)),
+    *((method, FULL_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, *IN_LORAS_TIME)),
     *((method, IN_MEMORY) for method in (HIFT, LONG, ONE_TURN)),
     *((method, IN_LESS) for method in (ONE_TURN, TOP_NO_DROPOUT)),
-    *((method, LORA_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, TOP_IN_LORAS_TIME)),
+    *((method, LORA_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, *IN_LORAS_TIME)),
 )
 """Recipes of HiFT, and what each is put beside: full fine-tuning, and LoRA with as many texts as fit in its memory."""
 
@@ -77,7 +77,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         f"norm at {CLIP_NORM:g}. {len(SEEDS)} seeds, each with its own new head and batches, the same for all. "
         "Test accuracy in points; ± is the standard error over seeds. Every method has its own learning rate on each "
         "data set, the best on the validation part among powers of two times 1e-4, with a seed that the final runs do "
-        f"not have. Two are compared closely, {_list(CLOSELY)}: of theirs the rates within a standard error of the "
+        f"not have. {_list(CLOSELY)} are compared closely: of theirs the rates within a standard error of the "
         f"best are tried with {len(RUN_OFF_SEEDS)} seeds, and the final runs have {len(CLOSE_SEEDS)}. "
         "What a method has over another is paired by seed, over the seeds that both have.",
         markdown(
@@ -123,7 +123,7 @@ def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows, 
         "## In equal time",
         f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below)."
         + _fewer({name: row for name, row in cost.items() if any(method == name for _, method in in_time)})
-        + (_in_loras_time(cost, pairs) if any(method == TOP_IN_LORAS_TIME for _, method in in_time) else ""),
+        + _in_loras_time(in_time, cost, pairs),
         _table(in_time, equal_time),
         "![Accuracy over full fine-tuning](quality.png)",
         "The test loss of the same runs: mean cross entropy in hundredths of a nat, less is better.",
@@ -136,21 +136,30 @@ def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows, 
 
 def _fewer(cost: Rows) -> str:
     """Which methods have fewer steps than their time allows."""
-    names = [name for name, row in cost.items() if equal_time(name) < _steps(row["time_of_full"])]
+    of_full = {name: row for name, row in cost.items() if name not in IN_LORAS_TIME}
+    names = [name for name, row in of_full.items() if equal_time(name) < _steps(row["time_of_full"])]
     assert all(equal_time(name) <= _steps(cost[name]["flops_of_full"]) for name in names)  # the reason that is given
     return f" Fewer than their time allows, as many as their FLOPs do, have {_list(names)}." if names else ""
 
 
-def _in_loras_time(cost: Rows, pairs: Rows) -> str:
-    """How the steps of the recipe that is put beside LoRA in its time were found."""
-    steps, ratios = equal_time(TOP_IN_LORAS_TIME), [float(row["ratio"]) for row in pairs.values()]
+def _in_loras_time(in_time: Results, cost: Rows, pairs: Rows) -> str:
+    """How the steps of the recipes that are put beside LoRA in its time were found."""
+    parts = []
+    for method in dict.fromkeys(name for _, name in in_time if name in IN_LORAS_TIME):
+        steps, found = equal_time(method), ratios(pairs, method)
+        same = TOP_NO_DROPOUT if method == TOP_IN_LORAS_TIME else method
+        parts.append(
+            f"'{method}'{f', which is {same!r} with more steps' if same != method else ''}: a step takes "
+            f"{statistics.fmean(found):.3f} times as long in the mean, {min(found):.2f} to {max(found):.2f} by data "
+            f"set, so it could have {steps_in_loras_time(pairs, method)} steps and has {steps}, with "
+            f"{steps / STEPS * float(cost[same]['flops_of_full']):.2f} of the FLOPs of {FULL}"
+        )
+    if not parts:
+        return ""
     return (
-        f" '{TOP_IN_LORAS_TIME}' is '{TOP_NO_DROPOUT}' with as many as take as long as the "
-        f"{equal_time(LORA_NO_DROPOUT)} of '{LORA_NO_DROPOUT}', when both train in turn on each data set, loading of "
-        f"batches included (`python -m experiments.quality.pair_times`): a step takes {statistics.fmean(ratios):.3f} "
-        f"times as long in the mean, {min(ratios):.2f} to {max(ratios):.2f} by data set, so it could have "
-        f"{steps_in_loras_time(pairs)} and has {steps}. Its FLOPs are "
-        f"{steps / STEPS * float(cost[TOP_NO_DROPOUT]['flops_of_full']):.2f} of those of {FULL}."
+        f" As many as take as long as the {equal_time(LORA_NO_DROPOUT)} of '{LORA_NO_DROPOUT}', when both train in "
+        "turn on each data set, loading of batches included (`python -m experiments.quality.pair_times`), have "
+        f"{'; and '.join(parts)}."
     )
 
 

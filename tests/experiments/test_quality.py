@@ -35,13 +35,14 @@ from experiments.quality.methods import (
     TOP,
     TOP_IN_LORAS_TIME,
     TOP_NO_DROPOUT,
+    TWO_IN_LORAS_TIME,
     adamw_with,
     hift,
     loss_of,
     rate_of,
 )
+from experiments.quality.pair_times import IN_LORAS_TIME, steps_in_loras_time
 from experiments.quality.pair_times import TABLE as PAIRS
-from experiments.quality.pair_times import steps_in_loras_time
 from experiments.quality.summary import summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
@@ -217,6 +218,7 @@ TRAINS = {
     ONE_TURN_NO_DROPOUT: ("encoder", "head"),
     TOP_NO_DROPOUT: ("encoder", "head"),
     TOP_IN_LORAS_TIME: ("encoder", "head"),
+    TWO_IN_LORAS_TIME: ("encoder", "head"),
     LORA_NO_DROPOUT: ("encoder", "head"),
     "LoRA": ("encoder", "head"),
     "BitFit": ("embeddings", "encoder", "head"),
@@ -257,20 +259,32 @@ def test_one_turn_streamed_makes_the_updates_of_whole_blocks(film_reviews):
     assert all(torch.equal(parameter, trained[1][name]) for name, parameter in trained[0].items())
 
 
-def test_the_top_feed_forward_part_is_trained_in_the_turns_of_all_blocks(film_reviews):
+LAYER = "body.encoder.layer.{}."
+
+
+@pytest.mark.parametrize(
+    ("method", "always", "blocks"),
+    [
+        (TOP, (5,), [(5,), (4,), (3,), (2,), (1,), (0,), ()]),
+        (TWO_IN_LORAS_TIME, (5, 4), [(5, 4), (3, 2), (1, 0), ()]),
+    ],
+)
+def test_feed_forward_parts_of_the_top_are_trained_in_the_turns_of_all_blocks(film_reviews, method, always, blocks):
     batch = film_reviews.collate(film_reviews.train_dataloader().dataset[:2])
     network = network_for(film_reviews)
-    training = CONTESTANTS[TOP].method(network, rate_of(2), 7, 0)
-    top = "body.encoder.layer.5"
-    always = ("head.", f"{top}.intermediate.", f"{top}.output.")
-    for block in (f"{top}.attention.", *(f"body.encoder.layer.{n}." for n in range(4, -1, -1)), "body.embeddings."):
+    training = CONTESTANTS[method].method(network, rate_of(2), len(blocks), 0)
+    always = ("head.", *(LAYER.format(n) + part for n in always for part in ("intermediate.", "output.")))
+    for layers in blocks:  # the embeddings, where there are none
+        block = tuple(LAYER.format(n) for n in layers) or ("body.embeddings.",)
         before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
         training.step(batch)
         for name, parameter in network.named_parameters():
-            assert torch.equal(parameter, before[name]) != name.startswith((block, *always)), name
+            assert torch.equal(parameter, before[name]) != name.startswith((*block, *always)), name
 
 
-@pytest.mark.parametrize("method", [FULL_NO_DROPOUT, ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, LORA_NO_DROPOUT])
+@pytest.mark.parametrize(
+    "method", [FULL_NO_DROPOUT, ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, TWO_IN_LORAS_TIME, LORA_NO_DROPOUT]
+)
 def test_without_dropout_a_batch_has_one_loss(method, film_reviews):
     network = network_for(film_reviews).train()
     CONTESTANTS[method].method(network, rate_of(0), STEPS, 0)
@@ -339,12 +353,13 @@ def test_every_method_has_the_time_of_full_fine_tuning():
         assert time > 0.9 or 0.95 < flops <= 1, name
 
 
-def test_hift_in_loras_time_has_no_more_steps_than_take_as_long():
-    allowed = steps_in_loras_time(PAIRS.load())
-    assert allowed - 10 <= CONTESTANTS[TOP_IN_LORAS_TIME].steps_in_time <= allowed
+@pytest.mark.parametrize("method", IN_LORAS_TIME)
+def test_hift_in_loras_time_has_no_more_steps_than_take_as_long(method):
+    allowed = steps_in_loras_time(PAIRS.load(), method)
+    assert allowed - 10 <= CONTESTANTS[method].steps_in_time <= allowed
 
 
 def test_steps_in_loras_time_are_by_the_mean_ratio_over_data_sets():
-    ratios = {"tweets": 1.0, "mails": 1.5}
-    rows = {name: {"name": name, "ratio": str(ratio)} for name, ratio in ratios.items()}
-    assert steps_in_loras_time(rows) == CONTESTANTS[LORA_NO_DROPOUT].steps_in_time / 1.25
+    ratios = {("tweets", TOP_IN_LORAS_TIME): 1.0, ("mails", TOP_IN_LORAS_TIME): 1.5, ("mails", TWO_IN_LORAS_TIME): 9.0}
+    rows = {str(key): {"data_set": key[0], "method": key[1], "ratio": str(ratio)} for key, ratio in ratios.items()}
+    assert steps_in_loras_time(rows, TOP_IN_LORAS_TIME) == CONTESTANTS[LORA_NO_DROPOUT].steps_in_time / 1.25
