@@ -6,9 +6,11 @@ imported on a configuration's word.
 """
 
 import importlib
+import itertools
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,10 +22,11 @@ from hydra._internal.utils import (
     detect_calling_file_or_module_from_task_function,
     get_args_parser,
 )
-from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -139,8 +142,8 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
     """Refuse a command with which Hydra itself would run something else than Hydra and this application.
 
     Hydra makes its callbacks, sweeper, launcher and logging from the node `hydra` before the application begins, so the
-    configuration is composed once more, ahead of it. The configurations that a sweep makes of presets
-    (`-m experiment=a,b`) are not seen here.
+    configuration is composed once more, ahead of it, and of a sweep that goes through presets (`-m experiment=a,b`) the
+    configuration with each.
 
     Args:
         arguments: those of the command.
@@ -163,24 +166,35 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
         path = f"file://{Path(given.config_dir).absolute()}"
         search_path.prepend(provider="command-line", path=path, anchor=SearchPathQuery(provider="schema"))
     for mode in RunMode:  # which of them it is, the configuration may decide
-        hydra = Hydra.create_main_hydra2("train", search_path)
+        composed = _compose(search_path, given.config_name or config_name, given.overrides, mode)
+        if composed is None:
+            continue
+        listed = composed.get(KEY) if any(map(_lists_targets, given.overrides)) else None
+        trusted = list(listed or [])
+        check_hydra_nodes(composed.hydra, trusted)
+        if mode is RunMode.MULTIRUN:
+            for overrides in _with_each_preset(search_path, [*_sweeper_params(composed), *given.overrides]):
+                swept = _compose(search_path, given.config_name or config_name, overrides, mode)
+                if swept is not None:
+                    check_hydra_nodes(swept.hydra, trusted)
+
+
+def _compose(search_path: ConfigSearchPath, config_name: str, overrides: list[str], mode: RunMode) -> DictConfig | None:
+    """The configuration with the node `hydra`; `None` where Hydra, which composes it again, will tell what is wrong."""
+    with _hydra(search_path) as hydra:
         try:
-            composed = hydra.compose_config(
-                given.config_name or config_name, given.overrides, mode, validate_sweep_overrides=False
-            )
+            return hydra.compose_config(config_name, overrides, mode, validate_sweep_overrides=False)
         except (HydraException, OmegaConfBaseException):
-            continue  # Hydra composes it again before it runs anything, and tells what is wrong
+            return None
         except YAMLError as error:
             raise ConfigurationError(
                 f"A file of the configuration is no YAML ({' '.join(str(error).split())}); mend it there."
             ) from error
         except ValueError as error:
-            parsed = OverridesParser.create().parse_overrides(given.overrides)
-            groups = hydra.config_loader.list_groups("")
             nameless = [
                 override.input_line
-                for override in parsed
-                if override.key_or_group in groups
+                for override in OverridesParser.create().parse_overrides(overrides)
+                if _chooses_a_preset(hydra, override)
                 and not override.is_sweep_override()
                 and not isinstance(override.value(), (str, list))
             ]
@@ -190,10 +204,44 @@ def check_command(arguments: Sequence[str], function: Any, config_path: str, con
                 f"`{nameless[0]}` names no option of its group; name one of those in conf/, as in `logger=none` and "
                 "`scheduler=constant`."
             ) from error
-        finally:
-            GlobalHydra.instance().clear()
-        listed = composed.get(KEY) if any(map(_lists_targets, given.overrides)) else None
-        check_hydra_nodes(composed.hydra, list(listed or []))
+
+
+def _sweeper_params(composed: DictConfig) -> list[str]:
+    """The overrides that the configuration itself gives to a sweep."""
+    try:
+        sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+    except InterpolationResolutionError:
+        return []  # so that Hydra can make no sweeper of it
+    assert isinstance(sweeper, dict)
+    return [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+
+
+@contextmanager
+def _hydra(search_path: ConfigSearchPath) -> Iterator[Hydra]:
+    try:
+        yield Hydra.create_main_hydra2("train", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _chooses_a_preset(hydra: Hydra, override: Override) -> bool:
+    parent, _, name = override.key_or_group.rpartition("/")
+    return name in hydra.config_loader.list_groups(parent)
+
+
+def _with_each_preset(search_path: ConfigSearchPath, overrides: list[str]) -> list[list[str]]:
+    """The overrides of the jobs of a sweep that goes through presets, without what else it goes through."""
+    jobs: dict[str, list[str]] = {}
+    swept = False
+    with _hydra(search_path) as hydra:
+        for override in OverridesParser.create(hydra.config_loader).parse_overrides(overrides):
+            key = override.get_key_element()
+            if not override.is_sweep_override():
+                jobs[key] = [f"{key}={override.get_value_element_as_str()}"]
+            elif override.is_discrete_sweep() and _chooses_a_preset(hydra, override):
+                jobs[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+                swept = True
+    return [list(job) for job in itertools.product(*jobs.values())] if swept else []
 
 
 def check_hydra_nodes(hydra: DictConfig, trusted: Collection[str] = ()) -> None:

@@ -221,6 +221,31 @@ def test_a_preset_that_is_no_yaml_is_named_with_its_line(script: str, tmp_path: 
     assert told.endswith("; mend it there.")
 
 
+@pytest.mark.parametrize("swept", ["experiment=group2,strangers", "experiment=choice(strangers)", "optimizer=sweeps"])
+@pytest.mark.parametrize("kind", [kind for kind in PRESETS if kind.startswith(("hydra", "instead", "logging"))])
+def test_a_sweep_over_presets_runs_nothing_of_a_stranger_s(
+    kind: str, swept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_preset(tmp_path, PRESETS[kind])
+    (tmp_path / "presets" / "optimizer").mkdir()
+    sweeps = "# @package _global_\nhydra: {sweeper: {params: {experiment: 'group2,strangers'}}}\n"
+    (tmp_path / "presets" / "optimizer" / "sweeps.yaml").write_text(sweeps)
+    with pytest.raises(ConfigurationError) as refusal:
+        check_command(["-m", "--config-dir", "presets", swept, "seed=1,2"], run, CONFIG_PATH, CONFIG_NAME)
+    assert str(refusal.value).startswith(NAMED[kind])
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_sweep_over_presets_with_one_that_is_no_yaml_ends_before_its_first_job(tmp_path: Path) -> None:
+    write_preset(tmp_path, "strategy:\n  always_active: [network.model.layers.2[2-9].*]")
+    ended = run_script(tmp_path, "train.py", "-m", "--config-dir", "presets", *TINY, "experiment=group2,strangers")
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("A file of the configuration is no YAML (")
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_planning_runs_nothing_of_a_stranger_either(tmp_path: Path) -> None:
     for kind in ("nested", "hydra callback"):
         write_preset(tmp_path, PRESETS[kind])
