@@ -42,7 +42,8 @@ class BlockRecord:
     page_in_ms: Mean = field(default_factory=Mean)
     """Milliseconds that the host spent on paging state in for a step, that of what is always active with it."""
     rate: float | None = None
-    """The last learning rate that it was updated with: the highest where its param groups have several."""
+    """The last learning rate that it was updated with: the highest where its param groups have several, and `None`
+    where the optimizer finds its own."""
 
 
 class BlockWatch:
@@ -125,7 +126,8 @@ class BlockWatch:
                 if part is block:
                     self._cycle.setdefault("hift/update_ratio", []).append(ratio)
             record.rate = self._rate_of(part)
-            self._cycle.setdefault(f"hift_lr/{name}", []).append(record.rate)
+            if record.rate is not None:
+                self._cycle.setdefault(f"hift_lr/{name}", []).append(record.rate)
         self.records[block.index].page_in_ms.add(self.engine.page_in_ms)
         self._cycle.setdefault(f"hift_page_in_ms/{self._logged_name(block.index)}", []).append(self.engine.page_in_ms)
         self.rate = self.records[block.index].rate
@@ -151,10 +153,11 @@ class BlockWatch:
     def _parameters(self, part: Block) -> list[nn.Parameter]:
         return [self.engine.model.get_parameter(name) for name in part.own_parameters]
 
-    def _rate_of(self, part: Block) -> float:
+    def _rate_of(self, part: Block) -> float | None:
         parameters = set(self._parameters(part))
         groups = self.engine.optimizer.param_groups
-        return max(float(group["lr"]) for group in groups if not parameters.isdisjoint(group["params"]))
+        rates = (group.get("lr") for group in groups if not parameters.isdisjoint(group["params"]))
+        return max((float(rate) for rate in rates if rate is not None), default=None)
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -220,6 +220,12 @@ class HiFT:
         return any(p.grad is not None for p in self._block_parameters())
 
     @property
+    def may_have_gradients(self) -> bool:
+        """Whether there may be something to update: here, updated already in backward, or still to come from ranks."""
+        to_come = self.reduction is not None and not self._step.averaged
+        return self.has_gradient or self._step.updated or to_come
+
+    @property
     def will_skip(self) -> bool:
         """Whether the step in progress is to be left out because of NaN or inf."""
         return self._step.left_out_because is not None
@@ -305,10 +311,12 @@ class HiFT:
             if not self.averages_gradients:
                 return
             self._average_gradients(scaled)
-        if self.will_skip:
-            return
-        gradients = (self._parameters[name].grad for name in self.block.own_parameters)
-        self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
+        if not self.will_skip:
+            self._note_reach()
+
+    def note_backward(self) -> None:
+        """Tell that a backward pass has run of a loss that may be another optimizer's, which its step will show."""
+        self._step.backward_ran = True
 
     def update_after_hooks(self) -> None:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
@@ -320,6 +328,7 @@ class HiFT:
         if self.will_skip:
             self._skip()
         elif self._step.backward_ran and not self.has_gradient:
+            self._note_reach()
             self._complete()
 
     def delay(self, scheduler: Any) -> Any:
@@ -559,6 +568,10 @@ class HiFT:
             self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
         self._look_for_nonfinite(None, scaled)
 
+    def _note_reach(self) -> None:
+        gradients = (self._parameters[name].grad for name in self.block.own_parameters)
+        self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
+
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
         self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
 
@@ -634,6 +647,8 @@ class HiFT:
             self._average_gradients(scaled)
         elif not self._step.searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
+        if self._step.backward_ran and not self.will_skip:
+            self._note_reach()
         if not self.has_gradient:
             return
         for parameter in self._block_parameters():

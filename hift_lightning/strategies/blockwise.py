@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -48,8 +49,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     Args:
         group_size: layers per block; ``"auto"`` takes at the start of ``fit`` the largest one that fits
             ``memory_budget``, and where one layer a block does not, ``update="streamed"``, activation checkpointing
-            and ``update="fused"`` in addition. It is planned with the data module's ``largest_batch()``, or, where
-            there is no such method, with the first training batch.
+            and ``update="fused"`` in addition. It is planned with the first training batch; where others are larger,
+            call :meth:`choose_group_size` with the largest before ``fit``.
         memory_budget: bytes of the device's memory that ``"auto"`` may take, such as ``"24GiB"``; by default all that
             the device has.
         order: order of the blocks' turns: ``"bottom2up"``, ``"top2down"``, ``"random"``, or a registered one
@@ -367,6 +368,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             # whose loss this is will be known at an optimizer's step, so that is when gradients are averaged
             with averaging_later(training):
                 loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+            for engine in training:
+                engine.note_backward()
         else:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         if len(training) == 1:
@@ -397,7 +400,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.lightning_module is not None
-        if engine.will_skip and not self.lightning_module.automatic_optimization:
+        if closure is do_nothing_closure and (engine.will_skip or not engine.may_have_gradients):
+            # by hand, where clipping by value and a GradScaler would fail on no gradients at all
             engine.pass_turn()
             return None
 

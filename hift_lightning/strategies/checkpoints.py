@@ -106,10 +106,15 @@ class BlockwiseCheckpoints(_Base):
             if self._ending or engine.active:
                 raise ParkedStateError(told)
             rank_zero_warn(f"A checkpoint is saved of weights that are updated in part: {told}")
-        if not self._resume.complete(checkpoint):
+        if not self._resume.complete(checkpoint) and "optimizer_states" in checkpoint:  # else it is of weights alone
+            if self._ending:
+                raise ParkedStateError(
+                    "The run stopped between an update and the end of its batch, so weights and the Trainer's counters "
+                    "do not belong together; go on from the last checkpoint before it."
+                )
             raise ParkedStateError(
-                "The run stopped between an update and the end of its batch, so weights and the Trainer's counters do "
-                "not belong together; go on from the last checkpoint before it."
+                "A checkpoint is saved between an update and the end of its batch, where weights and the Trainer's "
+                "counters do not belong together; save it in `on_train_batch_end`, or with `weights_only=True`."
             )
 
     @property

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_leaves
 
 from hift_lightning.engine.errors import ConfigurationError
 
@@ -24,14 +23,15 @@ def first_batch(trainer: Trainer) -> Any:
     """
     with isolate_rng():
         loaders = trainer.fit_loop._data_source.dataloader()
-        if any(isinstance(loader, Iterator) for loader in tree_leaves(loaders)):
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+        if any(isinstance(loader, Iterator) for loader in combined.flattened):
             raise ConfigurationError(
                 "`group_size='auto'` looks at the first training batch, and the training data are an iterator that "
                 "would lose it; call `strategy.choose_group_size(trainer, module, batch)` before `fit`, or give "
                 "`group_size` a number."
             )
-        with _same_draws(loaders):
-            for batch, _, _ in CombinedLoader(loaders, "max_size_cycle"):
+        with _same_draws(combined):
+            for batch, _, _ in combined:
                 return batch
     raise ConfigurationError(
         "`group_size='auto'` looks at the first training batch, and there is none; give training data."
@@ -39,10 +39,10 @@ def first_batch(trainer: Trainer) -> Any:
 
 
 @contextlib.contextmanager
-def _same_draws(loaders: Any) -> Iterator[None]:
+def _same_draws(combined: CombinedLoader) -> Iterator[None]:
     """Within it, loaders may draw from generators of their own, which go back to where they were."""
     generators = [
-        g for loader in tree_leaves(loaders) if isinstance(g := getattr(loader, "generator", None), torch.Generator)
+        g for loader in combined.flattened if isinstance(g := getattr(loader, "generator", None), torch.Generator)
     ]
     states = [generator.get_state() for generator in generators]
     try:

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from transformers import Adafactor
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.callbacks import HiFTMonitor
@@ -58,6 +59,15 @@ def fitted(strategy, steps=STEPS, callbacks=(), module=None, update_ratio_every=
     module = module or SmallTransformer()
     trainer(strategy, callbacks=[monitor, *callbacks], devices=1, **arguments).fit(module, loader(make_batches(steps)))
     return monitor
+
+
+def test_an_optimizer_that_finds_its_own_rate_has_none():
+    module = SmallTransformer()
+    module.make_optimizer = Adafactor
+    monitor = fitted(HiFTStrategy(), module=module)
+    (watch,) = monitor._watches
+    assert watch.rate is None
+    assert all(record.rate is None and record.update_ratio.value > 0 for record in watch.records.values())
 
 
 def close(numbers):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
@@ -53,6 +54,22 @@ def test_by_default_the_budget_is_the_memory_of_the_device(sim_device, monkeypat
         HiFTStrategy(group_size="auto", device="sim:0"), loader(make_batches(1)), accelerator="sim", devices=1
     )
     assert trainer_.strategy.settings.group_size == LAYERS
+
+
+def test_several_loaders_that_the_user_has_combined_are_looked_at_as_training_takes_them():
+    class Combined(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["one"])
+            return super().training_step(batch["one"], batch_idx)
+
+    seen = []
+    batches = make_batches(5)
+    data = CombinedLoader({"one": loader(batches[:2]), "two": loader(batches[2:])}, "min_size")
+    strategy = HiFTStrategy(group_size="auto", memory_budget=BUDGET)
+    trainer(strategy).fit(Combined(), data)
+    assert strategy.settings.group_size == LAYERS
+    assert len(seen) > 2  # planning comes first
+    assert all(torch.equal(own[0], batch[0]) for own, batch in zip(seen[-2:], batches, strict=False))
 
 
 def test_data_that_can_be_gone_through_once_are_refused_before_a_batch_is_lost():

@@ -10,8 +10,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hift_lightning import HiFTStrategy
+from hift_lightning import HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
+from tests.adversarial import Adversarial
 from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
@@ -168,6 +169,47 @@ def test_a_block_without_gradient_is_named_and_does_not_stop_the_rotation(precis
         _, trainer_, steps = fit(module=WithUnusedLayer(), batches=12, **arguments)
     assert trainer_.strategy.hift.updates == 12
     assert {layer for step in steps for layer in step} == {"embedding", "layers.0", "layers.1", "head"}
+
+
+class UnusedLayerByHand(HiFTManualMixin, WithUnusedLayer):
+    """Steps by hand, clipping by value: through `hift_step`, or as Lightning's documentation does it.
+
+    Args:
+        of_the_mixin: whether by `hift_step`.
+    """
+
+    def __init__(self, of_the_mixin):
+        super().__init__()
+        self.automatic_optimization, self.of_the_mixin = False, of_the_mixin
+
+    def training_step(self, batch, batch_idx):
+        if self.of_the_mixin:
+            self.hift_step(self.loss(batch), gradient_clip_val=0.1, gradient_clip_algorithm="value")
+        else:
+            self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+
+@pytest.mark.parametrize("of_the_mixin", [True, False])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_block_without_gradient_does_not_stop_a_loop_by_hand(of_the_mixin, scaled):
+    arguments = {}
+    if scaled:
+        arguments = {"plugins": L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
+    with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`unused\.1`\)"):
+        _, trainer_, steps = fit(module=UnusedLayerByHand(of_the_mixin), batches=12, **arguments)
+    assert trainer_.strategy.hift.updates == 12
+    assert {layer for step in steps for layer in step} == {"embedding", "layers.0", "layers.1", "head"}
+
+
+def test_a_block_without_gradient_does_not_stop_one_of_several_optimizers():
+    module = Adversarial()
+    module.generator.append(nn.Linear(4, 4))  # whose output nothing uses
+    module.generator.forward = lambda noise: nn.Sequential.forward(module.generator[:3], noise)
+    trainer_ = trainer("hift")
+    with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`generator\.3`\)"):
+        trainer_.fit(module, loader([torch.randn(2, 4) for _ in range(6)]))
+    assert [engine.updates for engine in trainer_.strategy.engines] == [6, 6]
 
 
 def test_a_loss_that_depends_on_nothing_is_an_error():
