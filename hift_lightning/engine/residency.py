@@ -188,13 +188,14 @@ class Residency:
     ) -> None:
         leaves, put_together = flatten_state(self.optimizer.state[parameter])
         quantized = is_quantized(leaves)
-        on_device = {id(known.buffer.tensor): known.dtype for known in known_before if known is not None}
+        ours = {id(known.buffer.tensor): known for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
-            dtype = on_device.get(id(leaf), leaf.dtype)
-            if id(leaf) not in on_device and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
+            own = ours.get(id(leaf))
+            dtype = leaf.dtype if own is None else own.dtype
+            if own is None and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
                 dtype = parameter.dtype  # saved as it was parked
             if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
@@ -208,6 +209,8 @@ class Residency:
                         leaf, kept, parameter.device
                     )
                     buffer.write(leaf)
+                elif own is not None and leaf.dtype == kept:
+                    buffer = own.buffer
                 else:
                     buffer = self._tier.adopt(leaf, kept, parameter.device)
                 if leaf.device.type != "cpu":

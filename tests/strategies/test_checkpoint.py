@@ -11,9 +11,9 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils._pytree import tree_leaves
 
-from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
+from hift_lightning import HiFT, HiFTManualMixin, HiFTSettings, HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
-from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from tests import simulated_accelerator as sim
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
 from tests.comparing import assert_same
@@ -652,3 +652,21 @@ def test_every_checkpoint_is_read_with_weights_only(kind, offload, optimizer, tm
     saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)
     assert_same(saved["optimizer_states"][0], stopped.optimizers[0].state_dict())
     assert_same(saved["hift"]["engines"][0], stopped.strategy.hift.state_dict())
+
+
+def test_a_checkpoint_within_a_batch_after_its_update_is_refused_and_its_weights_alone_are_saved(tmp_path):
+    class Saves(HiFTManualMixin, SmallTransformer):
+        def __init__(self, weights_only):
+            super().__init__()
+            self.automatic_optimization, self.weights_only = False, weights_only
+
+        def training_step(self, batch, batch_idx):
+            self.hift_step(self.loss(batch))
+            self.trainer.save_checkpoint(tmp_path / "within.ckpt", weights_only=self.weights_only)
+
+    with pytest.raises(ParkedStateError, match=r"save it in `on_train_batch_end`, or with `weights_only=True`"):
+        trainer("hift").fit(Saves(weights_only=False), loader(make_batches(2)))
+    module = Saves(weights_only=True)
+    trainer("hift").fit(module, loader(make_batches(2)))
+    saved = torch.load(tmp_path / "within.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], weight) for name, weight in module.state_dict().items())

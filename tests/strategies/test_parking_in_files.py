@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hift_lightning import HiFTStrategy
+from hift_lightning.engine.tiers import Files
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 
@@ -138,3 +139,22 @@ def test_parked_files_are_for_their_owner_only(tmp_path):
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
     del trainer_
+
+
+def test_state_that_was_loaded_into_files_stays_in_them_when_training_goes_on(tmp_path, monkeypatch):
+    """A second copy would take the room of the whole state once more."""
+    trainer_ = trainer(HiFTStrategy(offload=str(tmp_path)))
+    trainer_.fit(SmallTransformer(), loader(make_batches(LAYERS)))
+    trainer_.save_checkpoint(tmp_path / "stopped.ckpt")
+    made = []
+
+    def allocate(self, like, dtype, device):
+        made.append(buffer := allocate_file(self, like, dtype, device))
+        return buffer
+
+    allocate_file = Files.allocate
+    monkeypatch.setattr(Files, "allocate", allocate)
+    module, resumed = SmallTransformer(), trainer(HiFTStrategy(offload=str(tmp_path)), max_epochs=2)
+    resumed.fit(module, loader(make_batches(LAYERS)), ckpt_path=tmp_path / "stopped.ckpt")
+    moments = 2 * len(list(module.parameters()))
+    assert len(made) == moments
