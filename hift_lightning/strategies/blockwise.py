@@ -318,6 +318,12 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self._resume.train_starts()
 
     @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if self._trainer.training and self.engines:  # before hooks of the module may draw random numbers
+            self._resume.batch_starts()
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         self._resume.batch_starts()

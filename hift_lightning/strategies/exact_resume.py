@@ -64,6 +64,7 @@ class ExactResume:
         self._engines = engines
         self._device = device
         self._boundary: _Boundary | None = None
+        self._begun: int | None = None  # the batch in hand, counted over the run
         self._loaders: list[dict[str, Any]] = []
         self._record: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
@@ -73,7 +74,13 @@ class ExactResume:
     # --- while training ---------------------------------------------------------------------------------------------
 
     def batch_starts(self) -> None:
-        """Note where the run could go on from, unless gradients of earlier batches wait for their step."""
+        """Note where the run could go on from, unless gradients of earlier batches wait for their step.
+
+        It may be told of a batch twice: as it comes from the loader, and when Lightning begins with it.
+        """
+        if self._begun == self._total_batches:
+            return
+        self._begun = self._total_batches
         if self._state_at_batch_start is not None:
             set_random_state(self._state_at_batch_start, self._device)
             self._state_at_batch_start = None
@@ -94,14 +101,18 @@ class ExactResume:
         self._before_validation = None
 
     def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
         return _Boundary(
-            _processed(progress.current).processed,
-            _processed(progress.total).processed,
+            _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current).processed,
+            self._total_batches,
             [engine.updates for engine in self._engines],
             loaders,
             random_state(self._device),
         )
+
+    @property
+    def _total_batches(self) -> int:
+        """Batches of the run that have been processed."""
+        return _processed(self._trainer.fit_loop.epoch_loop.batch_progress.total).processed
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -116,7 +127,7 @@ class ExactResume:
         """
         fit = self._trainer.fit_loop
         batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
-        in_batch = batches.ready != batches.processed
+        in_batch = batches.ready != batches.processed or self._begun == self._total_batches
         in_window = any(engine.has_gradient for engine in self._engines)
         if batches.started != batches.ready and not in_window and not self._noted_this_batch():
             self._boundary = self._here(self._loaders)  # a callback has it before the strategy
@@ -163,8 +174,7 @@ class ExactResume:
         return isinstance(module, HiFTManualMixin) and module.accumulating
 
     def _noted_this_batch(self) -> bool:
-        total = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.total)
-        return self._boundary is not None and self._boundary.total_batches == total.processed
+        return self._boundary is not None and self._boundary.total_batches == self._total_batches
 
     def _still_to_do(self, within_epoch: bool) -> str:
         """What a run that goes straight on does next and the resumed one would not."""

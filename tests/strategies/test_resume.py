@@ -61,6 +61,7 @@ def kill(number: int) -> Any:
 WAYS = {"exception": raise_stop, "SIGINT": kill(signal.SIGINT), "SIGTERM": kill(signal.SIGTERM)}
 # hook, and how often it has been called before the run stops there
 MOMENTS = {
+    "on_after_batch_transfer": 9,
     "on_train_batch_start": 9,
     "on_before_zero_grad": 4,
     "on_before_backward": 11,
