@@ -25,7 +25,7 @@ from experiments.quality.methods import (
     LONG,
     LORA_NO_DROPOUT,
     ONE_TURN,
-    TOP_IN_LORAS_TIME,
+    TWO_IN_LORAS_TIME,
 )
 from experiments.step_cost.runs import SIZES, TIMES
 from experiments.step_cost.summary import ratios
@@ -40,8 +40,9 @@ RECIPES = {
     HIFT: ("as in the paper", FULL, IN_MEMORY),
     LONG: ("20 steps a block, no momentum", FULL, IN_MEMORY),
     ONE_TURN: ("one turn a block, no momentum, head always, streamed", FULL, IN_LESS),
-    TOP_IN_LORAS_TIME: (
-        "so with the top FFN always, in the time of LoRA, and all three without dropout",
+    TWO_IN_LORAS_TIME: (
+        "so with two layers a block and the FFNs of the top two always, in the time of LoRA, and all three without "
+        "dropout",
         FULL_NO_DROPOUT,
         LORA_NO_DROPOUT,
     ),
