@@ -17,9 +17,8 @@ EXPONENTS = range(-12, 13)
 SEARCH_SEED = 0
 RUN_OFF_SEEDS = (SEARCH_SEED, 11, 12)
 """Seeds of the run-off between rates that one seed cannot tell apart, for methods that are compared closely."""
-SEEDS = (1, 2, 3, 4, 5)
-CLOSE_SEEDS = (*SEEDS, 6, 7, 8)
-"""Seeds of the final runs of methods that are compared closely."""
+SEEDS = tuple(seed for seed in range(1, 19) if seed not in RUN_OFF_SEEDS)
+"""Seeds of the final runs, of which a method has the first, as many as its contestant says."""
 
 
 class Run(NamedTuple):
@@ -57,7 +56,7 @@ def _runs(seeds: Collection[int]) -> dict[str, Run]:
     return {each.name: each for each in runs}
 
 
-_SEARCH, _FINAL = _runs(RUN_OFF_SEEDS), _runs(CLOSE_SEEDS)
+_SEARCH, _FINAL = _runs(RUN_OFF_SEEDS), _runs(SEEDS)
 RUNS = {**_SEARCH, **_FINAL}
 SEARCH = Table(HERE / "search.csv", tuple(_SEARCH), _measure)
 FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
@@ -66,7 +65,7 @@ DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 def seeds_of(method: str) -> tuple[int, ...]:
     """Seeds of a method's final runs."""
-    return CLOSE_SEEDS if CONTESTANTS[method].closely else SEEDS
+    return SEEDS[: CONTESTANTS[method].seeds]
 
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:

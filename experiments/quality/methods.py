@@ -280,6 +280,8 @@ def mezo(scale: float = 1e-3) -> Method:
 
 STEPS = 200
 """Steps of full fine-tuning; the others have as many, and as many as they do in its time."""
+FEW_SEEDS = 5
+"""Of the final runs of a method that is not compared closely."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,8 @@ class Contestant:
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
         rate_from: the method whose learning rate it takes, where it does not search for its own.
-        closely: whether it is compared closely: with more seeds, in the search too (see `grid`).
+        seeds: of its final runs. A method with more than the rest is compared closely: its learning rate is chosen with
+            more of them too (see `grid`).
     """
 
     method: Method
@@ -304,7 +307,11 @@ class Contestant:
     remark: str = ""
     batch_size: int = BATCH_SIZE
     rate_from: str = ""
-    closely: bool = False
+    seeds: int = FEW_SEEDS
+
+    @property
+    def closely(self) -> bool:
+        return self.seeds > FEW_SEEDS
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -367,19 +374,19 @@ CONTESTANTS = {
     ),
     TOP_NO_DROPOUT: Contestant(_top_no_dropout, 2, 330, 330, "no momentum; streamed through 16 MB"),
     TOP_IN_LORAS_TIME: Contestant(
-        _top_no_dropout, 2, 360, 360, "the same, as many steps as take as long as LoRA's in that memory", closely=True
+        _top_no_dropout, 2, 360, 360, "the same, as many steps as take as long as LoRA's in that memory", seeds=8
     ),
     TWO_IN_LORAS_TIME: Contestant(
         without_dropout(_one_turn(always_active=_HEAD_AND_TWO_FFNS, group_size=2)),
         2,
         340,
         340,
-        "no momentum; FFNs of the top two layers; batches with which LoRA has no more texts; streamed through 16 MB",
+        "no momentum; FFNs of the top two layers; streamed through 16 MB",
         15,
-        closely=True,
+        seeds=8,
     ),
     LORA_NO_DROPOUT: Contestant(
-        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10, closely=True
+        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10, seeds=8
     ),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),

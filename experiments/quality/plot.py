@@ -1,5 +1,6 @@
 """Accuracy of the methods on each data set, as a picture."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,8 @@ LOWEST = -10.5
 """Points below full fine-tuning that the axis ends with; what is below stands there as a number."""
 COLUMNS = 3
 """Data sets side by side."""
+LABEL = 45
+"""Characters in a line of a method's name."""
 
 
 def plot(in_time: Results, in_steps: Results, path: Path) -> None:
@@ -58,12 +61,12 @@ def plot(in_time: Results, in_steps: Results, path: Path) -> None:
                         **marker,
                     )
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_title(f"{data_set} ({FULL}: {mean(in_time[data_set, FULL])} %)", fontsize=10)
+        axis.set_title(f"{data_set}\n({FULL}: {mean(in_time[data_set, FULL])} %)", fontsize=10)
         if data_set in data_sets[-columns:]:
             axis.tick_params(labelbottom=True)
             axis.set_xlabel("test accuracy over full AdamW, points")
         axis.grid(axis="x", alpha=0.3)
-    axes[0][0].set_yticks(range(len(methods)), methods)
+    axes[0][0].set_yticks(range(len(methods)), [textwrap.fill(method, LABEL) for method in methods])
     axes[0][0].set_ylim(len(methods) - 0.4, -0.6)
     axes[0][0].set_xlim(left=LOWEST)
     figure.suptitle("Filled: in equal time. Hollow: in equal steps. Bars: standard error over seeds.", fontsize=10)

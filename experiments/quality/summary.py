@@ -20,10 +20,11 @@ from experiments.quality.comparison import (
 )
 from experiments.quality.cost import bytes_row, one_more
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
-from experiments.quality.grid import CLOSE_SEEDS, RUN_OFF_SEEDS, SEEDS
+from experiments.quality.grid import RUN_OFF_SEEDS
 from experiments.quality.methods import (
     CLIP_NORM,
     CONTESTANTS,
+    FEW_SEEDS,
     FULL,
     FULL_NO_DROPOUT,
     HIFT,
@@ -71,14 +72,15 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
     """
     in_time, in_steps = accuracies(final, equal_time), accuracies(final, equal_steps)
     lost = losses(final, equal_time)
+    *others, last = (str(CONTESTANTS[name].seeds) for name in CLOSELY)
     parts = [
         f"MiniLM (pretrained, 6 layers) with a new head, fine-tuned in fp32 on one core: AdamW, batch {BATCH_SIZE}, at "
         f"most {MAX_LENGTH} tokens, linear decay after a warm-up of {WARMUP:.0%} of the steps, gradients clipped by "
-        f"norm at {CLIP_NORM:g}. {len(SEEDS)} seeds, each with its own new head and batches, the same for all. "
+        f"norm at {CLIP_NORM:g}. {FEW_SEEDS} seeds, each with its own new head and batches, the same for all. "
         "Test accuracy in points; ± is the standard error over seeds. Every method has its own learning rate on each "
         "data set, the best on the validation part among powers of two times 1e-4, with a seed that the final runs do "
         f"not have. {_list(CLOSELY)} are compared closely: of theirs the rates within a standard error of the "
-        f"best are tried with {len(RUN_OFF_SEEDS)} seeds, and the final runs have {len(CLOSE_SEEDS)}. "
+        f"best are tried with {len(RUN_OFF_SEEDS)} seeds, and the final runs have {', '.join(others)} and {last}. "
         "What a method has over another is paired by seed, over the seeds that both have.",
         markdown(
             ["data set", "texts for training", "for the test", "classes", "most frequent class"],
@@ -104,7 +106,11 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
         "fine-tuning: compare their ratios, not "
         "their milliseconds. FLOPs are those of rounds after the timed ones. Peak bytes are counted on the simulated "
         f"accelerator with batches of {BATCH_SIZE} x {MAX_LENGTH} tokens, the weights among them; "
-        + ", ".join(f"{name} has batches of {CONTESTANTS[name].batch_size}" for name in MOST_TEXTS)
+        + ", ".join(
+            f"'{name}' has batches of {each.batch_size}"
+            for name, each in CONTESTANTS.items()
+            if each.batch_size != BATCH_SIZE
+        )
         + ", in all columns.",
         _costs(cost, peaks),
         "## Learning rates",
@@ -118,7 +124,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
 
 def _accuracies(in_time: Results, lost: Results, in_steps: Results, cost: Rows, pairs: Rows) -> list[str]:
     if not in_time:
-        return [f"No method has the final runs with all {len(SEEDS)} seeds yet."]
+        return ["No method has all its final runs yet."]
     return [
         "## In equal time",
         f"At most as many steps, in tens, as take as long as {STEPS} steps of full fine-tuning (measured, see below)."
