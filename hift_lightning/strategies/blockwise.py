@@ -308,6 +308,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def on_train_start(self) -> None:
         # Only now is anything frozen: summaries and optimizer filters have seen every parameter trainable.
         super().on_train_start()
+        self._being_loaded = None
         for engine in self.engines:
             if self.settings.update == "fused":
                 value = self._trainer.gradient_clip_val
@@ -361,6 +362,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     @override
     def teardown(self) -> None:
         self._finish()
+        self._being_loaded = None
         with parameters_stay_themselves(self.root_device):
             super().teardown()
 

@@ -11,7 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -36,6 +36,8 @@ class BlockwiseCheckpoints(_Base):
     engines: list[HiFT]
     """One engine an optimizer; empty before ``fit``."""
     _resume: ExactResume
+    _being_loaded: _PATH | None = None
+    """The checkpoint that a run goes on from, until training begins with all of it in place."""
 
     @property
     @override
@@ -73,8 +75,9 @@ class BlockwiseCheckpoints(_Base):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        if self.engines:
+        if self.engines or self._being_loaded is not None:
             try:
+                self._refuse_half_loaded()
                 self._complete(checkpoint)
             except ParkedStateError as error:
                 if not self._ending:
@@ -92,6 +95,13 @@ class BlockwiseCheckpoints(_Base):
         checkpoint["hift"] = {}
         self._make_ready(checkpoint)
         checkpoint["hift"]["engines"] = [engine.state_dict() for engine in self.engines]
+
+    def _refuse_half_loaded(self) -> None:
+        if self._being_loaded is not None:
+            raise ParkedStateError(
+                f"`{self._being_loaded}` is loaded in part only, so the state in memory is not that of its step; go on "
+                "from it or another checkpoint."
+            )
 
     def _make_ready(self, checkpoint: dict[str, Any]) -> None:
         """Find out whether a run can go on from what is in memory, and write down where.
@@ -120,7 +130,8 @@ class BlockwiseCheckpoints(_Base):
     @property
     def _ending(self) -> bool:
         """Whether callbacks are being told of the error that ends the run."""
-        return self._trainer.state.status == TrainerStatus.INTERRUPTED and any(engine.active for engine in self.engines)
+        unfinished = self._being_loaded is not None or any(engine.active for engine in self.engines)
+        return self._trainer.state.status == TrainerStatus.INTERRUPTED and unfinished
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
@@ -130,6 +141,14 @@ class BlockwiseCheckpoints(_Base):
                 f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
                 "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
             )
+        if self._trainer.state.fn == TrainerFn.FITTING:
+            if "optimizer_states" not in checkpoint:
+                raise ConfigurationError(
+                    f"`{checkpoint_path}` has weights alone (`save_weights_only`), and a run goes on from a whole "
+                    "checkpoint; give one, or begin anew from these weights (`load_from_checkpoint`; of the "
+                    "application, `hift-export` and `model.pretrained`)."
+                )
+            self._being_loaded = checkpoint_path
         return checkpoint
 
     def _read(self, checkpoint_path: _PATH, weights_only: bool) -> dict[str, Any]:
@@ -171,6 +190,8 @@ class BlockwiseCheckpoints(_Base):
             engine.take_wider(checkpoint.get("state_dict", {}), {} if position is None else position["masters"])
         if saved is not None:
             self._resume.load(saved["resume"])
+        if any(engine.active for engine in self.engines):  # in training, where a search for the rate goes back
+            self._being_loaded = None
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.

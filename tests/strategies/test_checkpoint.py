@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from hift_lightning import HiFT, HiFTManualMixin, HiFTSettings, HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
+from hift_lightning.engine.residency import Residency
 from tests import simulated_accelerator as sim
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
 from tests.comparing import assert_same
@@ -102,6 +103,61 @@ def test_resuming_with_another_plan_is_refused_and_shows_both(tmp_path):
         assert before.keys() == dict(module.named_parameters()).keys()
         assert not trainer_.optimizers[0].state
         assert trainer_.strategy.hift.updates == 0
+
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("why", "error"),
+    [("another plan", ConfigurationError), ("another optimizer", ConfigurationError), ("Ctrl-C", SystemExit)],
+)
+def test_a_run_that_ends_before_a_checkpoint_is_loaded_leaves_it_as_it_was(why, error, tmp_path, monkeypatch):
+    def saving():
+        return ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=STEPS, save_on_exception=True)
+
+    fit(callbacks=[saving()], enable_checkpointing=True)
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    strategy = HiFTStrategy(group_size=2 if why == "another plan" else 1)
+    if why == "Ctrl-C":
+        monkeypatch.setattr(Residency, "load_state_dict", stop)
+    optimizer = "Adagrad" if why == "another optimizer" else "AdamW"
+    with (
+        pytest.warns(UserWarning, match=f"No checkpoint is saved .* `{path}` is loaded in part only"),
+        pytest.raises(error),
+    ):
+        fit(strategy, 2, path, optimizer, callbacks=[saving()], enable_checkpointing=True)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    _, resumed = fit("hift", 2, path, callbacks=[saving()], enable_checkpointing=True)
+    assert resumed.global_step == 2 * STEPS
+
+
+def test_a_checkpoint_of_weights_alone_is_told_before_anything_is_loaded(tmp_path):
+    _, made = fit()
+    made.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    module = make_module()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=r"weights.ckpt` has weights alone .* begin anew from these weights"):
+        trainer("hift").fit(module, loader(make_batches(2)), ckpt_path=tmp_path / "weights.ckpt")
+    assert all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+    trainer("hift").validate(module, loader(make_batches(2)), ckpt_path=tmp_path / "weights.ckpt")
+    assert not all(torch.equal(weight, before[name]) for name, weight in module.state_dict().items())
+
+
+def test_a_run_that_went_back_to_where_it_was_saves_checkpoints(tmp_path):
+    class GoesBack(Callback):
+        """As a search for the learning rate at the beginning of an epoch does."""
+
+        def on_train_epoch_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "here.ckpt")
+            trainer._checkpoint_connector.restore(tmp_path / "here.ckpt")
+
+    _, trained = fit(callbacks=[GoesBack(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hift"]["engines"][0]["updates"] == STEPS
 
 
 def test_a_plan_is_not_rebuilt_by_a_word_that_is_none():
