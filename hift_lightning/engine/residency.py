@@ -5,7 +5,7 @@ The optimizer's own ``state`` always holds the tensors that count: parked ones a
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ class Residency:
 
         It moves to its tier. Zero-dimensional tensors (Adam's ``step``) stay in host memory for good unless the
         optimizer wants them on the device (``capturable`` or ``fused``), as in
-        :meth:`torch.optim.Optimizer.load_state_dict`.
+        :meth:`torch.optim.Optimizer.load_state_dict`, or they are moments of a parameter without dimensions.
         """
         self.synchronize()
         known_before, self._leaves = self._leaves, {}
@@ -186,8 +186,12 @@ class Residency:
         *,
         loaded: bool = False,
     ) -> None:
-        leaves, put_together = flatten_state(self.optimizer.state[parameter])
+        state = self.optimizer.state[parameter]
+        leaves, put_together = flatten_state(state)
         quantized = is_quantized(leaves)
+        # of a parameter without dimensions moments have none either
+        on_host = parameter.dim() > 0 or parameter.device.type == "cpu"
+        step = state.get("step") if isinstance(state, Mapping) else None
         ours = {id(known.buffer.tensor): known for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
@@ -195,14 +199,14 @@ class Residency:
                 continue
             own = ours.get(id(leaf))
             dtype = leaf.dtype if own is None else own.dtype
+            stays = leaf.dim() == 0 and not scalars_on_device and (on_host or leaf is step)
             if own is None and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
                 dtype = parameter.dtype  # saved as it was parked
-            if parameter in self._mastered and leaf.dim() > 0 and dtype.is_floating_point and not quantized:
+            if parameter in self._mastered and not stays and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
-                goes = leaf.dim() > 0 or scalars_on_device
-                leaves[i] = leaf.to(parameter.device if goes else "cpu", dtype, copy=loaded)
-            elif leaf.dim() > 0 or scalars_on_device:
+                leaves[i] = leaf.to("cpu" if stays else parameter.device, dtype, copy=loaded)
+            elif not stays:
                 kept = self._kept_dtype(leaf, dtype, quantized)
                 if loaded:
                     buffer = _fitting(known_before[i : i + 1], leaf, kept) or self._tier.allocate(

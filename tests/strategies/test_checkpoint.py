@@ -619,6 +619,38 @@ def test_a_resumed_run_on_a_device_equals_one_that_never_stopped(any_device, off
 # --- both ways between HiFT and a plain Trainer -----------------------------------------------------------------------
 
 
+class Scaled(SmallTransformer):
+    """With a parameter without dimensions, as CLIP's temperature is."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, tokens):
+        return super().forward(tokens) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("offload", "update"), [("none", "block"), ("cpu", "block"), ("cpu", "streamed"), ("files", "fused")]
+)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD with momentum", "Adagrad", "Adafactor"])
+def test_moments_of_a_parameter_without_dimensions_go_to_its_device(any_device, optimizer, offload, update, tmp_path):
+    def run(epochs, ckpt_path=None):
+        module = Scaled(OPTIMIZERS[optimizer])
+        (tmp_path / "state").mkdir(exist_ok=True)
+        strategy = HiFTStrategy(update=update, offload=tmp_path / "state" if offload == "files" else offload)
+        trainer_ = trainer(strategy, max_epochs=epochs, accelerator=any_device.type, devices=1)
+        trainer_.fit(module, loader(make_batches(STEPS)), ckpt_path=ckpt_path)
+        return module, trainer_
+
+    straight, _ = run(2)
+    _, stopped = run(1)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    resumed, _ = run(2, tmp_path / "stopped.ckpt")
+    assert resumed.scale.item() != 2.0
+    assert_same(straight.state_dict(), resumed.state_dict())
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_streamed_run_resumes_with_state_of_any_shape(optimizer, tmp_path):
     def strategy():
