@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
@@ -41,6 +41,7 @@ from hift_lightning.engine.freezing import Freezing, GradientHook
 from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
+from hift_lightning.engine.optimizers import refuse_optimizer
 from hift_lightning.engine.partition import Block, modules_of_layers, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reach import Reach
@@ -93,8 +94,8 @@ class HiFT:
             :class:`~hift_lightning.engine.shares.Shares`); ``None``: every rank keeps all of it.
 
     Raises:
-        ConfigurationError: if the optimizer cannot be used (LBFGS; one without parameters of the model), or a
-            pattern in ``settings`` matches nothing.
+        ConfigurationError: if the optimizer cannot be used (LBFGS; one that steps another; one without parameters of
+            the model), or a pattern in ``settings`` matches nothing.
     """
 
     def __init__(
@@ -114,11 +115,7 @@ class HiFT:
         if not isinstance(optimizer, Optimizer):
             layers = partition(model, frozen=settings.frozen).layers
             optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
-        if isinstance(optimizer, LBFGS):
-            raise ConfigurationError(
-                "The optimizer `LBFGS` keeps one history over all parameters and runs the closure several times a "
-                "step, so it cannot be rotated over blocks; choose another, such as AdamW."
-            )
+        refuse_optimizer(optimizer)
         self.optimizer = optimizer
         self._parameters = dict(model.named_parameters())
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
@@ -578,6 +575,9 @@ class HiFT:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._step.calls += 1
+        if self._step.calls > 1:
+            return None
         # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -675,6 +675,9 @@ class HiFT:
         self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._step.calls -= 1
+        if self._step.calls > 0:
+            return
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         for group, changed in zip(optimizer.param_groups, self._step.changed_settings, strict=False):
             group.update(changed)  # the optimizer may count its calls there, and this one was the second

@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
+from tests.comparing import assert_same
 from tests.reference_loop import reference_loop, turns_of
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
@@ -181,6 +182,67 @@ def test_adam_counts_a_parameters_own_updates():
 def test_lbfgs_is_refused_with_the_reason():
     with pytest.raises(ConfigurationError, match="`LBFGS` keeps one history"):
         trainer().fit(SmallTransformer(torch.optim.LBFGS), loader(make_batches(1)))
+
+
+class Shrinks(torch.optim.AdamW):
+    """Goes on with the gradients when the step of its base class has ended."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(0.01 * parameter.grad.sign())
+                    self.state[parameter]["shrunk"] = self.state[parameter].get("shrunk", 0) + 1
+        return loss
+
+
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+@pytest.mark.parametrize("group_size", [1, LAYERS])
+def test_a_step_that_calls_that_of_its_base_class_is_one_step(update, group_size):
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # from now on a step of AdamW has hooks of its own
+    module = SmallTransformer(Shrinks)
+    trainer_ = trainer(HiFTStrategy(group_size=group_size, update=update))
+    trainer_.fit(module, loader(make_batches(2 * LAYERS)))
+    expected = SmallTransformer()
+    blocks = [block.parameters for block in trainer_.strategy.hift.plan.blocks]
+    turns = turns_of("top2down", len(blocks))
+    reference_loop(expected, Shrinks(expected.parameters()), blocks, turns, make_batches(2 * LAYERS))
+    assert_same(module.state_dict(), expected.state_dict())
+    assert trainer_.strategy.hift.updates == 2 * LAYERS
+    counts = {state["shrunk"] for state in trainer_.optimizers[0].state.values()}
+    assert counts == {2 * LAYERS // (LAYERS if group_size == 1 else 1)}
+
+
+class Wraps(torch.optim.Optimizer):
+    """As SAM and Lookahead do: another optimizer does the steps."""
+
+    def __init__(self, params, shares_state):
+        self.inner = torch.optim.SGD(params, 0.1, momentum=0.9)
+        super().__init__(self.inner.param_groups, {})
+        self.param_groups = self.inner.param_groups
+        if shares_state:
+            self.state = self.inner.state
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_that_steps_another_one_is_refused_where_it_would_not_be_seen():
+    def fit(shares_state, **settings):
+        module = SmallTransformer(lambda parameters: Wraps(parameters, shares_state))
+        trainer_ = trainer(HiFTStrategy(**settings))
+        trainer_.fit(module, loader(make_batches(LAYERS)))
+        return module, trainer_
+
+    with pytest.raises(ConfigurationError, match="`Wraps` steps another one, the `SGD` in its `inner`"):
+        fit(shares_state=False)
+    for update in ("streamed", "fused"):
+        with pytest.raises(ConfigurationError, match="`Wraps` wraps another optimizer"):
+            fit(shares_state=True, update=update)
+    _, trainer_ = fit(shares_state=True)
+    assert trainer_.strategy.hift.updates == LAYERS
 
 
 def test_two_optimizers_under_automatic_optimization_are_refused_and_point_to_manual():
