@@ -29,6 +29,7 @@ from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.update import parse_bytes
 from hift_lightning.progress import PreparationBar
 from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
+from hift_lightning.strategies.clipping import BlockClipping
 from hift_lightning.strategies.exact_resume import ExactResume
 from hift_lightning.strategies.first_batch import first_batch
 from hift_lightning.strategies.interrupts import PatientInterrupt
@@ -138,6 +139,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.settings = self._asked
         self._chosen_for: object = None
         self.engines = []
+        self._clipping: BlockClipping | None = None
         self._interrupt = PatientInterrupt()
 
     @property
@@ -315,6 +317,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 engine.clip_value = value if value and value > 0 else None  # Lightning clips with none else
             engine.start()
             self._announce(engine)
+        self._clipping = BlockClipping(self.precision_plugin, self.engines)
+        self._clipping.start()
         self._interrupt.start()
         self._resume.train_starts()
 
@@ -414,26 +418,22 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             return None
 
         self._interrupt.hold()
-        clip_val = self._trainer.gradient_clip_val
 
         def closure_for_reached_block() -> Any:
             result = closure()
-            if engine.has_gradient:
-                return result
-            # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
-            self._trainer.gradient_clip_val = None
-            return None
+            return result if engine.has_gradient else None  # which tells the AMP plugin that there are none to unscale
 
         try:
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
         finally:
-            self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
     def _finish(self) -> None:
         self._interrupt.stop()
+        if self._clipping is not None:
+            self._clipping.stop()
         for engine in reversed(self.engines):
             engine.finish()
 

@@ -41,7 +41,7 @@ class Manual(Spiking):
 
     def training_step(self, batch, batch_idx):
         self.manual_backward(super().training_step(batch, batch_idx))
-        if self.clip_val and any(p.grad is not None for p in self.parameters()):
+        if self.clip_val:
             self.clip_gradients(self.optimizers(), self.clip_val, "norm")
         self.optimizers().step()
 
@@ -176,6 +176,32 @@ def test_steps_by_hand_are_left_out_too(module_class, clip):
     trainer(gradient_clip_val=clip).fit(expected, loader(kept))
     assert_same_weights(module, expected)
     assert trainer_.strategy.hift.skipped_steps == 3
+
+
+class ClipsItself(Spiking):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+
+
+class ClipsByHand(Manual):
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(Spiking.training_step(self, batch, batch_idx))
+        self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="value")
+        optimizer.step()
+
+
+@pytest.mark.parametrize("module_class", [ClipsItself, ClipsByHand])
+def test_a_step_that_is_left_out_has_nothing_to_clip_by_value(module_class):
+    batches = make_batches(2 * LAYERS)
+    module = module_class([1, 4])
+    trainer_ = trainer(HiFTStrategy(nonfinite="skip"))
+    trainer_.fit(module, loader(batches))
+    expected = SmallTransformer()
+    kept = [batch for i, batch in enumerate(batches) if i not in (1, 4)]
+    trainer(gradient_clip_val=0.01, gradient_clip_algorithm="value").fit(expected, loader(kept))
+    assert_same_weights(module, expected)
+    assert "clip_gradients" not in vars(trainer_.precision_plugin)
 
 
 def test_the_mixin_leaves_out_the_whole_window():

@@ -203,6 +203,21 @@ def test_fused_refuses_a_module_that_clips_in_its_own_way():
         trainer(HiFTStrategy(update="fused")).fit(Clips(), loader(make_batches(1)))
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_fused_refuses_gradients_that_are_clipped_by_hand(algorithm):
+    class Clips(SmallTransformer):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm=algorithm)
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match=r"`clip_gradients` clips those of the step"):
+        trainer(HiFTStrategy(update="fused")).fit(Clips(), loader(make_batches(1)))
+
+
 def test_fused_refuses_a_loss_that_reaches_another_optimizers_parameters():
     with pytest.raises(ConfigurationError, match=r"`discriminator.* has a gradient for the second time in one step"):
         trainer(HiFTStrategy(update="fused")).fit(Adversarial(), loader([torch.randn(3, 4)] * 2))
