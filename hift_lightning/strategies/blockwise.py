@@ -2,6 +2,7 @@
 
 import contextlib
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self._chosen_for: object = None
         self.engines = []
         self._clipping: BlockClipping | None = None
+        self._to_be_rounded: weakref.ref[LightningModule] | None = None
         self._interrupt = PatientInterrupt()
 
     @property
@@ -222,6 +224,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         refuse_other_engines(self.lightning_module, self.precision_plugin)
+        if self.settings.master_weights:
+            self._look_at_precision(self.lightning_module, trainer.state.fn)
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
@@ -245,6 +249,19 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
         # Lightning would now move all optimizer state to the device; it stays parked.
+
+    def _look_at_precision(self, module: LightningModule, function: TrainerFn | None) -> None:
+        """Warn where masters are to be made of weights that an earlier call has rounded."""
+        if any(parameter.dtype == torch.float32 for parameter in module.parameters()):
+            self._to_be_rounded = weakref.ref(module)
+            return
+        rounded_here = self._to_be_rounded is not None and self._to_be_rounded() is module
+        if function == TrainerFn.FITTING and rounded_here and self._being_loaded is None:
+            rank_zero_warn(
+                f"An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
+                f"`{type(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the weights "
+                "as they were, call `fit` first, or load the weights anew before it."
+            )
 
     def prepare_model(self) -> None:
         """Change the model before its precision is set and optimizers are made of it; one device needs nothing."""

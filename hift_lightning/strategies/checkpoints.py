@@ -187,7 +187,9 @@ class BlockwiseCheckpoints(_Base):
                         "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
                         f"begins with block `{engine.block.name}`."
                     )
-            engine.take_wider(checkpoint.get("state_dict", {}), {} if position is None else position["masters"])
+            # what training goes on from, where the checkpoint's weights are averages (`WeightAveraging`)
+            weights = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
+            engine.take_wider(weights, {} if position is None else position["masters"])
         if saved is not None:
             self._resume.load(saved["resume"])
         if any(engine.active for engine in self.engines):  # in training, where a search for the rate goes back

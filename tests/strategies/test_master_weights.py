@@ -274,6 +274,55 @@ def test_masters_are_made_of_the_fp32_weights_of_a_checkpoint(tmp_path):
         assert torch.equal(module[name], weights), name
 
 
+def test_masters_made_of_weights_that_were_rounded_before_are_warned_of(recwarn, tmp_path):
+    def told():
+        return [str(each.message) for each in recwarn if "masters are made of the rounded ones" in str(each.message)]
+
+    batches = loader(make_batches(LAYERS))
+    module = SmallTransformer()
+    trainer_ = trainer(HiFTStrategy(master_weights=True), precision="bf16-true")
+    trainer_.fit(module, batches)
+    trainer_.save_checkpoint(tmp_path / "trained.ckpt")
+    trainer_.validate(module, batches)
+    other = trainer(HiFTStrategy(master_weights=True), precision="bf16-true", max_epochs=2)
+    other.validate(SmallTransformer(), batches)
+    other.fit(SmallTransformer(), batches)  # another module
+    assert not told()
+    unread = SmallTransformer()
+    last = trainer(HiFTStrategy(master_weights=True), precision="bf16-true", max_epochs=2)
+    last.validate(unread, batches)
+    last.fit(unread, batches, ckpt_path=tmp_path / "trained.ckpt")  # which has masters
+    assert not told()
+    trainer_.validate(module := SmallTransformer(), batches)
+    trainer_.fit(module, batches)
+    assert len(told()) == 1
+    assert "weights of `SmallTransformer`" in told()[0]
+
+
+@pytest.mark.parametrize(
+    ("saves", "goes_on"),
+    [
+        ({"precision": "bf16-true", "master_weights": True}, {"precision": "32-true"}),
+        ({"precision": "32-true"}, {"precision": "bf16-true", "master_weights": True}),
+    ],
+)
+def test_beside_averages_the_weights_that_training_goes_on_from_are_the_wider_ones(saves, goes_on, tmp_path):
+    def averaging():
+        return L.pytorch.callbacks.EMAWeightAveraging(decay=0.5)
+
+    class Notes(L.Callback):
+        def on_train_batch_end(self, trainer_, module, *_):
+            self.weights = {n: w.clone() for n, w in trainer_.strategy.master_state_dict().items()}
+            trainer_.save_checkpoint(tmp_path / "last.ckpt")
+
+    precision = saves.pop("precision")
+    trained = trainer(HiFTStrategy(**saves), precision=precision, callbacks=[averaging(), notes := Notes()])
+    trained.fit(SmallTransformer(), loader(make_batches(2 * LAYERS + 1)))
+    masters, _ = at_start_of(tmp_path / "last.ckpt", callbacks=[averaging()], **goes_on)
+    for name, weights in notes.weights.items():
+        assert torch.equal(masters[name], weights), name
+
+
 def test_masters_of_a_checkpoint_become_the_weights_of_a_run_in_fp32(tmp_path):
     _, trained = fit()
     trained.save_checkpoint(tmp_path / "masters.ckpt")
@@ -296,7 +345,7 @@ def test_weights_of_a_checkpoint_that_were_set_from_outside_count_over_their_mas
     assert max(value.abs().max() for value in weights.values()) < 0.0502
 
 
-def at_start_of(path, precision, **arguments):
+def at_start_of(path, precision, callbacks=(), **arguments):
     """Masters (or weights) and weights at the start of a run that goes on from a checkpoint."""
     seen = {}
 
@@ -305,6 +354,6 @@ def at_start_of(path, precision, **arguments):
             seen["masters"] = {name: value.clone() for name, value in trainer_.strategy.master_state_dict().items()}
             seen["weights"] = {name: value.clone() for name, value in module.state_dict().items()}
 
-    trainer_ = trainer(HiFTStrategy(**arguments), precision=precision, max_epochs=2, callbacks=[Looks()])
+    trainer_ = trainer(HiFTStrategy(**arguments), precision=precision, max_epochs=2, callbacks=[*callbacks, Looks()])
     trainer_.fit(SmallTransformer(), loader(make_batches(2 * LAYERS + 1)), ckpt_path=path)
     return seen["masters"], seen["weights"]
