@@ -83,13 +83,13 @@ def over_data_sets(found: Results, method: str, data_sets: Collection[str]) -> M
     return mean(_by_seed(found, method, data_sets))
 
 
-def less(found: Results, method: str, other: str, data_sets: Collection[str]) -> Mean:
+def less(found: Results, method: str, other: str, data_sets: Collection[str], seeds: slice = slice(None)) -> Mean:
     """What a method has more than another, paired by seed: both have the same new head and batches.
 
-    Where one has more seeds than the other, those that both have count, which are the first.
+    Where one has more seeds than the other, those that both have count, which are the first, or some of them (`seeds`).
     """
     pairs = zip(_by_seed(found, method, data_sets), _by_seed(found, other, data_sets), strict=False)
-    return mean([own - theirs for own, theirs in pairs])
+    return mean([own - theirs for own, theirs in pairs][seeds])
 
 
 def _by_seed(found: Results, method: str, data_sets: Collection[str]) -> list[float]:

@@ -16,7 +16,7 @@ LOWEST = -10.5
 """Points below full fine-tuning that the axis ends with; what is below stands there as a number."""
 COLUMNS = 3
 """Data sets side by side."""
-LABEL = 45
+LABEL = 52
 """Characters in a line of a method's name."""
 
 
@@ -35,7 +35,7 @@ def plot(in_time: Results, in_steps: Results, path: Path) -> None:
     figure, axes = pyplot.subplots(
         rows,
         columns,
-        figsize=(4 * columns + 2, rows * (1.2 + 0.3 * len(methods))),
+        figsize=(4 * columns + 2, rows * (1.2 + 0.36 * len(methods))),
         sharex=True,
         sharey=True,
         squeeze=False,

@@ -258,9 +258,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         rounded_here = self._to_be_rounded is not None and self._to_be_rounded() is module
         if function == TrainerFn.FITTING and rounded_here and self._being_loaded is None:
             rank_zero_warn(
-                f"An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
-                f"`{type(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the weights "
-                "as they were, call `fit` first, or load the weights anew before it."
+                "An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
+                f"`{type(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the "
+                "weights as they were, call `fit` first, or load the weights anew before it."
             )
 
     def prepare_model(self) -> None:

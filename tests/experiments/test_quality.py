@@ -31,6 +31,7 @@ from experiments.quality.methods import (
     MOST_TEXTS,
     ONE_TURN,
     ONE_TURN_NO_DROPOUT,
+    PLANNED_SEEDS,
     STEPS,
     TOP,
     TOP_IN_LORAS_TIME,
@@ -43,7 +44,7 @@ from experiments.quality.methods import (
 )
 from experiments.quality.pair_times import IN_LORAS_TIME, steps_in_loras_time
 from experiments.quality.pair_times import TABLE as PAIRS
-from experiments.quality.summary import summary
+from experiments.quality.summary import added_seeds, summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
 
@@ -87,6 +88,20 @@ def test_of_two_methods_the_seeds_that_both_have_are_compared():
     assert less(found, TOP_IN_LORAS_TIME, FULL, ["mails"]).mean == pytest.approx(1)
     assert over_data_sets(found, TOP_IN_LORAS_TIME, ["mails"]).mean == pytest.approx(81 + 16 * more / (5 + more))
     assert not accuracies(rows_of({TOP_IN_LORAS_TIME: [0.81] * (4 + more)}, equal_time), equal_time)
+
+
+def test_planned_seeds_and_those_that_were_added_are_told_apart():
+    seeds = CONTESTANTS[TWO_IN_LORAS_TIME].seeds
+    assert seeds == CONTESTANTS[LORA_NO_DROPOUT].seeds > PLANNED_SEEDS
+    assert len({*SEEDS, *RUN_OFF_SEEDS}) == seeds + len(RUN_OFF_SEEDS)
+    rows = rows_of(
+        {LORA_NO_DROPOUT: [0.80] * seeds, TWO_IN_LORAS_TIME: [0.81] * PLANNED_SEEDS + [0.83] * (seeds - PLANNED_SEEDS)},
+        equal_time,
+    )
+    found = accuracies(rows, equal_time)
+    (told,) = added_seeds(found, found, TWO_IN_LORAS_TIME, LORA_NO_DROPOUT)
+    assert "the planned ones show +1.0 ± 0.0 points" in told
+    assert "the added ones +3.0 ± 0.0 points" in told
 
 
 def test_losses_are_hundredths_of_those_on_the_test_part():
