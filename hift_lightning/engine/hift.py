@@ -359,6 +359,7 @@ class HiFT:
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
             "held_lr_steps": [scheduler.held_steps for scheduler in self._delayed],
+            "lr_cycles": [scheduler.cycle for scheduler in self._delayed],
             **record_of_plan(self.plan, self.rotation),
             "parameters": self._names_in_groups(),
             "parked_dtype": self.settings.parked_dtype,
@@ -395,10 +396,13 @@ class HiFT:
         if self.settings.master_weights:
             kept = {name: parameter for name, parameter in self._trained.items() if self._keeps(parameter)}
             load_masters(self.residency, kept, state_dict["masters"])
-        self.move_to(state_dict["updates"] if self.has_plan_of(state_dict) else 0)
+        same_plan = self.has_plan_of(state_dict)
+        self.move_to(state_dict["updates"] if same_plan else 0)
         # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
-        for scheduler, held_steps in zip(self._delayed, state_dict["held_lr_steps"], strict=False):
-            scheduler.resume(held_steps)
+        held = state_dict["held_lr_steps"]
+        cycles = (state_dict.get("lr_cycles") if same_plan else None) or [None] * len(held)
+        for scheduler, steps, cycle in zip(self._delayed, held, cycles, strict=False):
+            scheduler.resume(steps, cycle)
         if self._has_schedule and any(state_dict["held_lr_steps"]):
             warnings.warn(
                 f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
@@ -533,6 +537,7 @@ class HiFT:
             )
         self._step.updated_in_backward.add(name)
         if not self._step.updated:
+            self._pass_on_held_rates()
             self._note_versions()
         self._step.search.look_at(name, local(parameter.grad))
         if self.clip_value is not None:
@@ -578,6 +583,7 @@ class HiFT:
         self._step.calls += 1
         if self._step.calls > 1:
             return None
+        self._pass_on_held_rates()
         # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -670,6 +676,10 @@ class HiFT:
         self._prefetch.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
         self._note_versions()
+
+    def _pass_on_held_rates(self) -> None:
+        for scheduler in self._delayed:
+            scheduler.pass_on()
 
     def _note_versions(self) -> None:
         self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})

@@ -69,17 +69,19 @@ class DelayedLRScheduler:
         self._lr_update = lr_update
         self._cycles = cycles
         self._skipped = skipped
-        self._cycle = cycles()
+        self.cycle = cycles()
+        """The cycle of which steps are held."""
         self.held_steps = 0
         """Steps counted in this cycle and not yet passed on."""
 
-    def resume(self, held_steps: int) -> None:
-        """Go on within the present cycle.
+    def resume(self, held_steps: int, cycle: int | None = None) -> None:
+        """Go on where a run was saved.
 
         Args:
-            held_steps: what :attr:`held_steps` was when the run was saved.
+            held_steps: what :attr:`held_steps` was.
+            cycle: what :attr:`cycle` was; ``None`` for the present one.
         """
-        self._cycle = self._cycles()
+        self.cycle = self._cycles() if cycle is None else cycle
         self.held_steps = held_steps
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -96,10 +98,14 @@ class DelayedLRScheduler:
         if self._skipped():
             return
         self.held_steps += 1
-        if self._cycles() == self._cycle:
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Pass the counted steps on if their cycle has ended; before a step, of one that is not stepped after each."""
+        if self._cycles() == self.cycle:
             return
-        self._cycle = self._cycles()
-        for _ in range(self.held_steps if self._lr_update == "cycle" else 1):
+        self.cycle = self._cycles()
+        for _ in range(self.held_steps if self._lr_update == "cycle" else min(1, self.held_steps)):
             self._scheduler.step()
         self.held_steps = 0
 

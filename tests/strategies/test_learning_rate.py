@@ -5,8 +5,11 @@ import warnings
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from hift_lightning import HiFTStrategy
+from hift_lightning.data.loading import TrainingLoader
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 HORIZON = 4 * LAYERS
@@ -45,6 +48,77 @@ def test_accumulated_micro_batches_count_once():
     module, _ = fit("cycle", batches=2 * HORIZON, accumulate_grad_batches=2)
     assert len(module.rates) == HORIZON
     assert module.rates[-1] == pytest.approx(0.25e-2)
+
+
+class EverySoOften(SmallTransformer):
+    """Its scheduler is stepped after every third optimizer step, and notes the rate that each one has used."""
+
+    by_hand = False
+
+    def __init__(self, make_scheduler):
+        super().__init__(make_scheduler=make_scheduler)
+        self.automatic_optimization = not self.by_hand
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.by_hand:
+            self.manual_backward(loss)
+            self.optimizers().step()
+            if (batch_idx + 1) % 3 == 0:
+                self.lr_schedulers().step()
+        return loss
+
+    def on_train_batch_end(self, *_):
+        self.used = getattr(self, "used", [])
+        self.used.append(self.noted)
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["lr_scheduler"]["frequency"] = 3
+        configured["optimizer"].register_step_post_hook(self.note)
+        return configured
+
+    def note(self, optimizer, args, kwargs):
+        self.noted = optimizer.param_groups[0]["lr"]
+
+    def on_before_optimizer_step(self, optimizer):
+        pass
+
+
+class EverySoOftenByHand(EverySoOften):
+    by_hand = True
+
+
+def halving(optimizer):
+    return lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.mark.parametrize("update", ["block", "fused"])
+@pytest.mark.parametrize("module_class", [EverySoOften, EverySoOftenByHand])
+@pytest.mark.parametrize("lr_update", ["cycle", "cycle_once"])
+def test_a_schedule_that_is_not_stepped_at_every_update_changes_between_cycles_too(
+    lr_update, module_class, update, tmp_path
+):
+    assert LAYERS == 4
+
+    def fit(steps, ckpt_path=None):
+        module = module_class(halving)
+        trainer_ = trainer(HiFTStrategy(lr_update=lr_update, update=update), max_steps=steps)
+        rows = list(zip(*make_batches(1, size=4 * 13)[0], strict=True))
+        batches = BatchSampler(SequentialSampler(rows), 4, drop_last=False)
+        trainer_.fit(module, TrainingLoader(rows, batches, torch.Generator(), 0), ckpt_path=ckpt_path)
+        return module, trainer_
+
+    straight, _ = fit(13)
+    # steps of the schedule come after updates 3, 6, 9 and 12
+    passed_on = [0, 1, 2, 4] if lr_update == "cycle" else [0, 1, 2, 3]
+    assert straight.used == [1e-2 * 0.5**steps for steps in passed_on for _ in range(LAYERS)][:13]
+    for stop in (3, 4, 5, 8, 12):
+        _, stopped = fit(stop)
+        stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+        resumed, _ = fit(13, tmp_path / "stopped.ckpt")
+        assert resumed.used == straight.used[stop:]
+        assert_same(resumed.state_dict(), straight.state_dict())
 
 
 def test_schedulers_of_epochs_are_left_alone():
