@@ -7,11 +7,15 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from hift_lightning import HiFTManualMixin, HiFTStrategy
+from hift_lightning.data.loading import TrainingLoader
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 
@@ -168,6 +172,40 @@ def test_gradients_that_a_loop_by_hand_leaves_over_are_not_warned_of(tmp_path):
         trainer_.fit(WithoutToggling(), loader(data))
     assert list(tmp_path.rglob("*.ckpt"))
     assert not [each for each in told if "wait for their step" in str(each.message)]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+def test_a_run_of_two_networks_goes_on_from_the_batch_before_which_it_was_interrupted(hook, tmp_path):
+    rows = list(torch.randn(15, 4, generator=torch.Generator().manual_seed(3)))
+
+    class Interrupts(L.Callback):
+        pass
+
+    def interrupt(self, trainer, module, *arguments):
+        if arguments[-1] == 3:
+            raise KeyboardInterrupt
+
+    setattr(Interrupts, hook, interrupt)
+
+    def fit(callbacks=(), ckpt_path=None):
+        module = WithoutToggling()
+        trainer_ = trainer(HiFTStrategy(), callbacks=list(callbacks), enable_checkpointing=bool(callbacks))
+        batches = BatchSampler(SequentialSampler(rows), 3, drop_last=False)
+        trainer_.fit(
+            module, TrainingLoader(rows, batches, torch.Generator(), 0, collate_fn=stacked), ckpt_path=ckpt_path
+        )
+        return module
+
+    straight = fit()
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=100, save_on_exception=True)
+    with pytest.raises(SystemExit):
+        fit([Interrupts(), saving])
+    (path,) = tmp_path.glob("*.ckpt")
+    assert_same(fit(ckpt_path=path).state_dict(), straight.state_dict())
+
+
+def stacked(rows):
+    return torch.stack(rows), torch.zeros(len(rows))
 
 
 def test_a_copy_of_the_module_has_no_engine_in_it():

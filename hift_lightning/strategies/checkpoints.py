@@ -220,6 +220,7 @@ def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str,
         optimizer: before the checkpoint is loaded.
         saved_groups: the checkpoint's param groups.
     """
+    others: dict[str, str] = {}
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         moved = ("betas", "momentum") if "max_momentum" in saved else ()  # by a schedule
         for key in ("initial_lr", "weight_decay", "betas", "momentum", "eps"):
@@ -228,8 +229,10 @@ def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str,
             here, there = group[key], saved[key]
             here, there = (tuple(each) if isinstance(each, (list, tuple)) else each for each in (here, there))
             if here != there:
-                rank_zero_warn(
-                    f"This run was built with `{key}={here}` and the checkpoint's param groups have `{key}={there}`, "
-                    "which the run goes on with; to train with another one, begin anew from the checkpoint's weights."
-                )
-                return
+                others.setdefault(f"`{key}={here}`", f"`{key}={there}`")
+    if others:
+        rank_zero_warn(
+            f"This run was built with {', '.join(others)} and the checkpoint's param groups have "
+            f"{', '.join(others.values())}, which the run goes on with; to train with other values, begin anew from "
+            "the checkpoint's weights."
+        )

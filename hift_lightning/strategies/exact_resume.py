@@ -25,6 +25,7 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
@@ -64,6 +65,7 @@ class ExactResume:
         self._engines = engines
         self._device = device
         self._boundary: _Boundary | None = None
+        self._start: _Boundary | None = None  # of a batch, where the gradients that wait may be another net's
         self._begun: int | None = None  # the batch in hand, counted over the run
         self._loaders: list[dict[str, Any]] = []
         self._record: dict[str, Any] | None = None
@@ -85,9 +87,12 @@ class ExactResume:
             set_random_state(self._state_at_batch_start, self._device)
             self._state_at_batch_start = None
         loaders, self._loaders = self._loaders, self._loader_states()
-        if any(engine.has_gradient for engine in self._engines):
+        waiting = any(engine.has_gradient for engine in self._engines)
+        if waiting and len(self._engines) == 1:
             return
-        self._boundary = self._here(loaders)
+        self._start = self._here(loaders)
+        if not waiting:
+            self._boundary = self._start
 
     def validation_starts(self) -> None:
         """Note the random numbers' states for a checkpoint from within the validation, which is done anew then."""
@@ -131,8 +136,11 @@ class ExactResume:
         in_window = any(engine.has_gradient for engine in self._engines)
         if batches.started != batches.ready and not in_window and not self._noted_this_batch():
             self._boundary = self._here(self._loaders)  # a callback has it before the strategy
+        updates = [engine.updates for engine in self._engines]
         boundary = self._boundary
-        updated = boundary is None or boundary.updates != [engine.updates for engine in self._engines]
+        if in_batch and (boundary is None or boundary.updates != updates):
+            boundary = self._start
+        updated = boundary is None or boundary.updates != updates
         if in_batch and updated:
             return False
         set_back = in_batch or (in_window and not updated)
@@ -145,13 +153,14 @@ class ExactResume:
             state = boundary.random_state
         else:
             state = self._before_validation or random_state(self._device)
-            if in_window and self._accumulates_by_hand():
-                waiting = next(engine for engine in self._engines if engine.has_gradient)
-                rank_zero_warn(
-                    f"A checkpoint is saved while gradients of block `{waiting.block.name}` wait for their step and "
-                    "another optimizer has been stepped since they began; they are not in it, so a run that goes on "
-                    "from it accumulates them anew. Save where no optimizer is within its accumulation."
-                )
+        from_step = set_back and boundary is self._boundary
+        if in_window and not from_step and self._accumulates_by_hand():
+            waiting = next(engine for engine in self._engines if engine.has_gradient)
+            rank_zero_warn(
+                f"A checkpoint is saved while gradients of block `{waiting.block.name}` wait for their step and "
+                "another optimizer has been stepped since they began; they are not in it, so a run that goes on from "
+                "it accumulates them anew. Save where no optimizer is within its accumulation."
+            )
         metrics = self._trainer.callback_metrics
         monitors = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
         checkpoint["hift"]["resume"] = {
@@ -240,6 +249,10 @@ class ExactResume:
         untouched = random_state(self._device)
         set_random_state(record["random_state"], self._device)
         self._trainer.callback_metrics.update(record["monitored"])
+        if record["within_epoch"]:
+            for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):  # it is asked when an epoch starts
+                    self._trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(record["epoch"])
         # Lightning takes it for a restart until the epoch is over, and passes over ReduceLROnPlateau at its end
         fit._restarting = False
         _set_restarting(batch_loop.val_loop, False)
