@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hift_lightning.callbacks.update_ratio import UpdateRatio
@@ -94,7 +94,7 @@ class BlockWatch:
         self._norms = {}
         parts = engine.active_parts
         for part in parts:
-            gradients = [p.grad for p in self._parameters(part) if p.grad is not None]
+            gradients = [p.grad for p in self.engine.parameters_of(part) if p.grad is not None]
             if gradients:
                 self._norms[part.index] = _norm(gradients) / scale
         if not (self._norms or self.fused):
@@ -105,7 +105,7 @@ class BlockWatch:
         visits = engine.rotation.visits(engine.block.index, engine.updates)
         if self._ratio_every and visits % self._ratio_every == 0:
             for part in parts:
-                self._ratios[part.index].begin(self._parameters(part))
+                self._ratios[part.index].begin(self.engine.parameters_of(part))
 
     def end_update(self) -> None:
         """Record an update, if there was one since it was begun."""
@@ -150,11 +150,8 @@ class BlockWatch:
     def _logged_name(self, index: int) -> str:
         return f"{index:02d}_{self.names[index]}".replace(" … ", "-").replace(" ", "_")
 
-    def _parameters(self, part: Block) -> list[nn.Parameter]:
-        return [self.engine.model.get_parameter(name) for name in part.own_parameters]
-
     def _rate_of(self, part: Block) -> float | None:
-        parameters = set(self._parameters(part))
+        parameters = set(self.engine.parameters_of(part))
         groups = self.engine.optimizer.param_groups
         rates = (group.get("lr") for group in groups if not parameters.isdisjoint(group["params"]))
         return max((float(rate) for rate in rates if rate is not None), default=None)

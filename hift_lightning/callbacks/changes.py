@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class ChangedParameters(L.Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.steps: list[dict[str, Any]] = []
+        self._parameters: dict[str, nn.Parameter] = {}
         self._checksums: dict[str, int] = {}
         self._blocks: dict[HiFT, Block] = {}
         self._global_step = 0
@@ -45,7 +47,8 @@ class ChangedParameters(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.steps = []
         self._blocks = {}
-        self._checksums = checksums(pl_module)
+        self._parameters = dict(pl_module.named_parameters())  # pruning gives them other names
+        self._checksums = checksums(self._parameters)
         self._global_step = trainer.global_step
 
     @override
@@ -61,7 +64,7 @@ class ChangedParameters(L.Callback):
         if trainer.global_step == self._global_step:
             return  # gradients are still being accumulated
         self._global_step = trainer.global_step
-        before, self._checksums = self._checksums, checksums(pl_module)
+        before, self._checksums = self._checksums, checksums(self._parameters)
         changed = [name for name, checksum in self._checksums.items() if checksum != before[name]]
         step: dict[str, Any] = {
             "step": trainer.global_step,
@@ -71,7 +74,7 @@ class ChangedParameters(L.Callback):
         if self._blocks:
             engine_of = {name: engine for engine, block in self._blocks.items() for name in block.parameters}
             in_block = [name for name in engine_of if name not in changed]
-            in_master = [name for name in in_block if _master_differs(engine_of[name], pl_module.get_parameter(name))]
+            in_master = [name for name in in_block if _master_differs(engine_of[name], self._parameters[name])]
             step["block"] = ", ".join(block.name for block in self._blocks.values())
             step["changed_in_its_master_only"] = in_master
             step["changed_outside_the_block"] = [name for name in changed if name not in engine_of]
@@ -81,9 +84,9 @@ class ChangedParameters(L.Callback):
         self.path.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
 
 
-def checksums(model: nn.Module) -> dict[str, int]:
-    """Return a checksum of each parameter's bytes."""
-    return {name: _checksum(parameter.detach()) for name, parameter in model.named_parameters()}
+def checksums(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """Return a checksum of each parameter's bytes, by name."""
+    return {name: _checksum(parameter.detach()) for name, parameter in parameters.items()}
 
 
 def _checksum(tensor: Tensor) -> int:

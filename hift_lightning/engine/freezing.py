@@ -28,7 +28,9 @@ class Freezing:
         self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
         """What is frozen and activated, by name."""
         self._name_of = {parameter: name for name, parameter in parameters.items()}
-        optimized = (p for group in optimizer.param_groups for p in group["params"])
+        self._optimizer = optimizer
+        optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        self._optimized = len(optimized)
         self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
         self._required_grad: list[bool] | None = None
         self._active: list[nn.Parameter] = []
@@ -94,7 +96,7 @@ class Freezing:
         self._handles = []
 
     def refuse_gradients_elsewhere(self, block: str) -> None:
-        """Raise if a parameter has a gradient and is not active.
+        """Raise if a parameter has a gradient and is not active, or has come to the optimizer since.
 
         Args:
             block: name of the active one, for the message.
@@ -102,6 +104,12 @@ class Freezing:
         Raises:
             ConfigurationError: if one has.
         """
+        added = sum(len(group["params"]) for group in self._optimizer.param_groups) - self._optimized
+        if added > 0:
+            raise ConfigurationError(
+                f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "
+                "block has them, so every step would train them; give them to it where it is made."
+            )
         active = set(self._active)
         strange = next((p for p in self._watched if p.grad is not None and p not in active), None)
         if strange is not None:

@@ -201,6 +201,10 @@ class HiFT:
         always = self.plan.always_active
         return (self.block,) if always is None else (self.block, always)
 
+    def parameters_of(self, part: Block) -> list[nn.Parameter]:
+        """A part's own parameters, also those that have been given another name since (``torch.nn.utils.prune``)."""
+        return [self._parameters[name] for name in part.own_parameters]
+
     @property
     def cycle(self) -> int:
         """Whole cycles performed."""

@@ -34,16 +34,16 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
 
     def __init__(self, *, device: _DEVICE | None = None, **arguments: Any) -> None:
         super().__init__(device="cpu" if device is None else device, **arguments)
-        self._parallel_devices = None if device is None else [self.root_device]
+        self._given_devices = None if device is None else [self.root_device]
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The one device, or ``None`` until the Trainer has chosen it.
+        """The one device that was given, or ``None``: then each Trainer sets the one that it has chosen.
 
         The registry builds a strategy before devices are known; the Trainer then sets this attribute, as on
         strategies for many devices.
         """
-        return self._parallel_devices
+        return self._given_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device]) -> None:
@@ -52,5 +52,4 @@ class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
                 f"`strategy='hift'` trains on one device and the Trainer has {len(devices)}; pass `devices=1`, or "
                 "`strategy='hift_ddp'` for data-parallel training."
             )
-        self._parallel_devices = devices
         self._root_device = devices[0]

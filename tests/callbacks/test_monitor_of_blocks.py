@@ -9,7 +9,7 @@ from statistics import fmean
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Adafactor
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
-from hift_lightning.callbacks import HiFTMonitor
+from hift_lightning.callbacks import ChangedParameters, HiFTMonitor
 from hift_lightning.callbacks.block_table import block_table
 from hift_lightning.callbacks.block_watch import short_names
 from hift_lightning.engine.errors import ConfigurationError
@@ -273,6 +273,19 @@ def test_the_strategy_alone_logs_nothing():
     own = Recording()
     trainer(HiFTStrategy(), logger=own, log_every_n_steps=1).fit(SmallTransformer(), loader(make_batches(STEPS)))
     assert own.names <= {"epoch"}
+
+
+def test_parameters_that_pruning_gives_another_name_are_measured(tmp_path):
+    monitor = HiFTMonitor()
+    pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.5)
+    changed = ChangedParameters(tmp_path / "changed.json")
+    trainer_ = trainer(HiFTStrategy(), max_epochs=2, callbacks=[monitor, pruning, changed])
+    trainer_.fit(SmallTransformer(), loader(make_batches(LAYERS)))
+    (watch,) = monitor._watches
+    assert {record.visits for record in watch.engine.report().parts} == {2}
+    assert all(record.update_ratio.value > 0 for record in watch.records.values())
+    assert len(changed.steps) == 2 * LAYERS
+    assert all(step["changed"] and not step["changed_outside_the_block"] for step in changed.steps[:LAYERS])
 
 
 def test_the_table_has_the_most_bytes_of_each_role(capsys):

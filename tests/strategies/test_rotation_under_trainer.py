@@ -109,6 +109,32 @@ def test_frozen_patterns_are_never_trained_and_are_trainable_again_afterwards():
     assert all(p.requires_grad for p in module.parameters())
 
 
+def test_parameters_that_come_to_the_optimizer_while_training_are_refused():
+    class Unfreezes(SmallTransformer):
+        def __init__(self):
+            super().__init__(lambda _: torch.optim.AdamW(p for p in self.parameters() if p.requires_grad))
+            self.embedding.requires_grad_(False)
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.embedding.requires_grad_(True)
+                self.optimizers().add_param_group({"params": [self.embedding.weight]})
+
+    trainer_ = trainer(max_epochs=2)
+    with pytest.raises(ConfigurationError, match="1 parameters have come to the optimizer since the blocks were cut"):
+        trainer_.fit(Unfreezes(), loader(make_batches(LAYERS)))
+    assert trainer_.global_step == LAYERS
+
+
+def test_a_strategy_goes_from_one_trainer_to_the_next(any_device):
+    strategy = HiFTStrategy()
+    for accelerator in (any_device.type, "auto"):  # which is the strategy's by then
+        module = SmallTransformer()
+        trainer(strategy, devices=1, accelerator=accelerator).fit(module, loader(make_batches(LAYERS)))
+        assert strategy.hift.cycle == 1
+        assert strategy.root_device.type == any_device.type
+
+
 def test_a_parameter_that_the_user_froze_stays_frozen():
     module = SmallTransformer()
     module.embedding.weight.requires_grad_(False)
