@@ -161,6 +161,7 @@ class StepPlanner:
             )
         if settings is not None and settings.update == "fused" and self.why_not_fused:
             raise ConfigurationError(not_with_fused(self.why_not_fused))
+        _refuse_sparse_gradients(self.module)
         if settings is None and self.ranks is not None:
             settings = HiFTSettings(group_size=ALL_LAYERS, offload="none")
         dtype = PRECISIONS[self.precision]
@@ -208,7 +209,8 @@ class StepPlanner:
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigurationError(
                     f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "
-                    "and there are no values while planning; use a mask of full shape instead of boolean indexing."
+                    "and there are no values while planning; use a mask of full shape instead of boolean indexing, and "
+                    "`validate_args=False` in metrics of torchmetrics."
                 ) from error
         blocks, always = watch.blocks(), watch.always_active
         return Plan(
@@ -219,6 +221,15 @@ class StepPlanner:
             ranks=1 if self.ranks is None else self.ranks.count,
             ranks_of_machine=1 if self.ranks is None else self.ranks.devices,
         )
+
+
+def _refuse_sparse_gradients(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
+            raise ConfigurationError(
+                f"The gradients of `{name}` are sparse (`sparse=True`), so their bytes depend on the values in a batch, and "
+                "there are no values while planning; plan with `sparse=False`, which needs more."
+            )
 
 
 _MOST_STEPS = 10**6

@@ -316,7 +316,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and this run has "
                 "no end that is known; give the Trainer `max_steps`, or a number of steps a block."
             )
-        return int(steps)
+        before = trainer.global_step if self._being_loaded is None else self._loaded_without_position
+        return int(steps) - before if steps > before else int(steps)
 
     @override
     def model_to_device(self) -> None:

@@ -38,6 +38,8 @@ class BlockwiseCheckpoints(_Base):
     _resume: ExactResume
     _being_loaded: _PATH | None = None
     """The checkpoint that a run goes on from, until training begins with all of it in place."""
+    _loaded_without_position: int = 0
+    """Optimizer steps of that checkpoint, if it was made without HiFT, so that the rotation begins after them."""
 
     @property
     @override
@@ -149,6 +151,7 @@ class BlockwiseCheckpoints(_Base):
                     "application, `hift-export` and `model.pretrained`)."
                 )
             self._being_loaded = checkpoint_path
+            self._loaded_without_position = 0 if "hift" in checkpoint else checkpoint.get("global_step", 0)
         return checkpoint
 
     def _read(self, checkpoint_path: _PATH, weights_only: bool) -> dict[str, Any]:

@@ -26,8 +26,19 @@ def test_a_shape_that_depends_on_values_is_told_in_a_sentence():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    with pytest.raises(ConfigurationError, match=r"`PicksRows` makes a tensor whose shape depends on values"):
+    with pytest.raises(
+        ConfigurationError, match=r"`PicksRows` makes a tensor whose shape depends on values .* `validate_args=False`"
+    ):
         plan(PicksRows(), "hift", torch.ones(3, 4))
+
+
+def test_sparse_gradients_are_told_in_a_sentence():
+    module = SmallTransformer()
+    module.embedding.sparse = True
+    with pytest.raises(ConfigurationError, match=r"gradients of `embedding` are sparse .* plan with `sparse=False`"):
+        plan(module, "hift", make_batches(1)[0])
+    module.embedding.requires_grad_(False)
+    assert plan(module, "hift", make_batches(1)[0]).peak_bytes > 0
 
 
 def test_the_module_stays_as_it_was():

@@ -53,6 +53,23 @@ def test_once_gives_every_block_one_turn_in_the_run(batches, arguments, turn):
     assert strategy.hift.updates - strategy.hift.rotation.cycle_length == batches % LAYERS
 
 
+def test_once_divides_the_steps_that_are_left(tmp_path):
+    once = {"steps_per_block": "once", "lr_update": "step"}
+    batches = loader(make_batches(LAYERS))
+    twice = trainer(HiFTStrategy(**once))
+    module = SmallTransformer()
+    twice.fit(module, batches)
+    twice.fit_loop.max_epochs = 4
+    twice.fit(module, batches)
+    assert {block.visits for block in twice.strategy.report().blocks} == {3}
+    plain = trainer("auto")
+    plain.fit(SmallTransformer(), batches)
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    resumed = trainer(HiFTStrategy(**once), max_epochs=3)
+    resumed.fit(SmallTransformer(), batches, ckpt_path=tmp_path / "plain.ckpt")
+    assert {block.visits for block in resumed.strategy.report().blocks} == {2}
+
+
 def test_once_wants_a_run_whose_steps_are_known():
     once = {"steps_per_block": "once", "lr_update": "step"}
     with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* `GradientAccumulationScheduler`"):
