@@ -60,7 +60,8 @@ def export(
         network: a model of transformers, or a `SentenceClassifier`; it stays as it is.
         folder: made where it does not exist.
         weights: under the names of the network's own state dict, such as the masters of a run
-            (`HiFT.master_state_dict()`); `None` for the network's.
+            (`HiFT.master_state_dict()`), or under those of a module that holds the network once, such as what
+            `trainer.strategy.master_state_dict()` gives; `None` for the network's.
         tokenizer: a transformers tokenizer that belongs to it; `None` writes none.
         dtype: that parameters are rounded to, once; `None` for that of each of the network's. Buffers keep theirs.
         max_shard_size: most bytes of a file, as a number or as transformers writes it.
@@ -82,7 +83,7 @@ def export(
         )
     _check_folder(folder)
     existed = folder.exists()
-    rounded = _rounded(network, network.state_dict() if weights is None else weights, dtype)
+    rounded = _rounded(network, network.state_dict() if weights is None else _of_network(network, weights), dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(network, SentenceClassifier):
@@ -100,6 +101,17 @@ def export(
             ) from error
         raise
     return folder
+
+
+def _of_network(network: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Those of the network under its own names, where a module holds it in an attribute."""
+    names = network.state_dict().keys()
+    if not names.isdisjoint(weights):
+        return weights
+    first = next(iter(names))
+    holders = {given.removesuffix(first) for given in weights if given.endswith(f".{first}")}
+    whole = [holder for holder in holders if all(f"{holder}{name}" in weights for name in names)]
+    return _below(whole[0], weights) if len(whole) == 1 else weights
 
 
 def export_run(

@@ -227,8 +227,8 @@ def _refuse_sparse_gradients(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
             raise ConfigurationError(
-                f"The gradients of `{name}` are sparse (`sparse=True`), so their bytes depend on the values in a batch, and "
-                "there are no values while planning; plan with `sparse=False`, which needs more."
+                f"The gradients of `{name}` are sparse (`sparse=True`), so their bytes depend on the values of a "
+                "batch, and there are no values while planning; plan with `sparse=False`, which needs more."
             )
 
 

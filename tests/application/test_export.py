@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from hift_lightning import HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
@@ -24,6 +27,7 @@ from hift_lightning.models import causal_lm, sentence_classifier
 from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
 from tests.application.test_pretrained_weights import LLAMA, saved
 from tests.application.test_text_runs import TINY_DECODER
+from tests.small_transformer import trainer
 
 MASTERS = ["trainer.precision=bf16-true", "strategy.master_weights=true", "evaluate=false", "objective=train/loss"]
 TOKENS = torch.arange(12).view(2, 6)
@@ -322,6 +326,33 @@ def test_masters_of_a_plain_loop_are_exported_and_the_model_stays_as_it_is(tmp_p
     for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "own").named_parameters():
         assert torch.equal(weight, before[name])
         assert weight.dtype == torch.bfloat16
+
+
+def test_masters_of_a_module_that_holds_the_network_are_exported(tmp_path: Path) -> None:
+    class Holds(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = causal_lm(None, None, {**LLAMA, "tie_word_embeddings": True})
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def training_step(self, batch: Any) -> Any:
+            return self.network(input_ids=TOKENS, labels=TOKENS).loss * self.scale
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+    module = Holds()
+    trainer_ = trainer(HiFTStrategy(master_weights=True), precision="bf16-true", max_steps=4)
+    trainer_.fit(module, DataLoader(range(4)))
+    masters = trainer_.strategy.master_state_dict()
+    export(module.network, tmp_path / "wide", weights=masters, dtype=torch.float32)
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "wide").named_parameters():
+        assert torch.equal(weight, masters[f"network.{name}"])
+        assert weight.dtype == torch.float32
+    twice = {**masters, **{f"average.{name}": weight for name, weight in masters.items()}}
+    with pytest.raises(ConfigurationError, match="lacks"):
+        export(module.network, tmp_path / "either", weights=twice)
 
 
 def test_a_weight_that_the_dtype_does_not_hold_is_named(tmp_path: Path) -> None:
