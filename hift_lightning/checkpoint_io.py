@@ -39,6 +39,19 @@ _ZIP = b"PK\x03\x04"
 _FOLDER = 0x10
 
 
+def refuse_folder(path: Path) -> None:
+    """Refuse the folder of a sharded run, which other strategies cannot load.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    if (path / META).is_file():
+        raise ConfigurationError(
+            f"The checkpoint `{path}` is the folder of a sharded run, and `strategy='hift_fsdp2'` loads it, on one "
+            "device too; for a single file, go on from it there with `save_distributed_checkpoint=False`."
+        )
+
+
 class StreamingCheckpointIO(TorchCheckpointIO):
     """Saves checkpoints without a copy in memory and never half, and loads only whole ones that run no code.
 
@@ -146,11 +159,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(f"Checkpoint file not found: {path}")
-        if (path / META).is_file():
-            raise ConfigurationError(
-                f"The checkpoint `{path}` is the folder of a sharded run, and `strategy='hift_fsdp2'` loads it; for a "
-                "single file, go on from it there with `save_distributed_checkpoint=False`."
-            )
+        refuse_folder(path)
         try:
             with path.open("rb") as file:
                 start = file.read(len(_ZIP))

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -11,8 +12,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from hift_lightning.checkpoint_io import refuse_folder
 from hift_lightning.checks import (
     check_configuration,
     check_objective,
@@ -67,6 +70,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         logger=_built(cfg.logger),
         **({} if cfg.evaluate else {"limit_val_batches": 0}),
     )
+    if cfg.ckpt_path is not None and not isinstance(trainer.strategy, ModelParallelStrategy):
+        refuse_folder(Path(cfg.ckpt_path))
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
         _check_folders(trainer)

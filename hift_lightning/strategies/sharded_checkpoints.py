@@ -372,7 +372,7 @@ _IN_INDEX = {
 
 def _make_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(0o700, parents=True)
 
 
 def _put_in_place(folder: Path, path: Path) -> None:

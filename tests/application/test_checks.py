@@ -17,6 +17,7 @@ from hift_lightning.checks import (
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.classification import ClassificationModule
 from hift_lightning.models.language_modeling import LanguageModelingModule
+from hift_lightning.train import train
 from tests.application.running import CONFIGURATION
 from tests.application.test_configuration import composed
 from tests.pages import check_application
@@ -94,6 +95,14 @@ def test_of_the_folder_of_a_run_the_newest_checkpoint_is_named(tmp_path: Path) -
 def test_the_folder_of_a_sharded_checkpoint_passes(tmp_path: Path) -> None:
     (tmp_path / "meta.pt").write_text("")
     check_configuration(composed(f"ckpt_path={tmp_path}"))
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+def test_it_is_refused_by_other_strategies_before_anything_is_built(strategy: str, tmp_path: Path) -> None:
+    (tmp_path / "meta.pt").write_text("")
+    cfg = composed(f"ckpt_path={tmp_path}", f"strategy={strategy}", "model.pretrained=/not/looked/for")
+    with pytest.raises(ConfigurationError, match=rf"`{tmp_path}` is the folder of a sharded run"):
+        train(cfg)
 
 
 @pytest.mark.parametrize(

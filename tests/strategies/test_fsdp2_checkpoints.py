@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import time
 from datetime import timedelta
 
@@ -125,6 +126,12 @@ def test_a_file_goes_on_on_one_device_and_comes_back(folder, two_ranks):
     [(weights, _, updates)] = run(_go_on, 2, folder, [("double", 2, 3, (), "double-1-hift-2.file")])[0]
     assert distance(weights, two_ranks[0]["double"][0][0]) < 1e-10
     assert updates == 3 * STEPS
+
+
+def test_only_its_owner_may_look_into_a_folder(folder, two_ranks):
+    saved = [path.parent for path in folder.rglob("meta.pt")]
+    assert saved
+    assert {stat.S_IMODE(path.stat().st_mode) for path in saved} == {0o700}
 
 
 def test_a_folder_is_refused_on_one_device(folder, two_ranks):
