@@ -13,8 +13,8 @@ from hift_lightning.strategies.blockwise import BlockwiseTraining
 class HiFTStrategy(BlockwiseTraining, SingleDeviceStrategy):
     """Full-parameter fine-tuning of an unchanged LightningModule, one block of layers at a time.
 
-    Under automatic optimization there is one optimizer, of any kind but LBFGS; for several use manual
-    optimization, where each is rotated over its own parameters.
+    Under automatic optimization there is one optimizer, of any kind but LBFGS and those that step another one;
+    for several use manual optimization, where each is rotated over its own parameters.
 
     Args:
         device: the device, by default the one that the Trainer chooses.
