@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -178,6 +178,7 @@ class HiFT:
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
         self._handles: list[RemovableHandle] = []
+        self._call: FrameType | None = None  # of the optimizer's step, while it runs
         self._warned_of_skipping = False
 
     def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
@@ -323,6 +324,11 @@ class HiFT:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
         hooks: Any = self.optimizer._optimizer_step_pre_hooks
         hooks.move_to_end(self._pre_hook.id)
+
+    def pass_on_held_rates(self) -> None:
+        """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
+        for scheduler in self._delayed:
+            scheduler.pass_on()
 
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
@@ -541,7 +547,7 @@ class HiFT:
             )
         self._step.updated_in_backward.add(name)
         if not self._step.updated:
-            self._pass_on_held_rates()
+            self.pass_on_held_rates()
             self._note_versions()
         self._step.search.look_at(name, local(parameter.grad))
         if self.clip_value is not None:
@@ -584,10 +590,10 @@ class HiFT:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._step.calls += 1
-        if self._step.calls > 1:
-            return None
-        self._pass_on_held_rates()
+        if self._call is not None and _is_running(self._call):
+            return None  # the `step` of a base class, which that of the optimizer calls
+        self._call = sys._getframe(1)
+        self.pass_on_held_rates()
         # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -681,17 +687,13 @@ class HiFT:
         self.page_in_ms = (time.perf_counter() - started) * 1000
         self._note_versions()
 
-    def _pass_on_held_rates(self) -> None:
-        for scheduler in self._delayed:
-            scheduler.pass_on()
-
     def _note_versions(self) -> None:
         self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._step.calls -= 1
-        if self._step.calls > 0:
+        if sys._getframe(1) is not self._call:
             return
+        self._call = None
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         for group, changed in zip(optimizer.param_groups, self._step.changed_settings, strict=False):
             group.update(changed)  # the optimizer may count its calls there, and this one was the second
@@ -731,3 +733,11 @@ class HiFT:
         self._step = Step(NonfiniteSearch(self._mesh))
         if self.reduction is not None:
             self.reduction.give_up()
+
+
+def _is_running(call: FrameType) -> bool:
+    """Whether a call has not ended yet, be it by an exception."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is not None

@@ -16,17 +16,11 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
             "The optimizer `LBFGS` keeps one history over all parameters and runs the closure several times a "
             "step, so it cannot be rotated over blocks; choose another, such as AdamW."
         )
-    wrapped = wrapped_by(optimizer)
-    if wrapped is not None and wrapped[1].state is not optimizer.state:
-        name, inner = wrapped
+    held = ((name, value) for name, value in vars(optimizer).items() if isinstance(value, Optimizer))
+    wrapped = next(held, None)
+    if wrapped is not None and wrapped[1]._optimizer_step_pre_hooks is not optimizer._optimizer_step_pre_hooks:
+        name, inner = wrapped  # Fabric's have the hooks of the one that they wrap
         raise ConfigurationError(
             f"The optimizer `{type(optimizer).__name__}` steps another one, the `{type(inner).__name__}` in its "
-            f"`{name}`, which has state of its own that would not be parked, in calls that HiFT would not see; give "
-            "that one alone."
+            f"`{name}`, in calls that HiFT would not see and with state that would not be parked; give that one alone."
         )
-
-
-def wrapped_by(optimizer: Optimizer) -> tuple[str, Optimizer] | None:
-    """The optimizer that another one holds (SAM, Lookahead, Fabric's), and the name of the attribute."""
-    held = ((name, value) for name, value in vars(optimizer).items() if isinstance(value, Optimizer))
-    return next(held, None)

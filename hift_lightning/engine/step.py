@@ -16,8 +16,6 @@ class Step:
 
     search: NonfiniteSearch
     """Looks at the loss and the gradients of this step."""
-    calls: int = 0
-    """Calls of the optimizer's ``step`` that have begun and not ended, one within another: that of a base class."""
     searched: bool = False
     """Whether all of them have been looked at."""
     nonfinite_loss: str | None = None

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import Probe, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
-from hift_lightning.engine.optimizers import wrapped_by
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
@@ -97,8 +96,7 @@ class PieceUpdate:
     """
 
     def __init__(self, optimizer: Optimizer, residency: Residency, window: int | None) -> None:
-        # torch gives the class of every optimizer `__wrapped__`
-        if not hasattr(type(optimizer).step, "__wrapped__") or wrapped_by(optimizer) is not None:
+        if not hasattr(type(optimizer).step, "__wrapped__"):  # which torch gives the class of every optimizer
             raise ConfigurationError(
                 f"`{type(optimizer).__name__}` wraps another optimizer, and parameters are stepped one by one "
                 "here; give HiFT the optimizer that it wraps (with Fabric the one that `fabric.setup` was given)."

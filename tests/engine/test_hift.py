@@ -1,5 +1,6 @@
 """The engine in a plain PyTorch loop, without Lightning."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -427,3 +428,31 @@ def test_a_plain_loop_goes_on_within_a_cycle_with_the_held_rate(lr_update):
     rates += train(model, hift, scheduler, batches[stop:])
     assert rates == expected
     assert_same(dict(model.state_dict()), dict(straight.state_dict()))
+
+
+@pytest.mark.parametrize("fails", ["closure", "step"])
+def test_a_plain_loop_goes_on_after_a_step_that_failed(fails):
+    class Fails(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            loss = super().step(closure)
+            if fails == "step" and number == 1:
+                raise LookupError
+            return loss
+
+    model = SmallTransformer()
+    optimizer = Fails(model.parameters())
+    with HiFT(model, optimizer) as hift:
+        for number, batch in enumerate(make_batches(2 * LAYERS)):
+
+            def closure(number=number, batch=batch):
+                loss = model.loss(batch)
+                if fails == "closure" and number == 1:
+                    raise LookupError
+                loss.backward()
+                return loss
+
+            with contextlib.suppress(LookupError):
+                optimizer.step(closure)
+        assert hift.updates == 2 * LAYERS - 1
+        assert all(block.visits for block in hift.report().blocks)
