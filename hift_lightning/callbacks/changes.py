@@ -52,6 +52,10 @@ class ChangedParameters(L.Callback):
         self._global_step = trainer.global_step
 
     @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._parameters = {}
+
+    @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if isinstance(trainer.strategy, BlockwiseTraining):
             engine = trainer.strategy.engine_of(optimizer)

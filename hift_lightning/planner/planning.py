@@ -161,7 +161,6 @@ class StepPlanner:
             )
         if settings is not None and settings.update == "fused" and self.why_not_fused:
             raise ConfigurationError(not_with_fused(self.why_not_fused))
-        _refuse_sparse_gradients(self.module)
         if settings is None and self.ranks is not None:
             settings = HiFTSettings(group_size=ALL_LAYERS, offload="none")
         dtype = PRECISIONS[self.precision]
@@ -221,15 +220,6 @@ class StepPlanner:
             ranks=1 if self.ranks is None else self.ranks.count,
             ranks_of_machine=1 if self.ranks is None else self.ranks.devices,
         )
-
-
-def _refuse_sparse_gradients(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad:
-            raise ConfigurationError(
-                f"The gradients of `{name}` are sparse (`sparse=True`), so their bytes depend on the values of a "
-                "batch, and there are no values while planning; plan with `sparse=False`, which needs more."
-            )
 
 
 _MOST_STEPS = 10**6

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from hift_lightning.engine.errors import ConfigurationError
+
 Phase = Literal["forward", "backward", "update"]
 
 ROLES = (
@@ -169,6 +171,11 @@ class DeviceTrace(TorchDispatchMode):
                 self._copied[goes] += args[0].nbytes
 
     def _allocation(self, tensor: Tensor) -> _Allocation:
+        if tensor.layout != torch.strided:
+            raise ConfigurationError(
+                "A gradient is sparse (`nn.Embedding(sparse=True)`), so its bytes depend on the values in a batch, and "
+                "there are no values while planning; plan with `sparse=False`, which needs more."
+            )
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._alive:

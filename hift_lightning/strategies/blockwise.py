@@ -224,7 +224,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
         refuse_other_engines(self.lightning_module, self.precision_plugin)
-        if self.settings.master_weights:
+        if self.settings.master_weights and not self.restore_checkpoint_after_setup:
             self._look_at_precision(self.lightning_module, trainer.state.fn)
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
@@ -260,7 +260,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             rank_zero_warn(
                 "An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
                 f"`{type(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the "
-                "weights as they were, call `fit` first, or load the weights anew before it."
+                "weights as they were, call `fit` first, or make the module anew before it."
             )
 
     def prepare_model(self) -> None:
@@ -276,6 +276,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         module = self.lightning_module
         assert module is not None
         refuse_optimizers(self.optimizers, module)
+        if self._being_loaded is None:
+            self._steps_before = 0 if self.restore_checkpoint_after_setup else trainer.global_step
         self.engines = [
             HiFT(
                 module,
@@ -316,8 +318,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and this run has "
                 "no end that is known; give the Trainer `max_steps`, or a number of steps a block."
             )
-        before = trainer.global_step if self._being_loaded is None else self._loaded_without_position
-        return int(steps) - before if steps > before else int(steps)
+        left = int(steps) - self._steps_before
+        return left if left > 0 else int(steps)
 
     @override
     def model_to_device(self) -> None:
@@ -328,27 +330,38 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def on_train_start(self) -> None:
         # Only now is anything frozen: summaries and optimizer filters have seen every parameter trainable.
         super().on_train_start()
+        self._begin()
+        for engine in self.engines:
+            self._announce(engine)
+        self._resume.train_starts()
         self._being_loaded = None
+
+    def _begin(self) -> None:
         for engine in self.engines:
             if self.settings.update == "fused":
                 value = self._trainer.gradient_clip_val
                 engine.clip_value = value if value and value > 0 else None  # Lightning clips with none else
             engine.start()
-            self._announce(engine)
         self._clipping = BlockClipping(self.precision_plugin, self.engines)
         self._clipping.start()
         self._interrupt.start()
-        self._resume.train_starts()
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if self._trainer.training and self.engines:  # before hooks of the module may draw random numbers
             self._resume.batch_starts()
+            for engine in self.engines:
+                engine.pass_on_held_rates()  # before a callback logs them
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
+        if not any(engine.active for engine in self.engines):
+            # a run within this one has ended, and the Trainer is back where it was: a search for the learning rate
+            self._begin()
+            self._resume.forget()
+            self._being_loaded = None
         self._resume.batch_starts()
         self._interrupt.release()
 
@@ -436,22 +449,29 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             return None
 
         self._interrupt.hold()
+        clip_val = self._trainer.gradient_clip_val
 
         def closure_for_reached_block() -> Any:
             result = closure()
-            return result if engine.has_gradient else None  # which tells the AMP plugin that there are none to unscale
+            if engine.has_gradient:
+                return result
+            # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
+            self._trainer.gradient_clip_val = None
+            return None
 
         try:
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
         finally:
+            self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
     def _finish(self) -> None:
         self._interrupt.stop()
         if self._clipping is not None:
             self._clipping.stop()
+            self._clipping = None
         for engine in reversed(self.engines):
             engine.finish()
 

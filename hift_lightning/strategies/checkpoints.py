@@ -30,6 +30,10 @@ else:
     _Base = object
 
 
+_RESUME_END = "_CheckpointConnector.resume_end"
+"""The barrier at which all ranks of a Trainer have loaded all of a checkpoint."""
+
+
 class BlockwiseCheckpoints(_Base):
     """Mixed into a Lightning strategy, it saves and loads the state of its engines without putting it on the device."""
 
@@ -37,9 +41,11 @@ class BlockwiseCheckpoints(_Base):
     """One engine an optimizer; empty before ``fit``."""
     _resume: ExactResume
     _being_loaded: _PATH | None = None
-    """The checkpoint that a run goes on from, until training begins with all of it in place."""
-    _loaded_without_position: int = 0
-    """Optimizer steps of that checkpoint, if it was made without HiFT, so that the rotation begins after them."""
+    """The checkpoint that a run goes on from, until training has begun."""
+    _is_loaded = False
+    """Whether all of it is in place."""
+    _steps_before: int = 0
+    """Optimizer steps of the run that came before the rotation, of an earlier `fit` or without HiFT."""
 
     @property
     @override
@@ -94,15 +100,19 @@ class BlockwiseCheckpoints(_Base):
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _complete(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["hift"] = {}
+        checkpoint["hift"] = {"steps_before": self._steps_before}
         self._make_ready(checkpoint)
         checkpoint["hift"]["engines"] = [engine.state_dict() for engine in self.engines]
 
     def _refuse_half_loaded(self) -> None:
-        if self._being_loaded is not None:
+        if self._being_loaded is None:
+            return
+        if self._ending:
+            raise ParkedStateError(f"it has ended before all of `{self._being_loaded}` was loaded.")
+        if not self._is_loaded:
             raise ParkedStateError(
-                f"`{self._being_loaded}` is loaded in part only, so the state in memory is not that of its step; go on "
-                "from it or another checkpoint."
+                f"A checkpoint is saved before all of `{self._being_loaded}` is loaded; save it later, and leave out "
+                "what saves one at the start of `fit` (`LearningRateFinder`) where a run goes on."
             )
 
     def _make_ready(self, checkpoint: dict[str, Any]) -> None:
@@ -143,16 +153,29 @@ class BlockwiseCheckpoints(_Base):
                 f"`{checkpoint_path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of a file "
                 "that `Trainer.save_checkpoint` or `ModelCheckpoint` wrote."
             )
-        if self._trainer.state.fn == TrainerFn.FITTING:
+        if self._goes_on_from(checkpoint_path):
             if "optimizer_states" not in checkpoint:
                 raise ConfigurationError(
                     f"`{checkpoint_path}` has weights alone (`save_weights_only`), and a run goes on from a whole "
                     "checkpoint; give one, or begin anew from these weights (`load_from_checkpoint`; of the "
                     "application, `hift-export` and `model.pretrained`)."
                 )
-            self._being_loaded = checkpoint_path
-            self._loaded_without_position = 0 if "hift" in checkpoint else checkpoint.get("global_step", 0)
+            self._being_loaded, self._is_loaded = checkpoint_path, False
+            saved = checkpoint.get("hift")
+            self._steps_before = checkpoint["global_step"] if saved is None else saved.get("steps_before", 0)
         return checkpoint
+
+    def _goes_on_from(self, checkpoint_path: _PATH) -> bool:
+        """Whether it is the Trainer that loads it, to train, and not a callback of the user's or a script."""
+        state = self._trainer.state
+        starts = state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        return starts and checkpoint_path == self._trainer.ckpt_path and not any(each.active for each in self.engines)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        super().barrier(name)  # type: ignore[safe-super]
+        if name == _RESUME_END:
+            self._is_loaded = True
 
     def _read(self, checkpoint_path: _PATH, weights_only: bool) -> dict[str, Any]:
         """Load what :meth:`_write` saved."""
@@ -195,8 +218,6 @@ class BlockwiseCheckpoints(_Base):
             engine.take_wider(weights, {} if position is None else position["masters"])
         if saved is not None:
             self._resume.load(saved["resume"])
-        if any(engine.active for engine in self.engines):  # in training, where a search for the rate goes back
-            self._being_loaded = None
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.
@@ -223,7 +244,7 @@ def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str,
         optimizer: before the checkpoint is loaded.
         saved_groups: the checkpoint's param groups.
     """
-    others: dict[str, str] = {}
+    others: dict[tuple[str, str], None] = {}
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         moved = ("betas", "momentum") if "max_momentum" in saved else ()  # by a schedule
         for key in ("initial_lr", "weight_decay", "betas", "momentum", "eps"):
@@ -232,10 +253,10 @@ def _tell_of_other_values(optimizer: Optimizer, saved_groups: Sequence[dict[str,
             here, there = group[key], saved[key]
             here, there = (tuple(each) if isinstance(each, (list, tuple)) else each for each in (here, there))
             if here != there:
-                others.setdefault(f"`{key}={here}`", f"`{key}={there}`")
+                others[f"`{key}={here}`", f"`{key}={there}`"] = None
     if others:
         rank_zero_warn(
-            f"This run was built with {', '.join(others)} and the checkpoint's param groups have "
-            f"{', '.join(others.values())}, which the run goes on with; to train with other values, begin anew from "
-            "the checkpoint's weights."
+            f"This run was built with {', '.join(here for here, _ in others)} and the checkpoint's param groups have "
+            f"{', '.join(there for _, there in others)}, which the run goes on with; to train with other values, "
+            "begin anew from the checkpoint's weights."
         )

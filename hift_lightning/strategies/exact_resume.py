@@ -94,6 +94,10 @@ class ExactResume:
         if not waiting:
             self._boundary = self._start
 
+    def forget(self) -> None:
+        """Forget what was noted and loaded, where the Trainer has gone back to where it was by itself."""
+        self._record = self._boundary = self._start = self._begun = None
+
     def validation_starts(self) -> None:
         """Note the random numbers' states for a checkpoint from within the validation, which is done anew then."""
         if self._state_at_validation_start is not None:
@@ -177,7 +181,7 @@ class ExactResume:
 
     def _accumulates_by_hand(self) -> bool:
         """Whether gradients wait for a step of `hift_step`; others may be left over, as those of a GAN's other net."""
-        from hift_lightning.manual import HiFTManualMixin  # stands above the strategies
+        from hift_lightning.manual import HiFTManualMixin  # which imports the strategies
 
         module = self._trainer.lightning_module
         return isinstance(module, HiFTManualMixin) and module.accumulating

@@ -40,7 +40,7 @@ class SeveralRanks(BlockwiseCheckpoints):
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         if not self._alone:  # the Trainer waits for the others after it has saved
-            super().barrier(*args, **kwargs)  # type: ignore[safe-super]
+            super().barrier(*args, **kwargs)
 
     @override
     def _make_ready(self, checkpoint: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.optim import lr_scheduler
 from torch.utils.data import BatchSampler, SequentialSampler
 
@@ -50,6 +51,16 @@ def test_accumulated_micro_batches_count_once():
     assert module.rates[-1] == pytest.approx(0.25e-2)
 
 
+class Shown(Callback):
+    """The rates at the moment at which `LearningRateMonitor` reads them."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 class EverySoOften(SmallTransformer):
     """Its scheduler is stepped after every third optimizer step, and notes the rate that each one has used."""
 
@@ -58,6 +69,7 @@ class EverySoOften(SmallTransformer):
     def __init__(self, make_scheduler):
         super().__init__(make_scheduler=make_scheduler)
         self.automatic_optimization = not self.by_hand
+        self.used = []
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
@@ -69,7 +81,6 @@ class EverySoOften(SmallTransformer):
         return loss
 
     def on_train_batch_end(self, *_):
-        self.used = getattr(self, "used", [])
         self.used.append(self.noted)
 
     def configure_optimizers(self):
@@ -103,10 +114,12 @@ def test_a_schedule_that_is_not_stepped_at_every_update_changes_between_cycles_t
 
     def fit(steps, ckpt_path=None):
         module = module_class(halving)
-        trainer_ = trainer(HiFTStrategy(lr_update=lr_update, update=update), max_steps=steps)
+        shown = Shown()
+        trainer_ = trainer(HiFTStrategy(lr_update=lr_update, update=update), max_steps=steps, callbacks=[shown])
         rows = list(zip(*make_batches(1, size=4 * 13)[0], strict=True))
         batches = BatchSampler(SequentialSampler(rows), 4, drop_last=False)
         trainer_.fit(module, TrainingLoader(rows, batches, torch.Generator(), 0), ckpt_path=ckpt_path)
+        assert shown.rates == module.used
         return module, trainer_
 
     straight, _ = fit(13)

@@ -183,6 +183,12 @@ class ClipsItself(Spiking):
         self.clip_gradients(optimizer, gradient_clip_val=0.01, gradient_clip_algorithm="value")
 
 
+class ClipsWithTorch(Spiking):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+
+
 class ClipsByHand(Manual):
     def training_step(self, batch, batch_idx):
         optimizer = self.optimizers()
@@ -191,15 +197,16 @@ class ClipsByHand(Manual):
         optimizer.step()
 
 
-@pytest.mark.parametrize("module_class", [ClipsItself, ClipsByHand])
+@pytest.mark.parametrize("module_class", [ClipsItself, ClipsWithTorch, ClipsByHand])
 def test_a_step_that_is_left_out_has_nothing_to_clip_by_value(module_class):
     batches = make_batches(2 * LAYERS)
     module = module_class([1, 4])
-    trainer_ = trainer(HiFTStrategy(nonfinite="skip"))
+    clip = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    trainer_ = trainer(HiFTStrategy(nonfinite="skip"), **(clip if module_class is ClipsWithTorch else {}))
     trainer_.fit(module, loader(batches))
     expected = SmallTransformer()
     kept = [batch for i, batch in enumerate(batches) if i not in (1, 4)]
-    trainer(gradient_clip_val=0.01, gradient_clip_algorithm="value").fit(expected, loader(kept))
+    trainer(**clip).fit(expected, loader(kept))
     assert_same_weights(module, expected)
     assert "clip_gradients" not in vars(trainer_.precision_plugin)
 

@@ -62,12 +62,20 @@ def test_once_divides_the_steps_that_are_left(tmp_path):
     twice.fit_loop.max_epochs = 4
     twice.fit(module, batches)
     assert {block.visits for block in twice.strategy.report().blocks} == {3}
+    twice.save_checkpoint(tmp_path / "twice.ckpt")
+    again = trainer(HiFTStrategy(**once), max_epochs=4)
+    again.fit(SmallTransformer(), batches, ckpt_path=tmp_path / "twice.ckpt")  # its plan is the same
+    assert again.strategy.hift.rotation.steps_per_block == 3
     plain = trainer("auto")
     plain.fit(SmallTransformer(), batches)
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     resumed = trainer(HiFTStrategy(**once), max_epochs=3)
     resumed.fit(SmallTransformer(), batches, ckpt_path=tmp_path / "plain.ckpt")
     assert {block.visits for block in resumed.strategy.report().blocks} == {2}
+    resumed.save_checkpoint(tmp_path / "resumed.ckpt")
+    again = trainer(HiFTStrategy(**once), max_epochs=3)
+    again.fit(SmallTransformer(), batches, ckpt_path=tmp_path / "resumed.ckpt")
+    assert again.strategy.hift.rotation.steps_per_block == 2
 
 
 def test_once_wants_a_run_whose_steps_are_known():
