@@ -9,6 +9,7 @@ import torch
 from experiments.quality import cost, grid
 from experiments.quality.comparison import (
     accuracies,
+    chosen_exponents,
     equal_steps,
     equal_time,
     less,
@@ -47,6 +48,8 @@ from experiments.quality.pair_times import TABLE as PAIRS
 from experiments.quality.summary import added_seeds, summary
 from experiments.quality.training import describe, network_for
 from experiments.quality.variants import TABLE as VARIANTS
+from hift_lightning import HiFT, HiFTSettings
+from tests.application.test_configuration import composed
 
 
 def rows_of(value_by_method, steps_of, data_set="mails", column="test_accuracy"):
@@ -302,6 +305,27 @@ def test_feed_forward_parts_of_the_top_are_trained_in_the_turns_of_all_blocks(fi
         training.step(batch)
         for name, parameter in network.named_parameters():
             assert torch.equal(parameter, before[name]) != name.startswith((*block, *always)), name
+
+
+def test_the_preset_of_the_application_is_the_recipe_with_two_layers_a_block(film_reviews):
+    cfg = composed("experiment=long_turns_minilm")
+    network = network_for(film_reviews)
+    training = CONTESTANTS[TWO_IN_LORAS_TIME].method(network, cfg.learning_rate, 340, cfg.strategy.seed)
+    engine = training.finish.__self__
+    training.finish()
+    (rate_and_betas,) = {(group["initial_lr"], group["betas"]) for group in engine.optimizer.param_groups}
+    assert rate_and_betas == (cfg.optimizer.lr, tuple(cfg.optimizer.betas))
+    assert cfg.optimizer.lr == rate_of(chosen_exponents(FINAL.load())["film reviews", TWO_IN_LORAS_TIME])
+    assert cfg.model.network.dropout == 0
+    module = torch.nn.Module()
+    module.network = network
+    names = [field.name for field in dataclasses.fields(HiFTSettings) if field.name in cfg.strategy]
+    settings = HiFTSettings(**{name: cfg.strategy[name] for name in names})
+    in_application = HiFT(module, engine.optimizer, settings, total_steps=340).plan
+    for ours, theirs in zip(engine.plan.parts, in_application.parts, strict=True):
+        assert [f"network.{name}" for name in ours.own_parameters] == list(theirs.own_parameters)
+    same = ("steps_per_block", "lr_update", "update", "window", "order", "group_size")
+    assert {name: getattr(settings, name) for name in same} == {name: getattr(engine.settings, name) for name in same}
 
 
 @pytest.mark.parametrize(
