@@ -19,6 +19,7 @@ from experiments.faults.trials import CASE, Fault, Trial, begun, straight_run
 from hift_lightning import HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import Residency
 from tests.resuming import Case, StopsAt
 from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
 
@@ -54,7 +55,9 @@ def killed(name: int, tries: int, case: Case = CASE) -> Outcome:
                 if process.exitcode == 0:
                     break
                 tried += 1
-                ended += process.exitcode == (-name if name == signal.SIGKILL else 1)
+                outside = name == signal.SIGTERM and not trial.training.exists()  # nobody handles it
+                dead = name == signal.SIGKILL or (outside and process.exitcode != 1)
+                ended += process.exitcode == (-name if dead else 1)
                 lost += not _whole(trial) or not trial.losses() <= straight.losses()
             lost += not trial.is_exact(straight)
     return {"tried": tried, "ended": ended, "lost": lost}
@@ -231,6 +234,23 @@ def _protect(step: int, folder: Path) -> list[Callback]:
 
 def unprotect(trial: Trial) -> None:
     trial.checkpoints.chmod(0o700)
+
+
+def stopped_while_loading(draw: random.Random) -> Fault:
+    return functools.partial(_stop_loading, draw.random() < 0.5)
+
+
+def _stop_loading(after_state: bool, folder: Path) -> list[Callback]:
+    """Press Ctrl-C before or after the optimizer's state is loaded, when neither masters nor position are."""
+    load = Residency.load_state_dict
+
+    def load_and_stop(*arguments: Any) -> None:
+        if after_state:
+            load(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Residency.load_state_dict = load_and_stop  # type: ignore[assignment, method-assign]
+    return []
 
 
 _FOREIGN = "of-another-model.ckpt"

@@ -37,7 +37,9 @@ def _met(ends: str, fault: Callable[[random.Random], Fault], words: str, **argum
 FAULTS = {
     "SIGKILL at a random moment": Row("dead", 100, functools.partial(runs.killed, signal.SIGKILL)),
     "SIGINT at a random moment": Row("stopped", 20, functools.partial(runs.killed, signal.SIGINT)),
-    "SIGTERM at a random moment": Row("stopped", 20, functools.partial(runs.killed, signal.SIGTERM)),
+    "SIGTERM at a random moment": Row(
+        "stopped, or dead while it does not train", 20, functools.partial(runs.killed, signal.SIGTERM)
+    ),
     "disk full while saving": _met("a sentence", runs.disk_full, NOT_SAVED),
     "disk full while parking": _met("a sentence", runs.no_room_to_park, "no room for", fresh=True),
     "folder of checkpoints made read-only": _met(
@@ -51,6 +53,7 @@ FAULTS = {
     "checkpoint of another model": _met(
         "a sentence", runs.another_model, "weights do not fit .Traced.", mend=runs.take_away
     ),
+    "SIGINT while a checkpoint is loaded": _met("stopped", runs.stopped_while_loading, ""),
     "checkpoint cut short": Row("a sentence", 300, functools.partial(files.read, files.cut_short)),
     "checkpoint with a flipped bit": Row(REFUSED, 2000, functools.partial(files.read, files.bit_flipped)),
     "another file for a checkpoint, code in it": Row("a sentence", 6, functools.partial(files.read, files.foreign)),
@@ -71,11 +74,11 @@ def summary(rows: Rows) -> str:
     tries, lost = (sum(int(row[key]) for row in rows.values()) for key in ("tried", "lost"))
     parts = [
         "A transformer of four layers with dropout, in bf16 with fp32 masters, AdamW, streamed, its state in files, "
-        "validated in each epoch, with a checkpoint after each step. A run meets a fault at a random moment, and "
-        "another process goes on from its newest checkpoint, without the fault. Something is lost if a checkpoint is "
-        "not whole, or if any loss on the way, or weights, masters, optimizer state or place at the end, differ in a "
-        "bit from those of a run that never stopped. Checkpoint files are changed at random places and loaded; "
-        "something is lost if another value is loaded than was saved.",
+        "validated in each epoch, with a checkpoint after each step and where an error ends it. A run meets a fault at "
+        "a random moment, and another process goes on from its newest checkpoint, without the fault. Something is lost "
+        "if a checkpoint is not whole, or if any loss on the way, or weights, masters, optimizer state or place at the "
+        "end, differ in a bit from those of a run that never stopped. Checkpoint files are changed at random places "
+        "and loaded; something is lost if another value is loaded than was saved.",
         markdown(head, lines),
         f"Tried {tries:,} times, lost {lost:,} times.",
     ]

@@ -46,6 +46,11 @@ class Trial:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def training(self) -> Path:
+        """A file that is there while a run trains."""
+        return self.folder / "training"
+
     def start(self, fault: Fault = no_fault, max_steps: int | None = None) -> ForkServerProcess:
         """Train in a process of its own, from the newest checkpoint on, with a checkpoint after every step.
 
@@ -88,10 +93,21 @@ class Trial:
 
 
 class _Noted(Callback):
-    """Writes each loss down before the step is taken, in hexadecimal digits, which lose nothing."""
+    """Writes each loss down before the step is taken, in hexadecimal digits, which lose nothing.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: of the losses.
+        training: a file that is there while the run trains.
+    """
+
+    def __init__(self, path: Path, training: Path) -> None:
+        self._path, self._training = path, training
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._training.touch()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._training.unlink()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         epoch, batch, loss = pl_module.trace[-1]
@@ -105,11 +121,12 @@ def _train(trial: Trial, fault: Fault, max_steps: int | None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     folder = trial.folder
     case = dataclasses.replace(trial.case, strategy={**trial.case.strategy, "offload": str(folder)})
-    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1)
+    saving = ModelCheckpoint(folder / "checkpoints", every_n_train_steps=1, save_on_exception=True)
     (folder / "error.txt").unlink(missing_ok=True)
+    trial.training.unlink(missing_ok=True)
     found = list((folder / "checkpoints").glob("*.ckpt"))
     try:
-        callbacks = [*fault(folder), _Noted(folder / "losses.txt"), saving]
+        callbacks = [*fault(folder), _Noted(folder / "losses.txt", trial.training), saving]
         module, trainer = run(
             case,
             folder,

@@ -91,6 +91,8 @@ class TrainingLoader:
         self.batch_sampler = EpochOrder(batches, shuffling, seed)
         self.dataset = dataset
         self._loader = DataLoader(dataset, batch_sampler=self.batch_sampler, **arguments)
+        self._fetches_first = False
+        self._begun_epoch: int | None = None  # in which a run was stopped while it fetched the first batch
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -98,7 +100,10 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Any]:
         # As a generator it begins when the first batch is asked for, and by then Lightning has told the epoch.
         order = self.batch_sampler
-        for batch in self._pass(resumed=order.begin() > 0):
+        resumed, self._begun_epoch = order.begin() > 0 or self._begun_epoch == order.epoch, None
+        self._fetches_first = order.given == 0
+        for batch in self._pass(resumed):
+            self._fetches_first = False
             order.given += order.ranks
             yield batch
         order.set_epoch(order.epoch + 1)
@@ -111,10 +116,16 @@ class TrainingLoader:
             return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and the batches of it that have been handed out, on all ranks together."""
-        return {"epoch": self.batch_sampler.epoch, "batches": self.batch_sampler.given}
+        """The epoch, and the batches of it that have been handed out, on all ranks together.
+
+        It has `begun` too, where the first of them is being fetched, and torch has drawn its number for the pass.
+        """
+        order = self.batch_sampler
+        begun = self._fetches_first or self._begun_epoch == order.epoch
+        return {"epoch": order.epoch, "batches": order.given, **({"begun": 1} if begun else {})}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there with the next pass, on as many ranks as there are now."""
         order = self.batch_sampler
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]
+        self._begun_epoch = order.epoch if "begun" in state_dict else None

@@ -156,7 +156,7 @@ class ExactResume:
             _set_back(checkpoint, boundary)
             state = boundary.random_state
         else:
-            state = self._before_validation or random_state(self._device)
+            state = self._state_at_batch_start or self._before_validation or random_state(self._device)
         from_step = set_back and boundary is self._boundary
         if in_window and not from_step and self._accumulates_by_hand():
             waiting = next(engine for engine in self._engines if engine.has_gradient)
@@ -170,7 +170,7 @@ class ExactResume:
         checkpoint["hift"]["resume"] = {
             "within_epoch": within_epoch,
             "epoch": epochs.ready - 1 if within_epoch else epochs.processed,
-            "at_batch_start": set_back,
+            "at_batch_start": set_back or self._state_at_batch_start is not None,
             "ranks": self._trainer.world_size,
             "batches_in_epoch": self._trainer.num_training_batches,
             "to_do": to_do,
@@ -288,7 +288,8 @@ class ExactResume:
         else:
             _set_restarting(batch_loop, False)
             now = random_state(self._device)
-            if fit.epoch_progress.current.ready > within_epoch and self._loader_states():
+            passes_over = any("begun" not in state for state in self._loader_states())
+            if fit.epoch_progress.current.ready > within_epoch and passes_over:
                 # they were saved at the end of a pass, which has to be over before the next one
                 with contextlib.suppress(StopIteration):
                     next(fetcher)

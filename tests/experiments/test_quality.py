@@ -355,6 +355,10 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
         (TOP_NO_DROPOUT, IN_LESS, 0),
         (TOP_IN_LORAS_TIME, FULL, 0),
         (TOP_IN_LORAS_TIME, FULL_NO_DROPOUT, -1),
+        (TWO_IN_LORAS_TIME, FULL, 0),
+        (TWO_IN_LORAS_TIME, FULL_NO_DROPOUT, 0),
+        (TWO_IN_LORAS_TIME, IN_LESS, 0),
+        (TWO_IN_LORAS_TIME, LORA_NO_DROPOUT, -1),
     ],
 )
 def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_sets(method, other, least):
@@ -369,6 +373,9 @@ def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_set
         (TOP_NO_DROPOUT, FULL),
         (TOP_NO_DROPOUT, LORA_NO_DROPOUT),
         (TOP_IN_LORAS_TIME, LORA_NO_DROPOUT),
+        (TWO_IN_LORAS_TIME, LORA_NO_DROPOUT),
+        (TWO_IN_LORAS_TIME, FULL_NO_DROPOUT),
+        (TWO_IN_LORAS_TIME, IN_LESS),
     ],
 )
 def test_the_record_shows_what_is_claimed_of_the_mean_loss_over_all_data_sets(method, other):

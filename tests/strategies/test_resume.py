@@ -1,5 +1,6 @@
 """A run that is stopped, in any way and at any moment, and resumed equals one that never stopped, difference 0.0."""
 
+import itertools
 import os
 import random
 import signal
@@ -230,6 +231,32 @@ def test_moments_parked_in_bf16_come_back_in_the_dtype_of_16_bit_weights(precisi
 def test_with_gradient_clipping_and_workers(tmp_path: Path) -> None:
     case = Case(clip=0.5, workers=2, epochs=2, accumulate=2)
     assert_exact(case, tmp_path, StopsAt("on_train_batch_start", 6, raise_stop))
+
+
+def broken(case: Case, batch: int) -> Any:
+    """Samples of which one batch cannot be made."""
+    data = samples(case)
+    collate, numbers = data._loader.collate_fn, itertools.count()
+
+    def collate_others(rows: Any) -> Any:
+        if next(numbers) == batch:
+            raise Stop
+        return collate(rows)
+
+    data._loader.collate_fn = collate_others
+    return data
+
+
+@pytest.mark.parametrize("stop", [3, Case.batches, Case.batches + 1])
+@pytest.mark.parametrize("batch", [0, 2, Case.batches])
+def test_a_batch_that_cannot_be_made(batch: int, stop: int, tmp_path: Path) -> None:
+    """In a run, at the beginning of an epoch, and where a run goes on: `stop` is the batch before which it stopped."""
+    case = Case(epochs=3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    stopped, _ = run(case, tmp_path, callbacks=[StopsAt("on_train_batch_start", stop + 1, raise_stop), saving(first)])
+    again, _ = run(case, tmp_path, ckpt_path=newest(first), data=broken(case, batch), callbacks=[saving(second)])
+    resumed = run(case, tmp_path, ckpt_path=newest(second))
+    assert_goes_on(straight_run(case, tmp_path), resumed, stopped, again)
 
 
 @pytest.mark.parametrize("batches", [6, 9, 16])
