@@ -100,7 +100,8 @@ def test_the_folder_of_a_sharded_checkpoint_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("strategy", ["hift", "full"])
 def test_it_is_refused_by_other_strategies_before_anything_is_built(strategy: str, tmp_path: Path) -> None:
     (tmp_path / "meta.pt").write_text("")
-    cfg = composed(f"ckpt_path={tmp_path}", f"strategy={strategy}", "model.pretrained=/not/looked/for")
+    where = [f"ckpt_path={tmp_path}", f"output_dir={tmp_path / 'run'}", "model.pretrained=/not/looked/for"]
+    cfg = composed(*where, f"strategy={strategy}")
     with pytest.raises(ConfigurationError, match=rf"`{tmp_path}` is the folder of a sharded run"):
         train(cfg)
 
