@@ -721,6 +721,7 @@ class HiFT:
 
     def _give_up(self) -> None:
         """Free the gradients and take the last parked state again; the block keeps its turn."""
+        self._call = None  # whose frame would keep what a step that failed has left
         self._forget_step()
         self._prefetch.join()
         for parameter in self._block_parameters():

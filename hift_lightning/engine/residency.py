@@ -190,7 +190,7 @@ class Residency:
         leaves, put_together = flatten_state(state)
         quantized = is_quantized(leaves)
         # of a parameter without dimensions moments have none either
-        on_host = parameter.dim() > 0 or parameter.device.type == "cpu"
+        scalars_on_host = parameter.dim() > 0 or parameter.device.type == "cpu"
         step = state.get("step") if isinstance(state, Mapping) else None
         ours = {id(known.buffer.tensor): known for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
@@ -199,7 +199,7 @@ class Residency:
                 continue
             own = ours.get(id(leaf))
             dtype = leaf.dtype if own is None else own.dtype
-            stays = leaf.dim() == 0 and not scalars_on_device and (on_host or leaf is step)
+            stays = leaf.dim() == 0 and not scalars_on_device and (scalars_on_host or leaf is step)
             if own is None and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
                 dtype = parameter.dtype  # saved as it was parked
             if parameter in self._mastered and not stays and dtype.is_floating_point and not quantized:

@@ -173,8 +173,8 @@ class DeviceTrace(TorchDispatchMode):
     def _allocation(self, tensor: Tensor) -> _Allocation:
         if tensor.layout != torch.strided:
             raise ConfigurationError(
-                "A gradient is sparse (`nn.Embedding(sparse=True)`), so its bytes depend on the values in a batch, and "
-                "there are no values while planning; plan with `sparse=False`, which needs more."
+                "A tensor is sparse, as gradients of `nn.Embedding(sparse=True)` are, so its bytes depend on values in "
+                "a batch, and there are none while planning; plan with `sparse=False`, which needs more."
             )
         storage = tensor.untyped_storage()
         key = id(storage)

@@ -288,6 +288,7 @@ class ExactResume:
         else:
             _set_restarting(batch_loop, False)
             now = random_state(self._device)
+            # a `TrainingLoader` tells that it was fetching the first batch of a pass
             passes_over = any("begun" not in state for state in self._loader_states())
             if fit.epoch_progress.current.ready > within_epoch and passes_over:
                 # they were saved at the end of a pass, which has to be over before the next one

@@ -36,7 +36,7 @@ def test_a_shape_that_depends_on_values_is_told_in_a_sentence():
 def test_sparse_gradients_are_told_in_a_sentence():
     module = SmallTransformer()
     module.embedding.sparse = True
-    with pytest.raises(ConfigurationError, match=r"A gradient is sparse .* plan with `sparse=False`"):
+    with pytest.raises(ConfigurationError, match=r"A tensor is sparse, .* plan with `sparse=False`"):
         plan(module, "hift", make_batches(1)[0])
     assert plan(module, HiFTStrategy(frozen=["embedding.*"]), make_batches(1)[0]).peak_bytes > 0
 
