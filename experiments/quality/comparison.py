@@ -64,7 +64,7 @@ def _results(rows: Rows, steps_of: Callable[[str], int], column: str) -> Results
         (data_set, method): [by_seed[seed] for seed in seeds_of(method)]
         for data_set in DATA_SETS
         for method in CONTESTANTS
-        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) >= set(seeds_of(method))
+        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) == set(seeds_of(method))
     }
 
 
