@@ -132,8 +132,7 @@ class HiFT:
             always_active=settings.always_active,
             trainable=names_in_optimizer(self._parameters, optimizer),
         )
-        turn = length_of_turn(settings.steps_per_block, len(self.plan.blocks), total_steps)
-        self.rotation = Rotation(len(self.plan.blocks), settings.order, turn, settings.seed)
+        self._set_rotation(total_steps)
         self._shares: Shares | None = None
         if share_with is not None and share_with.size > 1:
             blocks = [[self._parameters[name] for name in part.own_parameters] for part in self.plan.parts]
@@ -174,12 +173,17 @@ class HiFT:
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
         self._delayed: list[DelayedLRScheduler] = []
         self._has_schedule = False  # that is not delayed
-        self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
         self._handles: list[RemovableHandle] = []
         self._call: FrameType | None = None  # of the optimizer's step, while it runs
         self._warned_of_skipping = False
+
+    def _set_rotation(self, total_steps: int | None) -> None:
+        blocks, settings = len(self.plan.blocks), self.settings
+        turn = length_of_turn(settings.steps_per_block, blocks, total_steps)
+        self.rotation = Rotation(blocks, settings.order, turn, settings.seed)
+        self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
 
     def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
         """Frozen layers and those that are always active too: backward goes through them as through the rest."""
@@ -439,6 +443,15 @@ class HiFT:
         self.updates = updates
         if self.active:
             self._activate()
+
+    def divide(self, total_steps: int) -> None:
+        """Where each block has one turn (``steps_per_block="once"``), make the turns of another number of steps.
+
+        Args:
+            total_steps: optimizer steps from the first of the rotation's to the end of the run.
+        """
+        self._set_rotation(total_steps)
+        self.move_to(self.updates)
 
     def has_plan_of(self, state_dict: dict[str, Any]) -> bool:
         """Whether a saved position was one in this plan, with this order and as many steps to a block."""

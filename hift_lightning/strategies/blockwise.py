@@ -322,6 +322,13 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         return left if left > 0 else int(steps)
 
     @override
+    def divide_steps(self) -> None:
+        total_steps = self._total_steps(self._trainer)
+        if total_steps is not None:
+            for engine in self.engines:
+                engine.divide(total_steps)
+
+    @override
     def model_to_device(self) -> None:
         with parameters_stay_themselves(self.root_device):
             super().model_to_device()  # type: ignore[safe-super]

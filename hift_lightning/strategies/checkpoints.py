@@ -45,7 +45,7 @@ class BlockwiseCheckpoints(_Base):
     _is_loaded = False
     """Whether all of it is in place."""
     _steps_before: int = 0
-    """Optimizer steps of the run that came before the rotation, of an earlier `fit` or without HiFT."""
+    """Optimizer steps of the run before the rotation began: of an earlier `fit`, without HiFT, or by another plan."""
 
     @property
     @override
@@ -197,6 +197,8 @@ class BlockwiseCheckpoints(_Base):
                 f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
                 "resume with the optimizers that it was made with."
             )
+        if self._being_loaded is not None and self.restore_checkpoint_after_setup:
+            self.divide_steps()  # before it was read, the engines could not know how many had been done
         saved = checkpoint.get("hift")
         positions = [None] * len(states) if saved is None else saved["engines"]
         for engine, position, state in zip(self.engines, positions, states, strict=True):
@@ -208,6 +210,8 @@ class BlockwiseCheckpoints(_Base):
             if position is not None:  # otherwise made without HiFT: the rotation begins here
                 engine.load_state_dict(position)
                 if not engine.has_plan_of(position):
+                    self._steps_before = checkpoint["global_step"]
+                    self.divide_steps()
                     rank_zero_info(
                         f"HiFT: the checkpoint was made with another plan, after {position['updates']} updates; with "
                         "`resume_plan=rebuild` its weights, masters and optimizer state carry over, and the rotation "
@@ -218,6 +222,10 @@ class BlockwiseCheckpoints(_Base):
             engine.take_wider(weights, {} if position is None else position["masters"])
         if saved is not None:
             self._resume.load(saved["resume"])
+
+    def divide_steps(self) -> None:
+        """Where each block has one turn, make the turns of the steps that are left after those before the rotation."""
+        raise NotImplementedError
 
     def engine_of(self, optimizer: Optimizer) -> HiFT:
         """The engine that rotates this optimizer.

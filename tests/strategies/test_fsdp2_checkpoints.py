@@ -21,7 +21,7 @@ from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from tests.comparing import assert_same
 from tests.processes import RankError, run
-from tests.small_transformer import SmallTransformer, make_batches
+from tests.small_transformer import LAYERS, SmallTransformer, make_batches
 from tests.strategies.test_fsdp2 import MODELS, OPTIMIZERS, distance, fit, of_all_ranks, of_this_rank, whole
 
 NOTHING = contextlib.nullcontext()
@@ -181,6 +181,23 @@ def test_masters_are_saved_whole(folder, two_ranks):
         assert weight.dtype == torch.bfloat16
         assert torch.equal(masters[name].bfloat16(), weight)
     assert any((masters[name] != weight.float()).any() for name, weight in saved["state_dict"].items())
+
+
+def _turns_after_a_plain_run(folder):
+    batches = make_batches(LAYERS)
+    _, plain = fit("auto", batches, max_epochs=1)
+    plain.save_checkpoint(folder / "plain.ckpt")
+    turns = []
+    for name, then in (("plain.ckpt", "once.ckpt"), ("once.ckpt", "again.ckpt")):
+        strategy = HiFTFSDP2Strategy(steps_per_block="once", lr_update="step")
+        _, resumed = fit(strategy, batches, devices=1, max_epochs=3, ckpt_path=folder / name)
+        resumed.save_checkpoint(folder / then)
+        turns.append(strategy.hift.rotation.steps_per_block)
+    return turns, {block.visits for block in strategy.report().blocks}
+
+
+def test_once_divides_the_steps_that_a_checkpoint_made_without_hift_leaves(tmp_path):
+    assert run(_turns_after_a_plain_run, 1, tmp_path) == [([2, 2], {2})]
 
 
 # --- what is not loaded ---------------------------------------------------------------------------------------------

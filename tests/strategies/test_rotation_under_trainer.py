@@ -78,6 +78,27 @@ def test_once_divides_the_steps_that_are_left(tmp_path):
     assert again.strategy.hift.rotation.steps_per_block == 2
 
 
+@pytest.mark.parametrize("longer", [{"max_epochs": 3}, {"max_epochs": 3, "group_size": 2}])
+def test_once_with_a_rebuilt_plan_divides_the_steps_that_are_left(longer, tmp_path):
+    longer = dict(longer)
+    settings = {"steps_per_block": "once", "lr_update": "step", "group_size": longer.pop("group_size", 1)}
+    batches = loader(make_batches(2 * LAYERS))
+    shorter = trainer(HiFTStrategy(**{**settings, "group_size": 1}))
+    shorter.fit(SmallTransformer(), batches)
+    shorter.save_checkpoint(tmp_path / "shorter.ckpt")
+
+    def go_on(name, **more):
+        resumed = trainer(HiFTStrategy(**settings, **more), **longer)
+        resumed.fit(SmallTransformer(), batches, ckpt_path=tmp_path / name)
+        return resumed
+
+    rebuilt = go_on("shorter.ckpt", resume_plan="rebuild")
+    visits = 4 * settings["group_size"]
+    assert {block.visits for block in rebuilt.strategy.report().blocks} == {visits}
+    rebuilt.save_checkpoint(tmp_path / "rebuilt.ckpt")
+    assert go_on("rebuilt.ckpt").strategy.hift.rotation.steps_per_block == visits  # the same plan
+
+
 def test_once_wants_a_run_whose_steps_are_known():
     once = {"steps_per_block": "once", "lr_update": "step"}
     with pytest.raises(ConfigurationError, match="^`steps_per_block='once'` .* `GradientAccumulationScheduler`"):
