@@ -12,6 +12,10 @@ from hift_lightning.engine.errors import ConfigurationError
 
 # precisions of Lightning under which the weights themselves have 16 bits
 WITH_MASTERS = ("bf16-true", "16-true")
+# NumPy's
+_LARGEST_SEED = 2**32 - 1
+# Lightning has its own in their place
+_MAY_BE_NULL = ("strategy", "logger")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
 # what a module measures begins with one of these
 PARTS = ("train", "val", "test")
@@ -27,15 +31,19 @@ def check_configuration(cfg: DictConfig) -> None:
         ConfigurationError: a value must be given or cannot work; values that are not looked at here are
             refused by what they are given to.
     """
-    for group in ("model", "data"):
-        if cfg.get(group) is None:
+    for group in ("model", "data", "optimizer", "trainer", "callbacks", *_MAY_BE_NULL):
+        if cfg.get(group) is None and not (group in _MAY_BE_NULL and group in cfg.keys()):  # noqa: SIM118
             raise ConfigurationError(f"`{group}` must be given; `python train.py --help` tells the choices.")
     _check_that_data_fit_the_model(cfg)
     _check_that_the_strategy_is_one(cfg.get("strategy"))
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigurationError(f"`{missing[0]}` must be given; add `{missing[0]}=...` to the command.")
-    _check_whole_number("seed", cfg.seed, at_least=0)
+    _check_whole_number("seed", cfg.seed, at_least=0, at_most=_LARGEST_SEED)
+    if "seed" in cfg.data:
+        _check_whole_number("data.seed", cfg.data.seed, at_least=0, at_most=_LARGEST_SEED)
+    if "num_classes" in cfg.data:
+        _check_whole_number("data.num_classes", cfg.data.num_classes, at_least=2)
     _check_whole_number("data.batch_size", cfg.data.batch_size, at_least=1)
     _check_whole_number("data.max_length", cfg.data.max_length, at_least=1)
     _check_whole_number("trainer.max_steps", cfg.trainer.max_steps, at_least=-1)
@@ -44,6 +52,9 @@ def check_configuration(cfg: DictConfig) -> None:
     if "num_workers" in cfg.data:
         _check_whole_number("data.num_workers", cfg.data.num_workers, at_least=0)
     _check_whole_number("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, at_least=1)
+    clip = cfg.trainer.get("gradient_clip_val")
+    if clip is not None and not _is_number(clip):
+        raise ConfigurationError(f"`trainer.gradient_clip_val={clip}` is not possible; give a number, or `null`.")
     if not isinstance(cfg.evaluate, bool):
         raise ConfigurationError(f"`evaluate={cfg.evaluate}` is not possible; give `true` or `false`.")
     nothing = next((key for key in _LENGTHS if cfg.trainer.get(key) == 0), None)
@@ -58,9 +69,10 @@ def check_configuration(cfg: DictConfig) -> None:
             f"`trainer.precision={cfg.trainer.precision}` has not; give `trainer.precision=bf16-true` or `16-true`, or "
             "leave `strategy.master_weights` out."
         )
-    if not cfg.evaluate and str(cfg.objective).startswith(("val/", "test/")):
+    part = str(cfg.objective).partition("/")[0]
+    if part in ("val", "test") and (why := _why_not_measured(cfg, part)) is not None:
         raise ConfigurationError(
-            f"`objective={cfg.objective}` is not measured with `evaluate=false`; add `objective=train/loss`."
+            f"`objective={cfg.objective}` is not measured with `{why}`; add `objective=train/loss`."
         )
     _check_monitors(cfg)
     if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
@@ -133,11 +145,19 @@ def check_objective(objective: Any, module: Any) -> None:
 def _check_monitors(cfg: DictConfig) -> None:
     for name, callback in (cfg.get("callbacks") or {}).items():
         monitor = callback.get("monitor") if OmegaConf.is_dict(callback) else None
-        if not cfg.evaluate and str(monitor).startswith("val/"):
+        if str(monitor).startswith("val/") and (why := _why_not_measured(cfg, "val")) is not None:
             raise ConfigurationError(
-                f"`callbacks.{name}.monitor={monitor}` is not measured with `evaluate=false`; give another one, or "
-                "leave `evaluate` out."
+                f"`callbacks.{name}.monitor={monitor}` is not measured with `{why}`; give another one, or leave "
+                f"`{why.partition('=')[0]}` out."
             )
+
+
+def _why_not_measured(cfg: DictConfig, part: str) -> str | None:
+    """What of the configuration leaves the validation (`val`) or the `test` out, if anything."""
+    limit = f"limit_{part}_batches"
+    if not cfg.evaluate:
+        return "evaluate=false"
+    return f"trainer.{limit}={cfg.trainer[limit]}" if cfg.trainer.get(limit) == 0 else None
 
 
 def _check_that_data_fit_the_model(cfg: DictConfig) -> None:
@@ -182,9 +202,11 @@ def _check_checkpoint(path: Path) -> None:
         )
 
 
-def _check_whole_number(key: str, value: Any, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigurationError(f"`{key}={value}` is not possible; give a whole number from {at_least} on.")
+def _check_whole_number(key: str, value: Any, at_least: int, at_most: int | None = None) -> None:
+    if isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= (at_most or value):
+        return
+    range_ = f"from {at_least} on" if at_most is None else f"from {at_least} to {at_most}"
+    raise ConfigurationError(f"`{key}={value}` is not possible; give a whole number {range_}.")
 
 
 def _is_number(value: Any) -> bool:

@@ -27,6 +27,7 @@ from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import master_of
+from hift_lightning.engine.update import parse_bytes
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
 from hift_lightning.targets import CONVERTED, NETWORKS, TOKENIZERS
@@ -64,14 +65,14 @@ def export(
             `trainer.strategy.master_state_dict()` gives; `None` for the network's.
         tokenizer: a transformers tokenizer that belongs to it; `None` writes none.
         dtype: that parameters are rounded to, once; `None` for that of each of the network's. Buffers keep theirs.
-        max_shard_size: most bytes of a file, as a number or as transformers writes it.
+        max_shard_size: most bytes of a file, as a number or such as "5GB".
 
     Returns:
         The folder.
 
     Raises:
         ConfigurationError: the folder is not empty or cannot be written, the network is of another kind, the weights do
-            not fit it, or a weight has no value in the dtype.
+            not fit it, a weight has no value in the dtype, or the size of a file cannot be read.
     """
     from transformers import PreTrainedModel
 
@@ -81,16 +82,17 @@ def export(
             f"`{type(network).__name__}` is neither a model of transformers nor a `SentenceClassifier`, so there is no "
             "folder that `from_pretrained` would load; save its `state_dict()` with safetensors yourself."
         )
+    shard_bytes = parse_bytes("max_shard_size", max_shard_size)
     _check_folder(folder)
     existed = folder.exists()
     rounded = _rounded(network, network.state_dict() if weights is None else _of_network(network, weights), dtype)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(network, SentenceClassifier):
-            _save_model(network.body, _below("body.", rounded), folder, max_shard_size)
+            _save_model(network.body, _below("body.", rounded), folder, shard_bytes)
             _save_head(network, _below("head.", rounded), folder)
         else:
-            _save_model(network, rounded, folder, max_shard_size)
+            _save_model(network, rounded, folder, shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     except BaseException as error:
@@ -133,6 +135,7 @@ def export_run(
         ConfigurationError: there is no such run or no whole checkpoint, the configuration brings a network or a
             tokenizer of its own; or see `export`.
     """
+    shard_bytes = parse_bytes("max_shard_size", max_shard_size)
     _check_folder(Path(folder))
     root = _run_of(Path(run))
     cfg = _configuration(root)
@@ -156,7 +159,7 @@ def export_run(
         weights={**trained, **masters},
         tokenizer=tokenizer,
         dtype=dtype,
-        max_shard_size=max_shard_size,
+        max_shard_size=shard_bytes,
     )
 
 
@@ -221,7 +224,7 @@ def _tie(network: nn.Module) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Have transformers save a model of this configuration with these weights; the given one stays as it is."""
     with torch.device("meta"):
         shell = type(model)(copy.deepcopy(model.config))
@@ -231,7 +234,7 @@ def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, max_shard_
         shell.generation_config = copy.deepcopy(model.generation_config)
     shell.load_state_dict(weights, assign=True)
     shell.tie_weights()
-    shell.save_pretrained(folder, max_shard_size=max_shard_size)
+    shell.save_pretrained(folder, max_shard_size=shard_bytes)
 
 
 def _save_head(network: SentenceClassifier, weights: dict[str, Tensor], folder: Path) -> None:
@@ -311,13 +314,14 @@ def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]
     if run.is_file() or (run / META).is_file():
         return run, _trainer_checkpoint(run)
     folder = Path(OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or root / "checkpoints")
-    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+    found = {*folder.glob("*.ckpt"), *root.rglob("*.ckpt")}
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return path, _trainer_checkpoint(path)
         except ConfigurationError as error:
             rank_zero_warn(f"Passed over: {error}")
     raise ConfigurationError(
-        f"`{run}` has no checkpoint that is whole in `{folder}`; give the path of a checkpoint, or train with "
+        f"`{run}` has no checkpoint that is whole, nor has `{folder}`; give the path of a checkpoint, or train with "
         "`trainer.enable_checkpointing=true`."
     )
 

@@ -5,11 +5,14 @@ import json
 import re
 import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
-from hydra.errors import InstantiationException
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException, InstantiationException
+from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -60,7 +63,8 @@ def collect_metrics(
         if isinstance(callback, HiFTMonitor):
             metrics.update(callback.numbers)
     metrics["steps"] = trainer.global_step
-    metrics["memory/peak_rss_bytes"] = peak_rss_bytes()
+    if not in_sweep():  # where it is that of the largest run so far
+        metrics["memory/peak_rss_bytes"] = peak_rss_bytes()
     return metrics
 
 
@@ -77,8 +81,14 @@ def write_metrics(metrics: Mapping[str, float], folder: str | Path) -> Path:
     return path
 
 
-def print_table(metrics: Mapping[str, float], trainer: L.Trainer, folder: str | Path) -> None:
-    """Print the closing table of a run."""
+def print_table(metrics: Mapping[str, float], checkpoint: Path | None, folder: str | Path) -> None:
+    """Print the closing table of a run.
+
+    Args:
+        metrics: as `collect_metrics` gives them.
+        checkpoint: the last one.
+        folder: where `metrics.json` is.
+    """
     table = Table(show_header=False)
     for name, words, kind in ROWS:
         if name in metrics:
@@ -86,11 +96,11 @@ def print_table(metrics: Mapping[str, float], trainer: L.Trainer, folder: str | 
     console = Console()
     console.print(table)
     # below the table, since a narrow terminal would cut them in it
-    checkpoint = last_checkpoint(trainer)
-    console.print(
-        f"checkpoint:  {'none' if checkpoint is None else _short(checkpoint)}", soft_wrap=True, highlight=False
-    )
-    console.print(f"all numbers: {_short(Path(folder) / METRICS_FILE)}", soft_wrap=True, highlight=False)
+    for line in (
+        f"checkpoint:  {'none' if checkpoint is None else _short(checkpoint)}",
+        f"all numbers: {_short(Path(folder) / METRICS_FILE)}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def written(value: float, kind: str) -> str:
@@ -114,45 +124,78 @@ def written(value: float, kind: str) -> str:
     return f"{value:.0f}"
 
 
-def last_checkpoint(trainer: L.Trainer) -> Path | None:
-    """Return the newest checkpoint in the folders that the run saves to, if any."""
+def last_checkpoint(trainer: L.Trainer, began: float, ckpt_path: str | None) -> Path | None:
+    """Return the newest checkpoint that the run has saved, or what it goes on from, if anything.
+
+    Args:
+        trainer: whose run it is.
+        began: when, in seconds; what was saved before is another run's in the same folder.
+        ckpt_path: what it goes on from.
+    """
     # looked up on disk, since ModelCheckpoint does not record in its paths what it saves on an exception
     paths = [
         path
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
         for path in Path(callback.dirpath).glob("*.ckpt")
+        if path.stat().st_mtime >= began
     ]
-    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    gone_on_from = None if ckpt_path is None else Path(ckpt_path)
+    return max(paths, key=lambda path: path.stat().st_mtime, default=gone_on_from)
 
 
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """End the process with a sentence, and no traceback, for what the user can mend; all else keeps its own."""
+    """End the process with a sentence, and no traceback, for what the user can mend; all else keeps its own.
+
+    A run of a sweep ends alone.
+
+    Raises:
+        FailedRun: in a sweep.
+    """
     try:
         yield
     except (ConfigurationError, MisconfigurationException, NonfiniteError, ParkedStateError) as error:
-        sys.exit(_one_line(error))
+        _end(_one_line(error))
     except InstantiationException as error:
         cause = error.__cause__
         key = re.search(r"full_key: (\S+)", str(error))
         place = f"In `{key.group(1)}`: " if key else ""
         if isinstance(cause, ConfigurationError):
-            sys.exit(_one_line(cause))
+            _end(_one_line(cause))
         if cause is None or isinstance(cause, (ValueError, TypeError, ImportError, MisconfigurationException)):
             no_backend = "backend found" in str(cause)  # Lightning's words
             remedy = " Give `trainer.accelerator=auto` or `cpu`, or install a torch build for the device."
-            sys.exit(place + _one_line(cause or error) + (remedy if no_backend else ""))
+            _end(place + _one_line(cause or error) + (remedy if no_backend else ""))
         raise
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
 
 
+class FailedRun(CompactHydraException):
+    """Of a sweep, with what is wrong in a sentence, which Hydra prints as it is."""
+
+
+def in_sweep() -> bool:
+    """Whether a run of a sweep is going on in this process."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _end(sentence: str) -> NoReturn:
+    if in_sweep():
+        raise FailedRun(sentence)  # which Hydra catches, and goes on with the next run
+    sys.exit(sentence)
+
+
 @contextlib.contextmanager
-def failure_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
+def failure_names_checkpoint(trainer: L.Trainer, last: Callable[[], Path | None]) -> Iterator[None]:
     """Let whatever ends a run before its time tell where the last checkpoint is.
 
     Ctrl-C and SIGTERM end the process with a sentence. An error stays what it is and tells it below its own message.
+
+    Args:
+        trainer: whose run it is.
+        last: tells the last checkpoint, if there is one.
     """
     try:
         yield
@@ -160,11 +203,11 @@ def failure_names_checkpoint(trainer: L.Trainer) -> Iterator[None]:
         # how the Trainer ends on Ctrl-C, after its callbacks and the strategy have put things in order
         if not (trainer.interrupted or trainer.received_sigterm):
             raise
-        sys.exit(f"Interrupted; {_way_on(trainer)}")
+        sys.exit(f"Interrupted; {_way_on(last())}")
     except Exception as error:
         mendable = isinstance(error, (ConfigurationError, MisconfigurationException))
-        if trainer.interrupted and not (mendable and last_checkpoint(trainer) is None):
-            told = _way_on(trainer)
+        if trainer.interrupted and not (mendable and last() is None):
+            told = _way_on(last())
             tell(error, f"{told[0].upper()}{told[1:]}")
         raise
 
@@ -184,8 +227,7 @@ def end_on_sigterm(trainer: L.Trainer) -> None:
         raise SIGTERMException
 
 
-def _way_on(trainer: L.Trainer) -> str:
-    checkpoint = last_checkpoint(trainer)
+def _way_on(checkpoint: Path | None) -> str:
     if checkpoint is None:
         return "no checkpoint had been saved yet."
     return f"the last checkpoint is {checkpoint}; go on with `ckpt_path={checkpoint}`."

@@ -1,18 +1,26 @@
 """What a sweep leaves: one table and one picture of all its runs."""
 
+import atexit
 import csv
 import json
+import sys
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from hift_lightning.report import METRICS_FILE, ROWS, written
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.report import METRICS_FILE, ROWS, one_sentence_errors, written
 
 TABLE_FILE = "sweep.csv"
 PICTURE_FILE = "sweep.png"
@@ -42,7 +50,8 @@ class SweepTable(Callback):
     """Write `sweep.csv` and `sweep.png` into the folder of a multirun, and print the table.
 
     The table has one row per finished run: its overrides and the numbers of its `metrics.json`. It is written
-    anew after each run, so that a sweep that breaks off leaves what it has.
+    anew after each run, so that a sweep that breaks off leaves what it has. What is wrong with a run that failed is
+    told when it ends, and the others go on.
 
     Args:
         vertical: names of numbers; the first that was measured is drawn upwards.
@@ -52,17 +61,35 @@ class SweepTable(Callback):
     def __init__(self, vertical: Sequence[str], horizontal: str) -> None:
         self.vertical = vertical
         self.horizontal = horizontal
+        self._folder = Path()
+        self._began = 0.0
 
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Bring the table up to date."""
-        if config.hydra.mode == RunMode.MULTIRUN:
-            folder = Path(config.hydra.sweep.dir)
-            write_table(read_runs(folder), folder / TABLE_FILE)
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note which runs are this sweep's, and see to it that they are shown in any case."""
+        with one_sentence_errors():
+            if config.hydra.output_subdir is None:
+                raise ConfigurationError(
+                    "`hydra.output_subdir=null` leaves out what the table of a sweep is made from; leave it away."
+                )
+        self._folder = Path(config.hydra.sweep.dir)
+        self._began = time.time()
+        atexit.register(self._show)  # Hydra tells nobody of the end where a run has failed
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Bring the table up to date, and tell what is wrong with a run that has failed."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        write_table(read_runs(self._folder, self._began), self._folder / TABLE_FILE)
+        if job_return.status == JobStatus.FAILED:
+            _tell_failure(job_return)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write table and picture, and print the table."""
-        folder = Path(config.hydra.sweep.dir)
-        runs = read_runs(folder)
+        atexit.unregister(self._show)
+        self._show()
+
+    def _show(self) -> None:
+        folder, runs = self._folder, read_runs(self._folder, self._began)
         if not runs:
             return
         write_table(runs, folder / TABLE_FILE)
@@ -77,11 +104,28 @@ class SweepTable(Callback):
             print(f"picture: {folder / PICTURE_FILE}")
 
 
-def read_runs(folder: Path) -> list[Row]:
-    """Return the overrides and numbers of each finished run below `folder`, in the order of the jobs."""
+def _tell_failure(job_return: JobReturn) -> None:
+    try:
+        _ = job_return.return_value  # tells the run's overrides, and raises
+    except CompactHydraException as error:
+        print(error, file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+
+
+def read_runs(folder: Path, since: float) -> list[Row]:
+    """Return the overrides and numbers of each finished run below `folder`, in the order of the jobs.
+
+    Args:
+        folder: of a sweep.
+        since: a time in seconds; what was finished before is of an earlier sweep in the same folder.
+    """
     runs = []
     for path in folder.rglob(METRICS_FILE):
-        hydra = OmegaConf.load(path.parent / ".hydra" / "hydra.yaml").hydra
+        if path.stat().st_mtime < since:
+            continue
+        (settings,) = path.parent.glob("*/hydra.yaml")
+        hydra = OmegaConf.load(settings).hydra
         overrides = dict(override.lstrip("+~").partition("=")[::2] for override in hydra.overrides.task)
         runs.append((hydra.job.num, {**overrides, **json.loads(path.read_text(encoding="utf-8"))}))
     return [row for _, row in sorted(runs, key=lambda run: int(run[0]))]
@@ -100,10 +144,10 @@ def print_table(runs: Sequence[Row]) -> None:
     shown = [row for row in ROWS if row[0] in PRINTED and any(row[0] in run for run in runs)]
     table = Table()
     for name in (*map(_last_part, varied(runs)), *(words for _, words, _ in shown)):
-        table.add_column(name)
+        table.add_column(escape(name))
     for run in runs:
         numbers = [written(run[name], kind) if name in run else "" for name, _, kind in shown]
-        table.add_row(*(str(run.get(key, "")) for key in varied(runs)), *numbers)
+        table.add_row(*(escape(str(run.get(key, ""))) for key in varied(runs)), *numbers)
     Console().print(table)
 
 

@@ -2,7 +2,9 @@
 
 import os
 import sys
+import time
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from hift_lightning.report import (
     collect_metrics,
     end_on_sigterm,
     failure_names_checkpoint,
+    last_checkpoint,
     one_sentence_errors,
     print_table,
     write_metrics,
@@ -78,13 +81,15 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
+    _check_validation_interval(trainer, data)
     if cfg.model.pretrained is None:
         # random numbers for billions of weights take minutes, so it is built without memory once
         with torch.device("meta"):
             network = instantiate(cfg.model.network, tokenizer=tokenizer)
         _choose_group_size(cfg, trainer, _build_module(cfg, trainer, network))
 
-    with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer):
+    last = partial(last_checkpoint, trainer, time.time(), cfg.ckpt_path)
+    with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer, last):
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
@@ -111,7 +116,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         metrics["memory/peak_rss_anon_bytes"] = memory.peak_bytes
     if trainer.is_global_zero:
         write_metrics(metrics, cfg.output_dir)
-        print_table(metrics, trainer, cfg.output_dir)
+        print_table(metrics, last(), cfg.output_dir)
     return metrics
 
 
@@ -180,6 +185,22 @@ def _check_folders(trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if logger.save_dir is not None:
             check_writable("logger.save_dir", logger.save_dir)
+
+
+def _check_validation_interval(trainer: L.Trainer, data: L.LightningDataModule) -> None:
+    """Tell what Lightning would refuse after the test before training."""
+    interval = trainer.val_check_interval
+    if trainer.check_val_every_n_epoch is None or not isinstance(interval, int) or not trainer.limit_val_batches:
+        return
+    data.setup("fit")
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if interval > batches:
+        raise ConfigurationError(
+            f"`trainer.val_check_interval={interval}` is more than the {batches} batches of an epoch, within which it "
+            f"counts with `trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch}`; give a smaller one, a "
+            "share of the epoch such as 1.0, or `trainer.check_val_every_n_epoch=null`."
+        )
 
 
 def _choose_group_size(cfg: DictConfig, trainer: L.Trainer, module: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hift_lightning.data.encoding import ASSISTANT, Encoder, Message, Piece
-from hift_lightning.data.sentences import Part, part_of
+from hift_lightning.data.sentences import Part, cannot_be_read, part_of
 from hift_lightning.engine.errors import ConfigurationError
 
 TEXT_FILES = (".txt", ".md")
@@ -71,6 +71,10 @@ def check_files(paths: Sequence[Path]) -> None:
                 f"`{path}` is of no kind that can be read; give `data.path` a file that ends with one of "
                 f"{', '.join(known)}."
             )
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise cannot_be_read(path, error) from error
         if not path.stat().st_size:
             raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
 
@@ -177,6 +181,10 @@ def _parsed(line: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         raise ConfigurationError(
             f"{place}: `{line.strip()[:60]}` is not JSON ({error.msg}, column {error.colno}); mend or remove the line."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets within brackets
+        raise ConfigurationError(
+            f"{place}: `{line.strip()[:60]}` cannot be read ({error}); mend or remove the line."
         ) from error
 
 

@@ -9,6 +9,8 @@ from hift_lightning.engine.errors import ConfigurationError
 
 Message = dict[str, str]
 ASSISTANT = "assistant"
+# what no token of a tokenizer that sets a space before a text goes beyond
+_BEFORE = "\n"
 
 
 class Piece(NamedTuple):
@@ -35,8 +37,8 @@ class Encoder(Protocol):
     end: int
     fingerprint: str
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Return the ids of `text` alone."""
+    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
+        """Return the ids of a piece of a document, which `continues` one that stands before it, or begins it."""
 
     def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
         """Write a conversation down; the assistant's turns are trained."""
@@ -50,7 +52,7 @@ class ByteEncoder:
     end = 256
     fingerprint = "bytes"
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
         """Return the bytes of `text`."""
         return text.encode("utf-8")
 
@@ -83,9 +85,20 @@ class TokenizerEncoder:
         first = tokenizer("a").input_ids[0]
         self.start: tuple[int, ...] = (first,) if first == tokenizer.bos_token_id else ()
         self.fingerprint = _fingerprint(tokenizer)
+        before, both = self._ids(_BEFORE), self._ids(f"{_BEFORE}a")
+        # SentencePiece sets a space before a text, and none after another piece
+        sets_space = both[: len(before)] == before and both[len(before) :] != self._ids("a")
+        self._before = before if sets_space else None
 
-    def encode(self, text: str) -> Sequence[int]:
-        """Return the ids of `text`, without tokens that the tokenizer would set around it."""
+    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
+        """Return the ids of a piece of a document, without tokens that the tokenizer would set around it."""
+        if continues and self._before is not None:
+            ids = self._ids(_BEFORE + text)
+            if ids[: len(self._before)] == self._before:
+                return ids[len(self._before) :]
+        return self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
         # `verbose` is for texts that are longer than the model's context; they are cut into rows later
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
@@ -105,8 +118,11 @@ class TokenizerEncoder:
         for index, message in enumerate(messages):
             if message["role"] != ASSISTANT:
                 continue
-            before = self._written(messages[:index], place, add_generation_prompt=True)
             after = self._written(messages[: index + 1], place)
+            if index:
+                before = self._written(messages[:index], place, add_generation_prompt=True)
+            else:  # templates refuse a conversation without messages
+                before = after[: max(0, after.find(message["content"].strip()))]
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConfigurationError(
                     f"{place}: the chat template of `{self._tokenizer.name_or_path}` writes message {index + 1} in "

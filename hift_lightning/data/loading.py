@@ -1,6 +1,7 @@
 """Training batches whose order is a function of seed and epoch, and whose position in it is a number."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -55,8 +56,13 @@ class EpochOrder(Sampler[list[int]]):
         self._generator.manual_seed(seed)
         return self.given
 
+    @property
+    def whole(self) -> int:
+        """Batches of an epoch, on all ranks together."""
+        return len(self._batches)  # type: ignore[arg-type]
+
     def __len__(self) -> int:
-        return -(-len(self._batches) // self.ranks)  # type: ignore[arg-type]
+        return -(-self.whole // self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = list(self._batches)
@@ -118,14 +124,23 @@ class TrainingLoader:
     def state_dict(self) -> dict[str, int]:
         """The epoch, and the batches of it that have been handed out, on all ranks together.
 
-        It has `begun` too, where the first of them is being fetched, and torch has drawn its number for the pass.
+        It has `begun` too, where the first of them is being fetched, and torch has drawn its number for the pass; and
+        `of`, the batches of a whole epoch.
         """
         order = self.batch_sampler
         begun = self._fetches_first or self._begun_epoch == order.epoch
-        return {"epoch": order.epoch, "batches": order.given, **({"begun": 1} if begun else {})}
+        return {"epoch": order.epoch, "batches": order.given, "of": order.whole, **({"begun": 1} if begun else {})}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there with the next pass, on as many ranks as there are now."""
         order = self.batch_sampler
+        before = state_dict.get("of", order.whole)
+        if state_dict["batches"] and before != order.whole:
+            warnings.warn(
+                f"The checkpoint is from batch {state_dict['batches']} of an epoch of {before}, and the data make "
+                f"{order.whole} now (another `batch_size`, or other data), so some are seen twice in this epoch or not "
+                "at all; go on with the same, or from a checkpoint of the end of an epoch.",
+                stacklevel=2,
+            )
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]
         self._begun_epoch = order.epoch if "begun" in state_dict else None

@@ -49,6 +49,8 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
+    except OSError as error:
+        raise cannot_be_read(path, error) from error
     header = lines[0] if lines else ""
     if header not in ("label\tsentence", "rating\tsentence"):
         raise ConfigurationError(
@@ -64,6 +66,13 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     if not sentences:
         raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
     return sentences
+
+
+def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
+    """What to raise of a data file that the system does not let us read."""
+    return ConfigurationError(
+        f"The data file `{path}` cannot be read ({error.strerror}); make it readable, or give `data.path` another one."
+    )
 
 
 def _parse(line: str, place: str, rated: bool, num_classes: int) -> LabelledSentence:
@@ -195,6 +204,12 @@ class SentenceDataModule(L.LightningDataModule):
         for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
             if not isinstance(share, (int, float)) or not 0 < share < 1:
                 raise ConfigurationError(f"`data.{name}={share}` is not possible; give a number between 0 and 1.")
+        around = getattr(tokenizer, "num_special_tokens_to_add", int)()  # such as [CLS] and [SEP]
+        if max_length <= around:
+            raise ConfigurationError(
+                f"`data.max_length={max_length}` leaves no token of a sentence beside the {around} that the tokenizer "
+                f"sets around it; give a whole number from {around + 1} on."
+            )
         self.tokenizer = tokenizer
         self.num_classes = num_classes
         self.batch_size = batch_size

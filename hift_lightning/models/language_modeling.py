@@ -1,5 +1,8 @@
 """The LightningModule of the application for causal language models, with nothing in it that knows of HiFT."""
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -11,7 +14,21 @@ from hift_lightning.models.optimization import OptimizedModule, OptimizerFactory
 Batch = dict[str, Tensor]
 
 
-class Perplexity(MeanMetric):
+class WeightedMean(MeanMetric):
+    """A mean that is added up in 32 bits at least, whatever the module is converted to; NaN makes it NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy=math.nan)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def apply(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return changed.float() if changed.dtype in (torch.bfloat16, torch.float16) else changed
+
+        return super()._apply(apply, exclude_state)
+
+
+class Perplexity(WeightedMean):
     """The exponential of the mean cross entropy."""
 
     def compute(self) -> Tensor:
@@ -45,7 +62,7 @@ class LanguageModelingModule(OptimizedModule):
         self, network: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
     ) -> None:
         super().__init__(network, optimizer, scheduler)
-        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+        self.val_loss, self.test_loss = WeightedMean(), WeightedMean()
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
     @staticmethod
@@ -87,7 +104,7 @@ class LanguageModelingModule(OptimizedModule):
         )
         return output.loss, count
 
-    def _evaluate(self, batch: Batch, part: str, mean_loss: MeanMetric, perplexity: Perplexity) -> None:
+    def _evaluate(self, batch: Batch, part: str, mean_loss: WeightedMean, perplexity: Perplexity) -> None:
         loss, count = self._loss_and_count(batch)
         for name, metric in (("loss", mean_loss), ("perplexity", perplexity)):
             metric.update(loss, weight=count)

@@ -89,7 +89,7 @@ def _build(
         return optimizer, make_scheduler(optimizer, total_steps)
     except ConfigurationError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, IndexError) as error:
         values = ", ".join(f"`{place}.{key}={value}`" for key, value in getattr(make, "keywords", {}).items())
         raise ConfigurationError(
             f"The `{place}` cannot be built from its values: {error}; it was given {values or 'none'}; change what "

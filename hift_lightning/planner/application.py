@@ -182,7 +182,7 @@ def _pretrained_of_ones_own(cfg: DictConfig) -> str | None:
 
 def _leave_out_what_is_not_read(cfg: DictConfig) -> None:
     for node, key in ((cfg.model, "pretrained"), (cfg.data, "path")):
-        if node is not None and key in node:
+        if node is not None and key in node.keys():  # noqa: SIM118 (a value that must be given counts too)
             node[key] = None
 
 

@@ -50,6 +50,20 @@ from tests.pages import check_application
             )
             for length in ("max_steps", "max_epochs", "limit_train_batches")
         ),
+        *(([f"~{group}"], f"`{group}` must be given") for group in ("optimizer", "strategy", "logger", "callbacks")),
+        (["model=gpt2_medium", "data=jsonl"], r"`data\.path` must be given"),
+        (["seed=4294967296"], r"seed=4294967296` is not possible; give a whole number from 0 to 4294967295"),
+        (["data.seed=null"], r"data\.seed=None` is not possible"),
+        (["data.num_classes=1"], r"data\.num_classes=1` is not possible; give a whole number from 2 on"),
+        (["trainer.gradient_clip_val=abc"], r"trainer\.gradient_clip_val=abc` is not possible"),
+        (
+            ["trainer.limit_val_batches=0"],
+            r"val/accuracy` is not measured with `trainer\.limit_val_batches=0`",
+        ),
+        (
+            ["trainer.limit_test_batches=0.0", "objective=test/loss"],
+            r"objective=test/loss` is not measured with `trainer\.limit_test_batches=0\.0`",
+        ),
         (["strategy.master_weights=true"], r"trainer\.precision=32-true.*bf16-true"),
         (["strategy.master_weights=true", "trainer.precision=bf16-mixed"], r"trainer\.precision=bf16-mixed"),
     ],

@@ -1,5 +1,6 @@
 """Documents from files: their parts, what of them is trained, and what is refused."""
 
+import errno
 import importlib.util
 import json
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hift_lightning.data import documents
 from hift_lightning.data.documents import Document, Split, check_files, read_documents
 from hift_lightning.data.encoding import ByteEncoder, Piece
+from hift_lightning.data.sentences import read_sentences
 from hift_lightning.engine.errors import ConfigurationError
 
 HALVES = Split(test_fraction=0.25, validation_fraction=1 / 3)
@@ -123,6 +125,8 @@ def test_examples_split_as_asked_and_copies_are_on_one_side(tmp_path: Path) -> N
         ('{"prompt": "2 + 2", "completion": ""}', ["nothing to train on"]),
         ('{"text": ""}', ["nothing to train on"]),
         ('{"text": "\\ud834"}', ["half of a character", "position 1"]),
+        ("[" * 100_000, ["cannot be read", "recursion"]),
+        ('{"text": ' + "9" * 5000 + "}", ["cannot be read", "digits"]),
         ('{"messages": []}', ["`messages`", "`[]`", "role"]),
         ('{"messages": "Hi"}', ["`messages`", "Hi"]),
         ('{"messages": [{"role": "user", "content": "Hi"}, "Ho"]}', ["message 2", "`role`"]),
@@ -139,6 +143,19 @@ def test_a_line_that_cannot_be_used_is_refused_with_file_number_and_fault(
         read(path)
     message = str(caught.value)
     assert [part for part in [f"`{path}`, line 3", *named] if part not in message] == [], message
+
+
+def test_a_file_that_the_system_does_not_give_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("a\tb\n")
+
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for reading in (read, lambda path: read_sentences(path, 2)):
+        with pytest.raises(ConfigurationError, match=r"book.txt` cannot be read \(Permission denied\); make"):
+            reading(path)
 
 
 @pytest.mark.parametrize("name", ["book.txt", "examples.jsonl"])

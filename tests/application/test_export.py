@@ -267,6 +267,19 @@ def test_the_newest_whole_checkpoint_is_taken_also_where_the_run_has_been_moved(
     assert not (tmp_path / "other").exists()
 
 
+def test_a_checkpoint_in_another_folder_of_the_run_is_found(copy_of_run: Path, tmp_path: Path) -> None:
+    (copy_of_run / "log").mkdir(exist_ok=True)
+    (copy_of_run / "checkpoints").rename(copy_of_run / "log" / "checkpoints")  # Lightning's own callback
+    export_run(copy_of_run, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("size", ["abc", 0, "-5"])
+def test_a_size_that_cannot_be_read_is_refused(size: Any, copy_of_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"max_shard_size='?{size}'?` is not a number of bytes"):
+        export_run(copy_of_run, tmp_path / "out", max_shard_size=size)
+
+
 def test_what_is_no_run_or_has_no_checkpoint_is_told(copy_of_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="`.*missing` does not exist"):
         export_run(copy_of_run / "missing", tmp_path / "out")
@@ -275,7 +288,7 @@ def test_what_is_no_run_or_has_no_checkpoint_is_told(copy_of_run: Path, tmp_path
     (stray,) = (copy_of_run / "checkpoints").iterdir()
     with pytest.raises(ConfigurationError, match="is not in the folder of a run"):
         export_run(stray.rename(tmp_path / "stray.ckpt"), tmp_path / "out")
-    with pytest.raises(ConfigurationError, match=r"run` has no checkpoint that is whole in .*checkpoints`; give"):
+    with pytest.raises(ConfigurationError, match=r"run` has no checkpoint that is whole, nor has .*checkpoints`; give"):
         export_run(copy_of_run, tmp_path / "out")
     torch.save({"state_dict": {"other": torch.ones(1)}}, stray)
     with pytest.raises(ConfigurationError, match=r"is no checkpoint of a run of `train.py`"):

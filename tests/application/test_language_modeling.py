@@ -1,5 +1,6 @@
 """The LightningModule for causal language models."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,16 @@ def test_loss_and_perplexity_weigh_every_counted_token_alike_whatever_the_batche
         for part, result in (("test", tested), ("val", validated)):
             assert result[f"{part}/loss"] == pytest.approx(total / count, rel=1e-4)
             assert result[f"{part}/perplexity"] == pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_perplexity_is_added_up_in_32_bits_whatever_the_precision(dtype: torch.dtype) -> None:
+    learner = module(network()).to(dtype)
+    for _ in range(1000):
+        learner.test_perplexity.update(torch.tensor(5.7, dtype=torch.float32), weight=torch.tensor(2032))
+    assert learner.test_perplexity.compute().item() == pytest.approx(math.exp(5.7), rel=1e-4)
+    learner.test_perplexity.update(torch.tensor(math.nan), weight=torch.tensor(8))
+    assert learner.test_perplexity.compute().isnan()
 
 
 def test_it_learns_a_text_under_hift_and_the_whole_run_repeats(tmp_path: Path) -> None:

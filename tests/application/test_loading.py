@@ -105,7 +105,16 @@ def test_batches_that_workers_have_prepared_are_not_counted() -> None:
     batches = iter(loader)
     for _ in range(3):
         next(batches)
-    assert loader.state_dict() == {"epoch": 0, "batches": 3}
+    assert loader.state_dict() == {"epoch": 0, "batches": 3, "of": len(loader)}
+
+
+def test_a_state_from_within_an_epoch_of_other_batches_is_warned_of() -> None:
+    loader = rows()
+    whole = len(loader)
+    for batches in (0, 3):
+        told = pytest.warns(match=f"from batch 3 of an epoch of 5, .* make {whole} now")
+        with told if batches else contextlib.nullcontext():
+            loader.load_state_dict({"epoch": 1, "batches": batches, "of": 5})
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)])

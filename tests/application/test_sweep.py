@@ -1,6 +1,7 @@
 """The table and the picture of a sweep, from what its runs have left."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out
     finished_run(tmp_path, 10, ["+a=x=1", "seed=1"], 0.8)
     finished_run(tmp_path, 2, ["+a=y", "seed=1"], 0.7)
     (tmp_path / "3" / ".hydra").mkdir(parents=True)
-    runs = read_runs(tmp_path)
+    runs = read_runs(tmp_path, since=0)
     assert [run["a"] for run in runs] == ["y", "x=1"]
     assert varied(runs) == ["a"]
 
@@ -31,11 +32,26 @@ def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out
 def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": ".hydra"}})
+    table = SweepTable("test/accuracy", "memory/peak_device_bytes")
+    table.on_multirun_start(config)
     finished_run(tmp_path, 0, ["seed=1"], 0.8)
     finished_run(tmp_path, 1, ["seed=2"], 0.7)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
-    SweepTable("test/accuracy", "memory/peak_device_bytes").on_multirun_end(config)
+    table.on_multirun_end(config)
     assert (tmp_path / "sweep.csv").exists()
     assert not (tmp_path / "sweep.png").exists()
     assert "pip install matplotlib" in capsys.readouterr().out
+
+
+def test_runs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
+    finished_run(tmp_path, 0, ["seed=1"], 0.8)
+    os.utime(tmp_path / "0" / "metrics.json", (100, 100))
+    finished_run(tmp_path, 1, ["seed=2"], 0.7)
+    assert [run["seed"] for run in read_runs(tmp_path, since=200)] == ["2"]
+
+
+def test_a_sweep_that_leaves_no_overrides_is_refused(tmp_path: Path) -> None:
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": None}})
+    with pytest.raises(SystemExit, match="`hydra.output_subdir=null` leaves out"):
+        SweepTable("test/accuracy", "memory/peak_device_bytes").on_multirun_start(config)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaTokenizer
 
 from hift_lightning.data import TextDataModule
 from hift_lightning.data.documents import Document
@@ -109,6 +110,22 @@ def test_of_a_chat_the_template_is_written_and_the_assistants_turns_are_trained(
     assert "".join(piece.text for piece in pieces) + "\n" == tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]\n", "a ship[SEP]"]
     assert TokenizerEncoder(tokenizer).chat(CHAT[:3], "here")[-1] == Piece("[user]and sails[SEP]", False)
+
+
+def test_a_chat_that_the_assistant_begins_is_written_with_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no messages') if not messages }}" + TEMPLATE
+    pieces = TokenizerEncoder(tokenizer).chat(CHAT[1:], "here")
+    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]\n", "a ship[SEP]"]
+    assert pieces[0] == Piece("[assistant]", False)
+
+
+def test_no_space_is_set_within_a_document() -> None:
+    letters = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "▁", *"24+=\nab"])}
+    tokenizer = LlamaTokenizer(letters, merges=[])
+    encoder = TokenizerEncoder(tokenizer)
+    ids = [*encoder.encode("2+2="), *encoder.encode("4\na", continues=True)]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁", *"2+2=4\na"]
+    assert tokenizer("2+2=4\na", add_special_tokens=False).input_ids == ids
 
 
 def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: Any) -> None:

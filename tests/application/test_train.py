@@ -44,6 +44,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "objective=val/accurcy": ("objective=val/accurcy", "val/accuracy"),
     "ckpt_path=.": ("ckpt_path=.", "is a folder and no checkpoint"),
     "optimizer.betas=[2,3]": ("optimizer", "2"),
+    "optimizer.betas=[0.9]": ("optimizer.betas=[0.9]",),
+    "trainer.check_val_every_n_epoch=1 trainer.val_check_interval=9": ("val_check_interval=9", "8 batches", "=null`"),
     "model.pretrained=somebody/no-such-model": ("somebody/no-such-model", "/path/to/folder", "model.pretrained=null"),
     "model=llama7b": ("huggyllama/llama-7b", "/path/to/folder", "model.pretrained=null"),
     "model.pretrained=/no/such/folder": ("/no/such/folder", "/path/to/folder", "model.pretrained=null"),
@@ -150,6 +152,38 @@ def test_ctrl_c_ends_with_a_sentence_that_tells_the_checkpoint(tmp_path: Path) -
     told = re.search(r"the last checkpoint is (\S+);", errors)
     assert told, output + errors
     assert torch.load(told.group(1), weights_only=True)["global_step"] > 0
+
+
+def test_a_run_in_the_folder_of_another_tells_of_its_own_checkpoints(tmp_path: Path) -> None:
+    here = [*TINY, "logger=none", "hydra.run.dir='[here]'"]
+    first = run_application(tmp_path, *here, "trainer.max_steps=2")
+    assert "checkpoint:  [here]/checkpoints/step-2.ckpt" in first.stdout, first.stderr
+    nothing_saved = ["callbacks.checkpoint=null", "trainer.enable_checkpointing=false"]
+    second = run_application(tmp_path, *here, *nothing_saved, "trainer.max_steps=1")
+    assert "checkpoint:  none" in second.stdout, second.stderr
+    diverged = ["learning_rate=1.0e+38", "strategy.lr_update=step", "scheduler=constant"]
+    third = run_application(tmp_path, *here, *diverged)
+    assert "no checkpoint had been saved yet" in third.stderr.lower()
+
+
+def test_a_run_of_a_sweep_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path) -> None:
+    def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
+        return run_application(
+            tmp_path, "-m", *TINY, "logger=none", "trainer.limit_train_batches=1", "hydra.sweep.dir=swept", *overrides
+        )
+
+    first = sweep("seed=1,2,3", "strategy.frozen=[network.head.*],null")
+    assert first.returncode == 0, first.stderr
+    assert "[network.head.*]" in first.stdout
+    run = sweep("seed=4,5,6", "learning_rate=-1,1.0e-4")
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "`learning_rate=-1` is not possible" in run.stderr
+    with (tmp_path / "swept" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["seed"], row["learning_rate"]) for row in rows] == [(seed, "0.0001") for seed in "456"]
+    assert "memory/peak_rss_bytes" not in rows[0]  # of the process, and so of the largest run before it
+    assert "sweep.png" in run.stdout
 
 
 def test_a_sweep_leaves_one_table_and_one_picture(tmp_path: Path) -> None:
