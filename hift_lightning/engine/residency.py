@@ -347,7 +347,7 @@ class Residency:
             if not isinstance(leaf, Tensor) or not self._leaves_with(leaf, parameter):
                 continue
             split = rows != ALL_ROWS and leaf.dim() > 0
-            whole = torch.empty((local(parameter).shape[0], *leaf.shape[1:]), device="meta") if split else leaf
+            whole = local(parameter) if split else leaf  # of whose rows those of the state are
             kept = known[i]
             if kept is None or kept.buffer.tensor.shape != whole.shape or kept.dtype != leaf.dtype:
                 dtype = self._kept_dtype(leaf, leaf.dtype, quantized)

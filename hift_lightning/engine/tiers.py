@@ -177,6 +177,14 @@ class HostBuffer(Buffer):
         """Does nothing, since memory is not lost."""
 
 
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Of a tensor without gaps whose dimensions lie in memory in the order of this one's, as in ``channels_last``.
+
+    torch's fused optimizers go through the memory of weights, gradients and state side by side.
+    """
+    return torch.empty_like(tensor, device="meta").stride()
+
+
 @register_tier("files")
 class Files(Tier):
     """Files in a folder, one a tensor, read and written directly.
@@ -216,7 +224,7 @@ class Files(Tier):
             ParkedStateError: if the disk is full.
         """
         self._made += 1
-        return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", tuple(like.shape), dtype)
+        return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", like, dtype)
 
 
 _PREFIX, _LOCK = "hift-parked-", "in-use"
@@ -238,10 +246,10 @@ def _remove(folder: Path, lock: int) -> None:
 
 
 class _FileBuffer(Buffer):
-    def __init__(self, tier: Files, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(self, tier: Files, path: Path, like: Tensor, dtype: torch.dtype) -> None:
         self._tier = tier  # the folder lives as long as a buffer in it
-        self.path, self.shape, self.dtype = path, shape, dtype
-        self._nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self.path, self.shape, self.dtype = path, tuple(like.shape), dtype
+        self._nbytes = like.numel() * dtype.itemsize
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
         try:
             # takes the room now: a disk that is full must be told of here, and not by a signal at a mapped page
@@ -253,15 +261,22 @@ class _FileBuffer(Buffer):
         finally:
             os.close(descriptor)
         weakref.finalize(self, path.unlink, missing_ok=True)  # what is mapped of it stays
-        self.tensor = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype).view(shape)
+        flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=dtype)
+        self.tensor = flat.as_strided(self.shape, dense_strides(like))
 
     def read(self, rows: slice = ALL_ROWS) -> Tensor:
-        values = torch.empty_like(self.tensor[rows] if self.shape else self.tensor)
+        values = torch.empty_like(self._rows(rows))
         self._transfer(values, rows, os.O_RDONLY, os.preadv)
         return values
 
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
-        self._transfer(values.to("cpu", self.dtype).contiguous(), rows, os.O_WRONLY, os.pwritev)
+        values = values.to("cpu", self.dtype)
+        if values.stride() != (like := self._rows(rows)).stride():
+            values = torch.empty_like(like).copy_(values)
+        self._transfer(values, rows, os.O_WRONLY, os.pwritev)
+
+    def _rows(self, rows: slice) -> Tensor:
+        return self.tensor[rows] if self.shape else self.tensor
 
     def check(self) -> None:
         try:
@@ -284,7 +299,8 @@ class _FileBuffer(Buffer):
             return
         start = rows.indices(self.shape[0])[0] if self.shape else 0
         offset = start * (self._nbytes // self.shape[0]) if self.shape else 0
-        view = memoryview(values.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        in_memory = values.as_strided((values.numel(),), (1,))  # in whatever order the dimensions lie there
+        view = memoryview(in_memory.view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
             descriptor = os.open(self.path, flags)
         except OSError as error:

@@ -23,7 +23,7 @@ from hift_lightning.engine.masters import follow_weights
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
-from hift_lightning.engine.tiers import ALL_ROWS
+from hift_lightning.engine.tiers import ALL_ROWS, dense_strides
 
 UPDATES = ("block", "streamed", "fused")
 
@@ -150,12 +150,12 @@ class PieceUpdate:
         if not self.residency.copies(parameter):
             return whole
         half = window // 2
-        if not trial.elementwise or parameter.dim() == 0 or local(parameter).numel() == 0:
+        fused = bool(self.optimizer.param_groups[self._group_of[parameter]].get("fused"))
+        if not trial.elementwise or not _has_rows(local(parameter), in_memory=fused):
             if (needed := self._bytes(whole[0])) > window:
                 raise ConfigurationError(
-                    f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor, and a "
-                    f"tensor of shape {tuple(parameter.shape)} has {needed:,} bytes of state; use a `window` "
-                    "of at least that."
+                    f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor of shape "
+                    f"{tuple(parameter.shape)}, which has {needed:,} bytes of state; use a `window` of at least that."
                 )
             return whole
         master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
@@ -263,6 +263,13 @@ class PieceUpdate:
                 group["params"] = parameters
 
 
+def _has_rows(weights: Tensor, in_memory: bool) -> bool:
+    """Whether there are rows, where they are stepped `in_memory` (by fused kernels) such as lie there by themselves."""
+    if weights.dim() == 0 or weights.numel() == 0:
+        return False
+    return not in_memory or weights.stride(0) * weights.shape[0] == weights.numel()
+
+
 def _rows_of(piece: Piece) -> Tensor:
     weights = local(piece.parameter).detach()
     return weights if piece.whole else weights[piece.rows]
@@ -293,7 +300,7 @@ class _Arena:
         def copy_in(source: Tensor, dtype: torch.dtype) -> Tensor:
             nonlocal position
             nbytes = source.numel() * dtype.itemsize
-            target = memory[position : position + nbytes].view(dtype).view(source.shape)
+            target = memory[position : position + nbytes].view(dtype).as_strided(source.shape, dense_strides(source))
             position += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
             return target.copy_(source, non_blocking=True)
 
