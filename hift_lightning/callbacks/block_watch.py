@@ -1,5 +1,6 @@
 """What is measured of the blocks of one optimizer, update by update."""
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -163,7 +164,8 @@ def short_names(names: list[str]) -> list[str]:
     Args:
         names: of blocks. Of each the last two parts stay (`layer.0`); those that have only one do not count.
     """
-    parts = [name.split(".") for name in names if "." in name]
+    layers = itertools.chain.from_iterable(name.split(" … ") for name in names)
+    parts = [name.split(".") for name in layers if "." in name]
     shared = 0
     while parts and all(len(one) > shared + 2 and one[: shared + 1] == parts[0][: shared + 1] for one in parts):
         shared += 1

@@ -189,7 +189,13 @@ class HiFT:
         """Frozen layers and those that are always active too: backward goes through them as through the rest."""
         if not self.settings.activation_checkpointing:
             return []
-        names = modules_of_layers(self.model, self.settings.layers)
+        names = modules_of_layers(self.model)
+        if not names:
+            warnings.warn(
+                f"`activation_checkpointing=True` computes layers of a stack anew, and `{type(self.model).__name__}` "
+                "has no stack of modules; leave it out.",
+                stacklevel=3,
+            )
         if not others:
             return names
         own = set(self._trained.values())  # each engine sees to the layers of its optimizer
@@ -297,7 +303,8 @@ class HiFT:
 
         Optional in a plain loop: call it after every backward pass, or never. With it, a block that no gradient reaches
         is named in a warning, and it does not keep its turn for ever; and NaN and inf are found before clipping by norm
-        spreads them over all gradients.
+        spreads them over all gradients. Of a loss that may not reach the block at all call
+        ``if loss.requires_grad: loss.backward()``, since torch refuses it otherwise, and this after it.
 
         Args:
             loss: of which backward was called, as it was before a GradScaler scaled it.

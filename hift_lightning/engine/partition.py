@@ -245,7 +245,7 @@ def partition(
     return Plan(blocks, group_size, always)
 
 
-def modules_of_layers(model: nn.Module, layers: Sequence[str] | None = None) -> list[str]:
+def modules_of_layers(model: nn.Module) -> list[str]:
     """Names of the layers that are a module of the model, bottom first, whether they are trained or not.
 
     What stands around stacks has the name of its place ("embeddings", "stem", "head") and is none of them, even where a
@@ -253,15 +253,11 @@ def modules_of_layers(model: nn.Module, layers: Sequence[str] | None = None) -> 
 
     Args:
         model: any module.
-        layers: as for :func:`partition`.
-
-    Raises:
-        ConfigurationError: as :func:`partition` does.
     """
     names, modules = _names_and_modules(model)
     stacks = set(_inside_stacks(names, modules).values())
     no_modules = set(_PLACES) - stacks if stacks else set()
-    found = partition(model, layers=layers, trainable=names).layers
+    found = partition(model, trainable=names).layers
     return [layer.name for layer in found if layer.name in modules and layer.name not in no_modules]
 
 
@@ -468,7 +464,7 @@ def _elements(container: nn.Module) -> list[nn.Module]:
     if not isinstance(container, nn.ModuleList | nn.Sequential):
         return []
     # list() keeps the repetitions of a shared element, which children() would drop
-    elements = [element for element in list(container) if _owners(element)]
+    elements = [element for element in list(container) if element is not None and _owners(element)]
     composite = [element for element in elements if len(_owners(element)) > 1]
     if isinstance(container, nn.ModuleList):
         return elements if composite else []

@@ -16,13 +16,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import Accelerator
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.functional import scaled_dot_product_attention
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
+from torchmetrics import Metric
 from typing_extensions import override
 
 DEVICE = torch.device("lazy", 0)
@@ -87,7 +90,12 @@ def fake_tensors() -> Iterator[None]:
     only_on_cpu = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device=...)` is made on the CPU, and fake then
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _FusedAttention(), _no_packed_sequences():
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            _FusedAttention(),
+            _fused_optimizers(),
+            _no_packed_sequences(),
+        ):
             yield
     finally:
         torch._C._set_only_lift_cpu_tensors(only_on_cpu)
@@ -113,6 +121,18 @@ class _NoStream(torch.cpu.Stream):
 
     def wait_event(self, event: Any) -> None:
         pass
+
+
+@contextlib.contextmanager
+def _fused_optimizers() -> Iterator[None]:
+    """Within it, `fused=True` may be used as on CUDA."""
+    module: Any = optimizer
+    known = module._get_fused_kernels_supported_devices
+    module._get_fused_kernels_supported_devices = lambda: [*known(), DEVICE.type]
+    try:
+        yield
+    finally:
+        module._get_fused_kernels_supported_devices = known
 
 
 @contextlib.contextmanager
@@ -152,14 +172,23 @@ def fake_copy(module: L.LightningModule, dtype: torch.dtype | None) -> L.Lightni
         fake_module = copy.deepcopy(module, memo)
     # Its tensors are where and what they should be, and `Module.to` cannot change fake ones.
     fake_module._apply = lambda fn, recurse=True: fake_module  # type: ignore[method-assign]
-    # Logged values have no value.
+    # Metrics look at values, and there are none; nor are there any to be logged, or for callbacks to watch.
+    for metric in fake_module.modules():
+        if isinstance(metric, Metric):
+            for method in ("forward", "update", "compute"):
+                setattr(metric, method, _no_value)
+    fake_module.configure_callbacks = list  # type: ignore[method-assign]
     fake_module.log = fake_module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     return fake_module
 
 
+def _no_value(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros((), device=DEVICE)
+
+
 def fake_batch(batch: Any) -> Any:
     """The batch with fake tensors on the host."""
-    return tree_map_only(Tensor, lambda tensor: _fake(tensor, torch.device("cpu"), None), batch)
+    return apply_to_collection(batch, Tensor, lambda tensor: _fake(tensor, torch.device("cpu"), None))
 
 
 def _fake(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -201,7 +230,16 @@ class _FusedAttention(_Mode):
 
     @override
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (_attention if func is scaled_dot_product_attention else func)(*args, **kwargs)
+        if func is scaled_dot_product_attention and _has_fused_kernels(*args[:3], **kwargs):
+            func = _attention
+        return func(*args, **kwargs)
+
+
+def _has_fused_kernels(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> bool:
+    """Of four dimensions, with the same first ones and the same width."""
+    heads = slice(1) if options.get("enable_gqa") else slice(2)
+    same = query.shape[heads] == key.shape[heads] == value.shape[heads] and query.shape[-1] == value.shape[-1]
+    return query.dim() == key.dim() == value.dim() == 4 and same
 
 
 def _attention(

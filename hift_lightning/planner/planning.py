@@ -11,7 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -85,9 +88,15 @@ def plan(
         progress: called with the steps done and the steps to do in all.
 
     Raises:
-        ConfigurationError: if the precision cannot be planned, or not with `update="fused"`, or the shape of a tensor
-            depends on values while the module trains.
+        ConfigurationError: if the precision cannot be planned, or not with `update="fused"`; if the shape of a tensor
+            depends on values while the module trains, or whether there is a loss; if a module that optimizes by hand
+            does not step one optimizer in each batch; or if the module does not run on tensors without values.
     """
+    if strategy not in ("hift", "full") and not isinstance(strategy, BlockwiseTraining):
+        raise ConfigurationError(
+            f"`strategy={strategy!r}` cannot be planned; give `HiFTStrategy(...)`, `HiFTDDPStrategy(...)` or "
+            '`HiFTFSDP2Strategy(...)`, or "hift" or "full".'
+        )
     ranks = None
     if isinstance(strategy, (HiFTDDPStrategy, HiFTFSDP2Strategy)):
         ranks = PlannedRanks(strategy, devices, num_nodes)
@@ -134,6 +143,10 @@ class StepPlanner:
             raise ConfigurationError(
                 f"`precision={self.precision!r}` cannot be planned; choose one of {', '.join(PRECISIONS)}."
             )
+        if self.accumulate_grad_batches < 1:
+            raise ConfigurationError(
+                f"`accumulate_grad_batches={self.accumulate_grad_batches}` is not possible; give 1 or more."
+            )
 
     @property
     def why_not_fused(self) -> str | None:
@@ -173,7 +186,8 @@ class StepPlanner:
             trace = stack.enter_context(DeviceTrace(DEVICE, _vocabulary(self.module)))
             if self.ranks is not None:
                 stack.enter_context(follow_gathered_weights(trace))
-            module = fake_copy(self.module, None if mixed else dtype)
+            with _told_of(self.module):
+                module = fake_copy(self.module, None if mixed else dtype)
             trace.mark([*module.parameters(), *module.buffers()], "weights")
             watch = _Watch(
                 trace,
@@ -181,6 +195,7 @@ class StepPlanner:
                 micro_batches=self.accumulate_grad_batches,
                 progress=self.progress,
             )
+            stack.callback(watch.close)
             precision = _MixedPrecision("bf16-mixed", "cpu") if mixed else _true_precision(self.precision)
             trainer = L.Trainer(
                 accelerator=FakeAccelerator(),
@@ -193,7 +208,7 @@ class StepPlanner:
                 max_steps=_MOST_STEPS,
                 min_steps=_MOST_STEPS,  # so that a module which sets `trainer.should_stop` ends nothing
                 limit_val_batches=0,
-                logger=False,
+                logger=DummyLogger(),  # which a module may write to
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -201,16 +216,12 @@ class StepPlanner:
                 gradient_clip_val=self.gradient_clip_val,
                 gradient_clip_algorithm=self.gradient_clip_algorithm,
             )
-            try:
-                # none are validated, but who says nothing about it is warned
-                val_batches: list[Any] | None = [] if is_overridden("validation_step", module) else None
+            # a module may ask it for numbers
+            trainer.datamodule = getattr(self.module._trainer, "datamodule", None)  # type: ignore[attr-defined]
+            # none are validated, but who says nothing about it is warned
+            val_batches: list[Any] | None = [] if is_overridden("validation_step", module) else None
+            with _told_of(self.module):
                 trainer.fit(module, _Forever(fake_batch(self.batch)), val_batches)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise ConfigurationError(
-                    f"`{type(self.module).__name__}` makes a tensor whose shape depends on values (`{error.func}`), "
-                    "and there are no values while planning; use a mask of full shape instead of boolean indexing, and "
-                    "`validate_args=False` in metrics of torchmetrics."
-                ) from error
         blocks, always = watch.blocks(), watch.always_active
         return Plan(
             numel=sum(p.numel() for p in self.module.parameters()),
@@ -264,6 +275,27 @@ def _vocabulary(module: nn.Module) -> int | None:
 
 
 @contextlib.contextmanager
+def _told_of(module: nn.Module) -> Iterator[None]:
+    """Within it, errors of a module that cannot be planned say so in a sentence."""
+    name = type(module).__name__
+    try:
+        yield
+    except (ConfigurationError, MisconfigurationException):
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigurationError(
+            f"`{name}` makes a tensor whose shape depends on values (`{error.func}`), and there are no values while "
+            "planning; use a mask of full shape instead of boolean indexing."
+        ) from error
+    except Exception as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigurationError(
+            f"`{name}` cannot be planned, since it does not run on tensors without values ({told}); mend what the "
+            "error tells of, or give a number for `group_size` in place of `auto`."
+        ) from error
+
+
+@contextlib.contextmanager
 def _no_info() -> Iterator[None]:
     """Within it, the inner Trainer does not tell of devices and progress; warnings are told."""
     before = logging.root.manager.disable
@@ -300,12 +332,18 @@ class _Watch(Callback):
         self._trace, self._autocast, self._progress = trace, autocast, progress
         self._micro_batches = micro_batches
         self._autocasting = contextlib.ExitStack()
+        self._backward_seen = False
+        self._steps_before = 0
         self._stretches = [Stretch([0])]
         self._due = [_Step(0, made_up=True), _Step(0, made_up=False)]
         self._done = 0
         self._seen: dict[int, BlockPlan] = {}
         self.always_active: BlockReport | None = None
         """What is trained in every step."""
+
+    def close(self) -> None:
+        """Leave autocast, where an error has ended a forward pass."""
+        self._autocasting.close()
 
     def blocks(self) -> tuple[BlockPlan, ...]:
         """What each block needs, in the order of their turns."""
@@ -324,8 +362,14 @@ class _Watch(Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not pl_module.automatic_optimization and len(trainer.optimizers) > 1:
+            raise ConfigurationError(
+                f"`{type(pl_module).__name__}` steps {len(trainer.optimizers)} optimizers by hand, and which of them "
+                "in which step is not known while planning; give a number for `group_size` in place of `auto`."
+            )
+        trainer.strategy.lr_scheduler_configs = []  # rates do not change what a step needs
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers):
-            if group.get("foreach", True) is None and not group.get("fused"):
+            if group.get("foreach", True) is None and not group.get("fused") and not isinstance(group["lr"], Tensor):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors
         self._training_step = pl_module.training_step  # FSDP2 has wrapped it
         self._trace.mark(map(local, pl_module.parameters()), "weights")  # which FSDP2 has made anew
@@ -357,8 +401,10 @@ class _Watch(Callback):
                 self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
             if not step.made_up:
                 self._trace.begin_step()
+        self._backward_seen, self._steps_before = False, trainer.global_step
         if step.made_up:
-            pl_module.training_step = functools.partial(_made_up_loss, pl_module)  # type: ignore[method-assign]
+            made_up = _made_up_loss if pl_module.automatic_optimization else _made_up_step
+            pl_module.training_step = functools.partial(made_up, pl_module)  # type: ignore[method-assign]
             return
         pl_module.training_step = self._training_step  # type: ignore[method-assign]
         if self._autocast is not None:
@@ -367,6 +413,7 @@ class _Watch(Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._trace.phase = "backward"
+        self._backward_seen = True
         if self._autocast is not None:
             self._autocast.forget_casts()
 
@@ -383,6 +430,7 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._check_step(trainer, pl_module)
         if (batch_idx + 1) % self._micro_batches != 0:
             return
         for optimizer in trainer.optimizers:
@@ -399,6 +447,20 @@ class _Watch(Callback):
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._done + len(self._due))
+
+    def _check_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        name = type(module).__name__
+        if not self._backward_seen:
+            raise ConfigurationError(
+                f"`{name}` had no loss while planning, where each number that is read from a tensor is 1, so that "
+                "`torch.isnan(loss)` holds; leave such steps out with `nonfinite='skip'`, or give a number for "
+                "`group_size` in place of `auto`."
+            )
+        if not module.automatic_optimization and trainer.global_step != self._steps_before + 1:
+            raise ConfigurationError(
+                f"`{name}` does not step its optimizer once in each batch, as where it accumulates gradients by hand, "
+                "and a step is planned of one batch; give a number for `group_size` in place of `auto`."
+            )
 
     def _block_plan(self, engine: HiFT | None, module: L.LightningModule, index: int) -> BlockPlan:
         trace = self._trace.end_step()
@@ -444,6 +506,15 @@ def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype
 def _made_up_loss(module: nn.Module, batch: Any, *_: Any) -> Tensor:
     """A loss from which every parameter that requires a gradient gets one, without a forward pass."""
     return torch.stack([_MadeUpLoss.apply(p) for p in module.parameters() if p.requires_grad]).sum()  # type: ignore[no-untyped-call]
+
+
+def _made_up_step(module: L.LightningModule, batch: Any, *_: Any) -> None:
+    """What a module that optimizes by hand does of it."""
+    optimizer = module.optimizers()
+    assert isinstance(optimizer, LightningOptimizer)
+    module.manual_backward(_made_up_loss(module, batch))
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 class _MadeUpLoss(torch.autograd.Function):

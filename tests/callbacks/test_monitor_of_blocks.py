@@ -427,6 +427,10 @@ def test_ranks_measure_what_one_device_does(name):
     [
         (["net.body.embed", "net.body.layer.0", "head"], ["body.embed", "body.layer.0", "head"]),
         (["net.a.0 … net.a.1", "net.a.2"], ["a.0 … a.1", "a.2"]),
+        (
+            ["layers.0 … layers.1", "layers.2 … layers.3", "head"],
+            ["layers.0 … layers.1", "layers.2 … layers.3", "head"],
+        ),
         (["layer.0", "layer.1"], ["layer.0", "layer.1"]),
         (["a.0", "b.0"], ["a.0", "b.0"]),
         (["head"], ["head"]),

@@ -150,6 +150,13 @@ def test_any_patterns_for_layers_leave_a_partition(model: nn.Module, data: st.Da
         assert Layer(pattern, (pattern,)) in plan.layers
 
 
+def test_a_layer_that_was_taken_out_is_none() -> None:
+    model = Stack(depth=3)
+    model.layers[1] = None  # as people do who prune layers
+
+    assert [layer.name for layer in partition(model).layers] == ["embeddings", "layers.0", "layers.2", "head"]
+
+
 def test_blocks_are_cut_from_the_bottom_and_the_last_is_smaller() -> None:
     plan = partition(Stack(depth=5), 3)
 

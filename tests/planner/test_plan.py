@@ -3,11 +3,16 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.nn.functional import scaled_dot_product_attention
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import BatchEncoding
 
-from hift_lightning import HiFTStrategy
+from hift_lightning import HiFTManualMixin, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.planner import plan
-from tests.small_transformer import SmallTransformer, make_batches
+from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 
 def test_a_precision_that_cannot_be_planned_is_named():
@@ -28,7 +33,8 @@ def test_a_shape_that_depends_on_values_is_told_in_a_sentence():
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     with pytest.raises(
-        ConfigurationError, match=r"`PicksRows` makes a tensor whose shape depends on values .* `validate_args=False`"
+        ConfigurationError,
+        match=r"`PicksRows` makes a tensor whose shape depends on values .* use a mask of full",
     ):
         plan(PicksRows(), "hift", torch.ones(3, 4))
 
@@ -77,3 +83,150 @@ def test_a_module_that_ends_its_training_or_goes_on_does_not_disturb_planning(ho
     batch = make_batches(1)[0]
     for strategy in ("full", "hift"):
         assert plan(Decides(), strategy, batch) == plan(SmallTransformer(), strategy, batch)
+
+
+# --- modules as people write them -------------------------------------------------------------------------------------
+
+
+class ByHand(SmallTransformer):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
+class InWindows(HiFTManualMixin, SmallTransformer):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.hift_step(super().training_step(batch, batch_idx), accumulate_grad_batches=2)
+
+
+class TwoOptimizers(ByHand):
+    def configure_optimizers(self):
+        return [torch.optim.AdamW(self.head.parameters()), torch.optim.AdamW(self.layers.parameters())]
+
+
+class LeavesNaNOut(SmallTransformer):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if torch.isnan(loss) else loss
+
+
+class AsksForALoggedValue(SmallTransformer):
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert self.trainer.callback_metrics["train/loss"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (InWindows, "`InWindows` does not step its optimizer once in each batch, as where it accumulates"),
+        (TwoOptimizers, "`TwoOptimizers` steps 2 optimizers by hand"),
+        (LeavesNaNOut, r"`LeavesNaNOut` had no loss while planning, .* `nonfinite='skip'`"),
+        (AsksForALoggedValue, r"`AsksForALoggedValue` cannot be planned, .*KeyError: 'train/loss'.*give a number"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_sentence(strategy, module, told):
+    with pytest.raises(ConfigurationError, match=told):
+        plan(module(), strategy, make_batches(1)[0])
+
+
+class WithMetrics(SmallTransformer):
+    """Has what modules have beside their loss, none of which is on the device in a step."""
+
+    def __init__(self, make_optimizer=torch.optim.AdamW):
+        super().__init__(make_optimizer)
+        self.mean, self.accuracy = MeanMetric(), MulticlassAccuracy(3)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean.update(loss.detach())
+        assert self.accuracy(torch.zeros_like(batch[1]), batch[1]).shape == ()
+        self.logger.experiment.add_text("of", "planning")
+        return loss
+
+    def configure_callbacks(self):
+        return [EarlyStopping("train/loss")]
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameters())
+        short = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=3)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return [optimizer], [
+            {"scheduler": short, "interval": "step"},
+            {"scheduler": plateau, "interval": "step", "monitor": "train/loss"},
+        ]
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"lr": torch.tensor(1e-3)}], ids=str)
+def test_metrics_loggers_callbacks_and_schedules_do_not_disturb_planning(strategy, settings):
+    def make(parameters):
+        return torch.optim.AdamW(parameters, **settings)
+
+    batch = make_batches(1)[0]
+    planned, plain = plan(WithMetrics(make), strategy, batch), plan(SmallTransformer(make), strategy, batch)
+    assert planned.peak_bytes == pytest.approx(plain.peak_bytes, abs=1024)
+
+
+def test_group_size_auto_trains_a_module_that_asks_for_its_data():
+    class Data(L.LightningDataModule):
+        classes = 3
+
+        def train_dataloader(self):
+            return loader(make_batches(2))
+
+    class AsksForData(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.datamodule.classes == 3
+            return super().training_step(batch, batch_idx)
+
+    trainer_ = trainer(HiFTStrategy(group_size="auto", memory_budget="2GiB"))
+    trainer_.fit(AsksForData(), Data())
+    assert trainer_.strategy.settings.group_size == LAYERS
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(8, 4)] * 3, [(2, 8, 4)] * 3, [(1, 2, 2, 8, 4)] * 3, [(2, 2, 8, 4), (2, 2, 8, 4), (2, 2, 8, 6)]]
+)
+def test_attention_of_any_shape_is_planned(shapes):
+    class Attends(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            query, key, value = (self.head.weight.new_ones(shape) * self.head.weight.sum() for shape in shapes)
+            return super().training_step(batch, batch_idx) + scaled_dot_product_attention(query, key, value).sum()
+
+    assert plan(Attends(), "full", make_batches(1)[0]).peak_bytes > 0
+
+
+def test_a_batch_encoding_is_left_as_it_is():
+    class TakesEncoding(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["input_ids"], batch["labels"]), batch_idx)
+
+    inputs, labels = make_batches(1)[0]
+    batch = BatchEncoding({"input_ids": inputs, "labels": labels})
+    expected = plan(SmallTransformer(), "hift", (inputs, labels))
+    assert plan(TakesEncoding(), "hift", batch).peak_bytes == expected.peak_bytes
+    assert type(batch["input_ids"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "hift_ddp", None, HiFTStrategy])
+def test_a_strategy_that_is_none_of_these_is_refused(strategy):
+    with pytest.raises(ConfigurationError, match=r"`strategy=.*` cannot be planned; give `HiFTStrategy\(...\)`"):
+        plan(SmallTransformer(), strategy, make_batches(1)[0])
+
+
+def test_an_error_in_forward_leaves_torch_as_it_was():
+    class Fails(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            raise ValueError("of the user")
+
+    with pytest.raises(ConfigurationError, match="ValueError: of the user"):
+        plan(Fails(), "hift", make_batches(1)[0], precision="bf16-mixed")
+    assert not torch.overrides._get_current_function_mode_stack()
+    query = torch.ones(1, 1, 2, 2)
+    assert torch.equal(scaled_dot_product_attention(query, query, query), query)

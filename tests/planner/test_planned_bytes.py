@@ -52,6 +52,15 @@ class Module(L.LightningModule):
         return getattr(torch.optim, self.optimizer)(self.parameters(), **arguments)
 
 
+class ByHand(Module):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+
+
 class Peak(Callback):
     """Most bytes in use on the simulated accelerator in any step from the second cycle on."""
 
@@ -74,10 +83,12 @@ class Case:
     strategy: dict[str, Any] | None = field(default_factory=dict)
     """Arguments of `HiFTStrategy`; `None` for full fine-tuning."""
     trainer: dict[str, Any] = field(default_factory=dict)
+    module: type[Module] = Module
 
     def __str__(self):
         words = [self.family, self.optimizer, self.precision]
         words += ["full"] if self.strategy is None else [f"{k}={v}" for k, v in self.strategy.items()]
+        words += ["by hand"] if self.module is ByHand else []
         return " ".join([*words, *(f"{k}={v}" for k, v in self.trainer.items())])
 
 
@@ -100,6 +111,9 @@ CASES = [
     Case("gemma2", "RMSprop", strategy={"order": "random"}),
     Case("roberta", strategy={"group_size": 3, "order": "bottom2up"}),
     Case(strategy={"always_active": ["network.lm_head.*"], "update": "streamed", "window": "64KiB"}),
+    Case(module=ByHand),
+    Case(module=ByHand, strategy=None),
+    Case(module=ByHand, strategy={"update": "streamed", "window": "64KiB"}),
     Case("roberta", "SGD", "16-true", strategy={"master_weights": True, "activation_checkpointing": True}),
 ]
 
@@ -112,7 +126,7 @@ def batch_of(family):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_planned_peak_is_that_on_the_simulated_accelerator(case):
-    module = Module(case.family, case.optimizer)
+    module = case.module(case.family, case.optimizer)
     strategy = "full" if case.strategy is None else HiFTStrategy(**case.strategy)
     planned = plan(module, strategy, batch_of(case.family), precision=case.precision, **case.trainer)
 

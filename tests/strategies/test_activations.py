@@ -64,10 +64,29 @@ def wrapped(model, **arguments):
         return [name for name, module in model.named_modules() if "forward" in module.__dict__]
 
 
-@pytest.mark.parametrize("arguments", [{}, {"always_active": 3}, {"frozen": ["layers.1.*"]}, {"group_size": 2}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"always_active": 3},
+        {"frozen": ["layers.1.*"]},
+        {"group_size": 2},
+        {"layers": ["layers.[01].*", "layers.[23].*"]},
+    ],
+)
 def test_each_layer_is_checkpointed_whether_it_has_turns_or_not(arguments):
     names = wrapped(SmallTransformer(depth=4), activation_checkpointing=True, **arguments)
     assert names == [f"layers.{index}" for index in range(4)]  # neither `embedding` nor `head`, which keep little
+
+
+def test_a_model_without_layers_to_checkpoint_is_warned_of():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+    with pytest.warns(match="`activation_checkpointing=True` .* `Alone` has no stack of modules; leave it out"):
+        assert wrapped(Alone(), activation_checkpointing=True) == []
 
 
 def test_of_two_engines_each_checkpoints_its_own_layers():
