@@ -332,7 +332,6 @@ class _Watch(Callback):
         self._trace, self._autocast, self._progress = trace, autocast, progress
         self._micro_batches = micro_batches
         self._autocasting = contextlib.ExitStack()
-        self._backward_seen = False
         self._steps_before = 0
         self._stretches = [Stretch([0])]
         self._due = [_Step(0, made_up=True), _Step(0, made_up=False)]
@@ -401,7 +400,7 @@ class _Watch(Callback):
                 self._moved_before = engine.residency.bytes_paged_in, engine.residency.bytes_parked
             if not step.made_up:
                 self._trace.begin_step()
-        self._backward_seen, self._steps_before = False, trainer.global_step
+        self._steps_before = trainer.global_step
         if step.made_up:
             made_up = _made_up_loss if pl_module.automatic_optimization else _made_up_step
             pl_module.training_step = functools.partial(made_up, pl_module)  # type: ignore[method-assign]
@@ -413,7 +412,6 @@ class _Watch(Callback):
     @override
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._trace.phase = "backward"
-        self._backward_seen = True
         if self._autocast is not None:
             self._autocast.forget_casts()
 
@@ -430,7 +428,7 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._check_step(trainer, pl_module)
+        self._check_step(trainer, pl_module, outputs)
         if (batch_idx + 1) % self._micro_batches != 0:
             return
         for optimizer in trainer.optimizers:
@@ -448,9 +446,9 @@ class _Watch(Callback):
         if self._progress is not None:
             self._progress(self._done, self._done + len(self._due))
 
-    def _check_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _check_step(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any) -> None:
         name = type(module).__name__
-        if not self._backward_seen:
+        if module.automatic_optimization and not outputs:
             raise ConfigurationError(
                 f"`{name}` had no loss while planning, where each number that is read from a tensor is 1, so that "
                 "`torch.isnan(loss)` holds; leave such steps out with `nonfinite='skip'`, or give a number for "

@@ -135,6 +135,17 @@ def test_what_cannot_be_planned_is_told_in_a_sentence(strategy, module, told):
         plan(module(), strategy, make_batches(1)[0])
 
 
+def test_a_layer_that_the_loss_does_not_use_is_planned_all_the_same():
+    class HasMore(SmallTransformer):
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Linear(4, 4)
+
+    batch = make_batches(1)[0]
+    unused = 4 * (4 * 4 + 4)
+    assert plan(HasMore(), "hift", batch).peak_bytes == plan(SmallTransformer(), "hift", batch).peak_bytes + unused
+
+
 class WithMetrics(SmallTransformer):
     """Has what modules have beside their loss, none of which is on the device in a step."""
 
