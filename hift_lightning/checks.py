@@ -40,9 +40,9 @@ def check_configuration(cfg: DictConfig) -> None:
     if missing:
         raise ConfigurationError(f"`{missing[0]}` must be given; add `{missing[0]}=...` to the command.")
     _check_whole_number("seed", cfg.seed, at_least=0, at_most=_LARGEST_SEED)
-    if "seed" in cfg.data:
+    if cfg.data.get("seed") is not None:
         _check_whole_number("data.seed", cfg.data.seed, at_least=0, at_most=_LARGEST_SEED)
-    if "num_classes" in cfg.data:
+    if cfg.data.get("num_classes") is not None:
         _check_whole_number("data.num_classes", cfg.data.num_classes, at_least=2)
     _check_whole_number("data.batch_size", cfg.data.batch_size, at_least=1)
     _check_whole_number("data.max_length", cfg.data.max_length, at_least=1)
@@ -69,16 +69,27 @@ def check_configuration(cfg: DictConfig) -> None:
             f"`trainer.precision={cfg.trainer.precision}` has not; give `trainer.precision=bf16-true` or `16-true`, or "
             "leave `strategy.master_weights` out."
         )
+    if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
+        raise ConfigurationError(f"`learning_rate={cfg.learning_rate}` is not possible; give a number above 0.")
+    if cfg.ckpt_path is not None:
+        _check_checkpoint(Path(cfg.ckpt_path))
+
+
+def check_that_it_is_measured(cfg: DictConfig) -> None:
+    """Refuse an objective or a monitor of a part of the data that the run leaves out.
+
+    Args:
+        cfg: the composed configuration of `conf/train.yaml`.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
     part = str(cfg.objective).partition("/")[0]
     if part in ("val", "test") and (why := _why_not_measured(cfg, part)) is not None:
         raise ConfigurationError(
             f"`objective={cfg.objective}` is not measured with `{why}`; add `objective=train/loss`."
         )
     _check_monitors(cfg)
-    if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
-        raise ConfigurationError(f"`learning_rate={cfg.learning_rate}` is not possible; give a number above 0.")
-    if cfg.ckpt_path is not None:
-        _check_checkpoint(Path(cfg.ckpt_path))
 
 
 def check_that_the_rate_is_read(cfg: DictConfig, overrides: Sequence[str]) -> None:
@@ -203,10 +214,10 @@ def _check_checkpoint(path: Path) -> None:
 
 
 def _check_whole_number(key: str, value: Any, at_least: int, at_most: int | None = None) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and at_least <= value <= (at_most or value):
-        return
-    range_ = f"from {at_least} on" if at_most is None else f"from {at_least} to {at_most}"
-    raise ConfigurationError(f"`{key}={value}` is not possible; give a whole number {range_}.")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        possible = f"from {at_least} on" if at_most is None else f"from {at_least} to {at_most}"
+        raise ConfigurationError(f"`{key}={value}` is not possible; give a whole number {possible}.")
 
 
 def _is_number(value: Any) -> bool:

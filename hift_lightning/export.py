@@ -314,7 +314,10 @@ def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]
     if run.is_file() or (run / META).is_file():
         return run, _trainer_checkpoint(run)
     folder = Path(OmegaConf.select(cfg, "callbacks.checkpoint.dirpath") or root / "checkpoints")
-    found = {*folder.glob("*.ckpt"), *root.rglob("*.ckpt")}
+    # without the application's own callback Lightning saves beside the log; below a run may be another one's folder
+    found = list(folder.glob("*.ckpt")) or [
+        path for path in root.rglob("*.ckpt") if next(p for p in path.parents if (p / ".hydra").is_dir()) == root
+    ]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             return path, _trainer_checkpoint(path)

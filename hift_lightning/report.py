@@ -97,8 +97,8 @@ def print_table(metrics: Mapping[str, float], checkpoint: Path | None, folder: s
     console.print(table)
     # below the table, since a narrow terminal would cut them in it
     for line in (
-        f"checkpoint:  {'none' if checkpoint is None else _short(checkpoint)}",
-        f"all numbers: {_short(Path(folder) / METRICS_FILE)}",
+        f"checkpoint:  {'none' if checkpoint is None else shown(checkpoint)}",
+        f"all numbers: {shown(Path(folder) / METRICS_FILE)}",
     ):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -124,24 +124,27 @@ def written(value: float, kind: str) -> str:
     return f"{value:.0f}"
 
 
-def last_checkpoint(trainer: L.Trainer, began: float, ckpt_path: str | None) -> Path | None:
+def saved_checkpoints(trainer: L.Trainer) -> dict[Path, int]:
+    """Return the checkpoints in the folders that the run saves to, and when each was written, in nanoseconds."""
+    # looked up on disk, since ModelCheckpoint does not record in its paths what it saves on an exception
+    return {
+        path: path.stat().st_mtime_ns
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
+        for path in Path(callback.dirpath).glob("*.ckpt")
+    }
+
+
+def last_checkpoint(trainer: L.Trainer, before: Mapping[Path, int], ckpt_path: str | None) -> Path | None:
     """Return the newest checkpoint that the run has saved, or what it goes on from, if anything.
 
     Args:
         trainer: whose run it is.
-        began: when, in seconds; what was saved before is another run's in the same folder.
+        before: what `saved_checkpoints` returned at its start, of another run in the same folder.
         ckpt_path: what it goes on from.
     """
-    # looked up on disk, since ModelCheckpoint does not record in its paths what it saves on an exception
-    paths = [
-        path
-        for callback in trainer.checkpoint_callbacks
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
-        for path in Path(callback.dirpath).glob("*.ckpt")
-        if path.stat().st_mtime >= began
-    ]
-    gone_on_from = None if ckpt_path is None else Path(ckpt_path)
-    return max(paths, key=lambda path: path.stat().st_mtime, default=gone_on_from)
+    own = {path: written for path, written in saved_checkpoints(trainer).items() if before.get(path) != written}
+    return max(own, key=lambda path: own[path], default=None if ckpt_path is None else Path(ckpt_path))
 
 
 @contextlib.contextmanager
@@ -156,17 +159,17 @@ def one_sentence_errors() -> Iterator[None]:
     try:
         yield
     except (ConfigurationError, MisconfigurationException, NonfiniteError, ParkedStateError) as error:
-        _end(_one_line(error))
+        _end_with(_one_line(error))
     except InstantiationException as error:
         cause = error.__cause__
         key = re.search(r"full_key: (\S+)", str(error))
         place = f"In `{key.group(1)}`: " if key else ""
         if isinstance(cause, ConfigurationError):
-            _end(_one_line(cause))
+            _end_with(_one_line(cause))
         if cause is None or isinstance(cause, (ValueError, TypeError, ImportError, MisconfigurationException)):
             no_backend = "backend found" in str(cause)  # Lightning's words
             remedy = " Give `trainer.accelerator=auto` or `cpu`, or install a torch build for the device."
-            _end(place + _one_line(cause or error) + (remedy if no_backend else ""))
+            _end_with(place + _one_line(cause or error) + (remedy if no_backend else ""))
         raise
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
@@ -181,7 +184,7 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _end(sentence: str) -> NoReturn:
+def _end_with(sentence: str) -> NoReturn:
     if in_sweep():
         raise FailedRun(sentence)  # which Hydra catches, and goes on with the next run
     sys.exit(sentence)
@@ -238,5 +241,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join(" ".join([str(error), *getattr(error, "__notes__", [])]).split())
 
 
-def _short(path: Path) -> str:
+def shown(path: Path) -> str:
+    """Return a path as seen from the present folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -4,9 +4,8 @@ import atexit
 import csv
 import json
 import sys
-import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.report import METRICS_FILE, ROWS, one_sentence_errors, written
+from hift_lightning.report import METRICS_FILE, ROWS, one_sentence_errors, shown, written
 
 TABLE_FILE = "sweep.csv"
 PICTURE_FILE = "sweep.png"
@@ -62,26 +61,26 @@ class SweepTable(Callback):
         self.vertical = vertical
         self.horizontal = horizontal
         self._folder = Path()
-        self._began = 0.0
+        self._before: dict[Path, int] = {}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which runs are this sweep's, and see to it that they are shown in any case."""
         with one_sentence_errors():
             if config.hydra.output_subdir is None:
                 raise ConfigurationError(
-                    "`hydra.output_subdir=null` leaves out what the table of a sweep is made from; leave it away."
+                    "`hydra.output_subdir=null` leaves out what the table of a sweep is made from; do not set it."
                 )
-        self._folder = Path(config.hydra.sweep.dir)
-        self._began = time.time()
+        self._folder = Path(config.hydra.sweep.dir).absolute()
+        self._before = written_metrics(self._folder)
         atexit.register(self._show)  # Hydra tells nobody of the end where a run has failed
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Bring the table up to date, and tell what is wrong with a run that has failed."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
-        write_table(read_runs(self._folder, self._began), self._folder / TABLE_FILE)
         if job_return.status == JobStatus.FAILED:
             _tell_failure(job_return)
+        write_table(read_runs(self._folder, self._before), self._folder / TABLE_FILE)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write table and picture, and print the table."""
@@ -89,19 +88,19 @@ class SweepTable(Callback):
         self._show()
 
     def _show(self) -> None:
-        folder, runs = self._folder, read_runs(self._folder, self._began)
+        folder, runs = self._folder, read_runs(self._folder, self._before)
         if not runs:
             return
         write_table(runs, folder / TABLE_FILE)
         print_table(runs)
-        print(f"table: {folder / TABLE_FILE}")
+        print(f"table: {shown(folder / TABLE_FILE)}")
         try:
             vertical = next((name for name in self.vertical if any(name in run for run in runs)), self.vertical[0])
             draw(runs, vertical, self.horizontal, folder / PICTURE_FILE)
         except ImportError:
             print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
         else:
-            print(f"picture: {folder / PICTURE_FILE}")
+            print(f"picture: {shown(folder / PICTURE_FILE)}")
 
 
 def _tell_failure(job_return: JobReturn) -> None:
@@ -113,16 +112,21 @@ def _tell_failure(job_return: JobReturn) -> None:
         traceback.print_exc()
 
 
-def read_runs(folder: Path, since: float) -> list[Row]:
+def written_metrics(folder: Path) -> dict[Path, int]:
+    """Return the `metrics.json` of each finished run below `folder`, and when it was written, in nanoseconds."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob(METRICS_FILE)}
+
+
+def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
     """Return the overrides and numbers of each finished run below `folder`, in the order of the jobs.
 
     Args:
         folder: of a sweep.
-        since: a time in seconds; what was finished before is of an earlier sweep in the same folder.
+        before: what `written_metrics` returned at its start, of an earlier sweep in the same folder.
     """
     runs = []
-    for path in folder.rglob(METRICS_FILE):
-        if path.stat().st_mtime < since:
+    for path, moment in written_metrics(folder).items():
+        if before.get(path) == moment:
             continue
         (settings,) = path.parent.glob("*/hydra.yaml")
         hydra = OmegaConf.load(settings).hydra

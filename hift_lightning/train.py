@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,11 @@ from hift_lightning.checkpoint_io import refuse_folder
 from hift_lightning.checks import (
     check_configuration,
     check_objective,
+    check_that_it_is_measured,
     check_that_the_rate_is_read,
     check_that_the_shape_is_read,
 )
+from hift_lightning.data import SentenceDataModule, TextDataModule
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.optimization import check_optimizer
@@ -37,6 +38,7 @@ from hift_lightning.report import (
     last_checkpoint,
     one_sentence_errors,
     print_table,
+    saved_checkpoints,
     write_metrics,
 )
 from hift_lightning.strategies.blockwise import BlockwiseTraining
@@ -60,6 +62,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         ConfigurationError: a value of the configuration cannot work.
     """
     check_configuration(cfg)
+    check_that_it_is_measured(cfg)
     check_targets(cfg, trusted_targets)
     check_objective(cfg.objective, instantiate(cfg.model.module).func)
     check_writable("output_dir", cfg.output_dir)
@@ -88,7 +91,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
             network = instantiate(cfg.model.network, tokenizer=tokenizer)
         _choose_group_size(cfg, trainer, _build_module(cfg, trainer, network))
 
-    last = partial(last_checkpoint, trainer, time.time(), cfg.ckpt_path)
+    last = partial(last_checkpoint, trainer, saved_checkpoints(trainer), cfg.ckpt_path)
     with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer, last):
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         _choose_group_size(cfg, trainer, module)
@@ -192,8 +195,11 @@ def _check_validation_interval(trainer: L.Trainer, data: L.LightningDataModule) 
     interval = trainer.val_check_interval
     if trainer.check_val_every_n_epoch is None or not isinstance(interval, int) or not trainer.limit_val_batches:
         return
+    if type(data) not in (SentenceDataModule, TextDataModule):  # others may not be ready to be asked
+        return
     data.setup("fit")
-    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    batches = -(-len(data.train_dataloader()) // trainer.world_size)
+    limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if interval > batches:
         raise ConfigurationError(

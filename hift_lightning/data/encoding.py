@@ -9,8 +9,10 @@ from hift_lightning.engine.errors import ConfigurationError
 
 Message = dict[str, str]
 ASSISTANT = "assistant"
-# what no token of a tokenizer that sets a space before a text goes beyond
-_BEFORE = "\n"
+# what may stand for any text before a piece: a token may go beyond one of them, hardly beyond both
+_STAND_INS = ("\n", "a")
+# no content of a message
+_NO_CONTENT = "\ue000"
 
 
 class Piece(NamedTuple):
@@ -37,8 +39,8 @@ class Encoder(Protocol):
     end: int
     fingerprint: str
 
-    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
-        """Return the ids of a piece of a document, which `continues` one that stands before it, or begins it."""
+    def encode(self, text: str, after: int | None = None) -> Sequence[int]:
+        """Return the ids of a piece of a document that stands `after` an id, or begins the document."""
 
     def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
         """Write a conversation down; the assistant's turns are trained."""
@@ -52,7 +54,7 @@ class ByteEncoder:
     end = 256
     fingerprint = "bytes"
 
-    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
+    def encode(self, text: str, after: int | None = None) -> Sequence[int]:
         """Return the bytes of `text`."""
         return text.encode("utf-8")
 
@@ -85,18 +87,22 @@ class TokenizerEncoder:
         first = tokenizer("a").input_ids[0]
         self.start: tuple[int, ...] = (first,) if first == tokenizer.bos_token_id else ()
         self.fingerprint = _fingerprint(tokenizer)
-        before, both = self._ids(_BEFORE), self._ids(f"{_BEFORE}a")
-        # SentencePiece sets a space before a text, and none after another piece
-        sets_space = both[: len(before)] == before and both[len(before) :] != self._ids("a")
-        self._before = before if sets_space else None
+        self._added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        # SentencePiece sets a space before a text, and none within it
+        self._sets_space = self._ids_behind("\n", "a") not in (None, self._ids("a"))
 
-    def encode(self, text: str, continues: bool = False) -> Sequence[int]:
+    def encode(self, text: str, after: int | None = None) -> Sequence[int]:
         """Return the ids of a piece of a document, without tokens that the tokenizer would set around it."""
-        if continues and self._before is not None:
-            ids = self._ids(_BEFORE + text)
-            if ids[: len(self._before)] == self._before:
-                return ids[len(self._before) :]
-        return self._ids(text)
+        if after is None or not self._sets_space:
+            return self._ids(text)
+        before = [self._added[after]] if after in self._added else _STAND_INS
+        ids = (self._ids_behind(one, text) for one in before)
+        return next((found for found in ids if found is not None), self._ids(text))
+
+    def _ids_behind(self, before: str, text: str) -> list[int] | None:
+        """Those of `text` where it stands behind another one; `None` where a token belongs to both."""
+        ids, of_before = self._ids(before + text), self._ids(before)
+        return ids[len(of_before) :] if ids[: len(of_before)] == of_before else None
 
     def _ids(self, text: str) -> list[int]:
         # `verbose` is for texts that are longer than the model's context; they are cut into rows later
@@ -122,7 +128,7 @@ class TokenizerEncoder:
             if index:
                 before = self._written(messages[:index], place, add_generation_prompt=True)
             else:  # templates refuse a conversation without messages
-                before = after[: max(0, after.find(message["content"].strip()))]
+                before, _, _ = self._written([{**message, "content": _NO_CONTENT}], place).partition(_NO_CONTENT)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConfigurationError(
                     f"{place}: the chat template of `{self._tokenizer.name_or_path}` writes message {index + 1} in "

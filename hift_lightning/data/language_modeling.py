@@ -67,6 +67,8 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _check_numbers(batch_size, eval_batch_size, max_length, test_fraction, validation_fraction)
+        if not isinstance(seed, int):
+            raise ConfigurationError(f"`data.seed={seed}` is not possible; give a whole number.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

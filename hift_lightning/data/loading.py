@@ -57,12 +57,12 @@ class EpochOrder(Sampler[list[int]]):
         return self.given
 
     @property
-    def whole(self) -> int:
-        """Batches of an epoch, on all ranks together."""
+    def batches_in_epoch(self) -> int:
+        """On all ranks together."""
         return len(self._batches)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
-        return -(-self.whole // self.ranks)
+        return -(-self.batches_in_epoch // self.ranks)
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = list(self._batches)
@@ -129,17 +129,19 @@ class TrainingLoader:
         """
         order = self.batch_sampler
         begun = self._fetches_first or self._begun_epoch == order.epoch
-        return {"epoch": order.epoch, "batches": order.given, "of": order.whole, **({"begun": 1} if begun else {})}
+        position = {"epoch": order.epoch, "batches": order.given, "of": order.batches_in_epoch}
+        return {**position, "begun": 1} if begun else position
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from there with the next pass, on as many ranks as there are now."""
         order = self.batch_sampler
-        before = state_dict.get("of", order.whole)
-        if state_dict["batches"] and before != order.whole:
+        now = order.batches_in_epoch
+        before = state_dict.get("of", now)
+        if 0 < state_dict["batches"] < before != now:
             warnings.warn(
                 f"The checkpoint is from batch {state_dict['batches']} of an epoch of {before}, and the data make "
-                f"{order.whole} now (another `batch_size`, or other data), so some are seen twice in this epoch or not "
-                "at all; go on with the same, or from a checkpoint of the end of an epoch.",
+                f"{now} now (another `batch_size`, or other data), so some are seen twice in this epoch or not at all; "
+                "go on with the same, or from a checkpoint of the end of an epoch.",
                 stacklevel=2,
             )
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]

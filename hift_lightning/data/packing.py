@@ -52,8 +52,8 @@ def _encoded(
 ) -> tuple["array.array[int]", bytes]:
     ids: array.array[int] = array.array("i")
     trained = bytearray()
-    for index, piece in enumerate(document.pieces):
-        encoded = encoder.encode(piece.text, continues=index > 0)
+    for piece in document.pieces:
+        encoded = encoder.encode(piece.text, after=ids[-1] if ids else None)
         ids.extend(encoded)
         trained += bytes([piece.trained]) * len(encoded)
         if progress is not None:

@@ -204,7 +204,9 @@ class SentenceDataModule(L.LightningDataModule):
         for name, share in (("test_fraction", test_fraction), ("validation_fraction", validation_fraction)):
             if not isinstance(share, (int, float)) or not 0 < share < 1:
                 raise ConfigurationError(f"`data.{name}={share}` is not possible; give a number between 0 and 1.")
-        around = getattr(tokenizer, "num_special_tokens_to_add", int)()  # such as [CLS] and [SEP]
+        if not isinstance(seed, int):
+            raise ConfigurationError(f"`data.seed={seed}` is not possible; give a whole number.")
+        around = getattr(tokenizer, "num_special_tokens_to_add", lambda: 0)()  # such as [CLS] and [SEP]
         if max_length <= around:
             raise ConfigurationError(
                 f"`data.max_length={max_length}` leaves no token of a sentence beside the {around} that the tokenizer "

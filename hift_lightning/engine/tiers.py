@@ -178,11 +178,16 @@ class HostBuffer(Buffer):
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Of a tensor without gaps whose dimensions lie in memory in the order of this one's, as in ``channels_last``.
+    """Strides of a tensor without gaps whose dimensions lie in memory in the order of this one's (``channels_last``).
 
     torch's fused optimizers go through the memory of weights, gradients and state side by side.
     """
     return torch.empty_like(tensor, device="meta").stride()
+
+
+def has_rows_in_memory(tensor: Tensor) -> bool:
+    """Whether the tensor has rows, and each lies in memory by itself and without gaps."""
+    return tensor.dim() > 0 and tensor.numel() > 0 and tensor.stride(0) * tensor.shape[0] == tensor.numel()
 
 
 @register_tier("files")
@@ -265,11 +270,16 @@ class _FileBuffer(Buffer):
         self.tensor = flat.as_strided(self.shape, dense_strides(like))
 
     def read(self, rows: slice = ALL_ROWS) -> Tensor:
+        if not self._lie_together(rows):
+            return self._rows(rows).clone()
         values = torch.empty_like(self._rows(rows))
         self._transfer(values, rows, os.O_RDONLY, os.preadv)
         return values
 
     def write(self, values: Tensor, rows: slice = ALL_ROWS) -> None:
+        if not self._lie_together(rows):
+            self._rows(rows).copy_(values)
+            return
         values = values.to("cpu", self.dtype)
         if values.stride() != (like := self._rows(rows)).stride():
             values = torch.empty_like(like).copy_(values)
@@ -277,6 +287,10 @@ class _FileBuffer(Buffer):
 
     def _rows(self, rows: slice) -> Tensor:
         return self.tensor[rows] if self.shape else self.tensor
+
+    def _lie_together(self, rows: slice) -> bool:
+        """Whether they are one stretch of the file; otherwise they are reached through its map."""
+        return rows == ALL_ROWS or has_rows_in_memory(self.tensor)
 
     def check(self) -> None:
         try:

@@ -23,7 +23,7 @@ from hift_lightning.engine.masters import follow_weights
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
-from hift_lightning.engine.tiers import ALL_ROWS, dense_strides
+from hift_lightning.engine.tiers import ALL_ROWS, dense_strides, has_rows_in_memory
 
 UPDATES = ("block", "streamed", "fused")
 
@@ -54,13 +54,13 @@ def parse_bytes(name: str, value: str | int) -> int:
 
     Args:
         name: of the argument, for the message.
-        value: bytes, or a number with a unit (B, KiB, MiB, GiB, KB, MB, GB).
+        value: bytes, or a number with a unit (B, KiB, MiB, GiB, KB, MB, GB), in capitals or not.
 
     Raises:
         ConfigurationError: if it cannot be read or is not positive.
     """
-    units = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
+    units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
     if match and match[2] in units and (number := int(float(match[1]) * units[match[2]])) > 0:
         return number
     raise ConfigurationError(f"`{name}={value!r}` is not a number of bytes; write it like `256MiB`.")
@@ -151,7 +151,8 @@ class PieceUpdate:
             return whole
         half = window // 2
         fused = bool(self.optimizer.param_groups[self._group_of[parameter]].get("fused"))
-        if not trial.elementwise or not _has_rows(local(parameter), in_memory=fused):
+        has_rows = parameter.dim() > 0 and local(parameter).numel() > 0
+        if not trial.elementwise or not has_rows or (fused and not has_rows_in_memory(local(parameter))):
             if (needed := self._bytes(whole[0])) > window:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor of shape "
@@ -261,13 +262,6 @@ class PieceUpdate:
         finally:
             for group, parameters in zip(groups, before, strict=True):
                 group["params"] = parameters
-
-
-def _has_rows(weights: Tensor, in_memory: bool) -> bool:
-    """Whether there are rows, where they are stepped `in_memory` (by fused kernels) such as lie there by themselves."""
-    if weights.dim() == 0 or weights.numel() == 0:
-        return False
-    return not in_memory or weights.stride(0) * weights.shape[0] == weights.numel()
 
 
 def _rows_of(piece: Piece) -> Tensor:

@@ -1,6 +1,7 @@
 """What a training step needs, found out by running it: the real strategy, on tensors that have no memory."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -216,8 +217,8 @@ class StepPlanner:
                 gradient_clip_val=self.gradient_clip_val,
                 gradient_clip_algorithm=self.gradient_clip_algorithm,
             )
-            # a module may ask it for numbers
-            trainer.datamodule = getattr(self.module._trainer, "datamodule", None)  # type: ignore[attr-defined]
+            data = getattr(self.module._trainer, "datamodule", None)
+            trainer.datamodule = None if data is None else _only_asked(data)  # type: ignore[attr-defined]
             # none are validated, but who says nothing about it is warned
             val_batches: list[Any] | None = [] if is_overridden("validation_step", module) else None
             with _told_of(self.module):
@@ -274,6 +275,18 @@ def _vocabulary(module: nn.Module) -> int | None:
     return max((part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)), default=None)
 
 
+def _only_asked(data: L.LightningDataModule) -> L.LightningDataModule:
+    """A data module that tells a module what it asks for and, since its data would be fake, makes none."""
+    copied = copy.copy(data)
+    for hook in ("prepare_data", "setup", "teardown", "on_exception"):
+        setattr(copied, hook, _nothing)
+    return copied
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 @contextlib.contextmanager
 def _told_of(module: nn.Module) -> Iterator[None]:
     """Within it, errors of a module that cannot be planned say so in a sentence."""
@@ -290,8 +303,8 @@ def _told_of(module: nn.Module) -> Iterator[None]:
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigurationError(
-            f"`{name}` cannot be planned, since it does not run on tensors without values ({told}); mend what the "
-            "error tells of, or give a number for `group_size` in place of `auto`."
+            f"`{name}` has failed while a step of it was planned, on tensors without values ({told}); mend it if it "
+            "fails in training too, and otherwise train with a number for `group_size`."
         ) from error
 
 
@@ -364,9 +377,11 @@ class _Watch(Callback):
         if not pl_module.automatic_optimization and len(trainer.optimizers) > 1:
             raise ConfigurationError(
                 f"`{type(pl_module).__name__}` steps {len(trainer.optimizers)} optimizers by hand, and which of them "
-                "in which step is not known while planning; give a number for `group_size` in place of `auto`."
+                "in which step is not known while planning; train with a number for `group_size`."
             )
-        trainer.strategy.lr_scheduler_configs = []  # rates do not change what a step needs
+        for config in trainer.lr_scheduler_configs:  # rates do not change what a step needs, and more steps are made
+            config.interval = "never"
+            setattr(config.scheduler, "step", _nothing)  # noqa: B010 (a method, as mypy sees it)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers):
             if group.get("foreach", True) is None and not group.get("fused") and not isinstance(group["lr"], Tensor):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors
@@ -451,13 +466,13 @@ class _Watch(Callback):
         if module.automatic_optimization and not outputs:
             raise ConfigurationError(
                 f"`{name}` had no loss while planning, where each number that is read from a tensor is 1, so that "
-                "`torch.isnan(loss)` holds; leave such steps out with `nonfinite='skip'`, or give a number for "
-                "`group_size` in place of `auto`."
+                "`torch.isnan(loss)` holds; leave such steps out with `nonfinite='skip'`, or train with a number for "
+                "`group_size`."
             )
         if not module.automatic_optimization and trainer.global_step != self._steps_before + 1:
             raise ConfigurationError(
                 f"`{name}` does not step its optimizer once in each batch, as where it accumulates gradients by hand, "
-                "and a step is planned of one batch; give a number for `group_size` in place of `auto`."
+                "and a step is planned of one batch; train with a number for `group_size`."
             )
 
     def _block_plan(self, engine: HiFT | None, module: L.LightningModule, index: int) -> BlockPlan:

@@ -11,6 +11,7 @@ from lightning import LightningModule
 from hift_lightning.checks import (
     check_configuration,
     check_objective,
+    check_that_it_is_measured,
     check_that_the_rate_is_read,
     check_that_the_shape_is_read,
 )
@@ -53,7 +54,7 @@ from tests.pages import check_application
         *(([f"~{group}"], f"`{group}` must be given") for group in ("optimizer", "strategy", "logger", "callbacks")),
         (["model=gpt2_medium", "data=jsonl"], r"`data\.path` must be given"),
         (["seed=4294967296"], r"seed=4294967296` is not possible; give a whole number from 0 to 4294967295"),
-        (["data.seed=null"], r"data\.seed=None` is not possible"),
+        (["data.seed=-1"], r"data\.seed=-1` is not possible"),
         (["data.num_classes=1"], r"data\.num_classes=1` is not possible; give a whole number from 2 on"),
         (["trainer.gradient_clip_val=abc"], r"trainer\.gradient_clip_val=abc` is not possible"),
         (
@@ -69,8 +70,13 @@ from tests.pages import check_application
     ],
 )
 def test_what_cannot_work_is_told_with_the_remedy(overrides: list[str], named: str) -> None:
+    def check() -> None:
+        configuration = composed(*overrides)
+        check_configuration(configuration)
+        check_that_it_is_measured(configuration)
+
     with pytest.raises(ConfigurationError, match=named):
-        check_configuration(composed(*overrides))
+        check()
 
 
 @pytest.mark.parametrize(

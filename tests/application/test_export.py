@@ -269,9 +269,13 @@ def test_the_newest_whole_checkpoint_is_taken_also_where_the_run_has_been_moved(
 
 def test_a_checkpoint_in_another_folder_of_the_run_is_found(copy_of_run: Path, tmp_path: Path) -> None:
     (copy_of_run / "log").mkdir(exist_ok=True)
+    shutil.copytree(copy_of_run, copy_of_run / "another")
     (copy_of_run / "checkpoints").rename(copy_of_run / "log" / "checkpoints")  # Lightning's own callback
     export_run(copy_of_run, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+    shutil.rmtree(copy_of_run / "log")
+    with pytest.raises(ConfigurationError, match="has no checkpoint that is whole"):  # that is its own
+        export_run(copy_of_run, tmp_path / "other")
 
 
 @pytest.mark.parametrize("size", ["abc", 0, "-5"])

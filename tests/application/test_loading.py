@@ -1,6 +1,7 @@
 """The data modules' training loaders go on where a run stopped, batch for batch."""
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,11 @@ def test_batches_that_workers_have_prepared_are_not_counted() -> None:
 
 def test_a_state_from_within_an_epoch_of_other_batches_is_warned_of() -> None:
     loader = rows()
-    whole = len(loader)
-    for batches in (0, 3):
-        told = pytest.warns(match=f"from batch 3 of an epoch of 5, .* make {whole} now")
-        with told if batches else contextlib.nullcontext():
+    with pytest.warns(match=f"from batch 3 of an epoch of 5, .* make {len(loader)} now"):
+        loader.load_state_dict({"epoch": 1, "batches": 3, "of": 5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batches in (0, 5):  # the beginning and the end of an epoch
             loader.load_state_dict({"epoch": 1, "batches": batches, "of": 5})
 
 

@@ -100,7 +100,7 @@ def test_a_part_without_sentences_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 0), ("max_length", "long"), ("test_fraction", 1.5), ("validation_fraction", 0)],
+    [("batch_size", 0), ("max_length", "long"), ("seed", None), ("test_fraction", 1.5), ("validation_fraction", 0)],
 )
 def test_a_number_out_of_range_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"data.{name}={value}"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hift_lightning.sweep import SweepTable, read_runs, varied
+from hift_lightning.sweep import SweepTable, read_runs, varied, written_metrics
 
 
 def finished_run(folder: Path, number: int, overrides: list[str], accuracy: float) -> None:
@@ -24,7 +24,7 @@ def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out
     finished_run(tmp_path, 10, ["+a=x=1", "seed=1"], 0.8)
     finished_run(tmp_path, 2, ["+a=y", "seed=1"], 0.7)
     (tmp_path / "3" / ".hydra").mkdir(parents=True)
-    runs = read_runs(tmp_path, since=0)
+    runs = read_runs(tmp_path, before={})
     assert [run["a"] for run in runs] == ["y", "x=1"]
     assert varied(runs) == ["a"]
 
@@ -45,10 +45,12 @@ def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_instal
 
 
 def test_runs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
-    finished_run(tmp_path, 0, ["seed=1"], 0.8)
-    os.utime(tmp_path / "0" / "metrics.json", (100, 100))
-    finished_run(tmp_path, 1, ["seed=2"], 0.7)
-    assert [run["seed"] for run in read_runs(tmp_path, since=200)] == ["2"]
+    for number in range(3):
+        finished_run(tmp_path, number, [f"seed={number}"], 0.8)
+    before = written_metrics(tmp_path)
+    os.utime(tmp_path / "1" / "metrics.json", (100, 100))  # written again, by whatever clock
+    finished_run(tmp_path, 3, ["seed=3"], 0.7)
+    assert [run["seed"] for run in read_runs(tmp_path, before)] == ["1", "3"]
 
 
 def test_a_sweep_that_leaves_no_overrides_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import Metaspace
 from transformers import LlamaTokenizer
 
 from hift_lightning.data import TextDataModule
@@ -112,20 +114,36 @@ def test_of_a_chat_the_template_is_written_and_the_assistants_turns_are_trained(
     assert TokenizerEncoder(tokenizer).chat(CHAT[:3], "here")[-1] == Piece("[user]and sails[SEP]", False)
 
 
-def test_a_chat_that_the_assistant_begins_is_written_with_the_template(tokenizer: Any) -> None:
+@pytest.mark.parametrize("answer", ["a whale", "a", "assistant", ""])
+def test_a_chat_that_the_assistant_begins_is_written_with_the_template(tokenizer: Any, answer: str) -> None:
     tokenizer.chat_template = "{{ raise_exception('no messages') if not messages }}" + TEMPLATE
-    pieces = TokenizerEncoder(tokenizer).chat(CHAT[1:], "here")
-    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]\n", "a ship[SEP]"]
+    pieces = TokenizerEncoder(tokenizer).chat([{"role": "assistant", "content": answer}, *CHAT[2:]], "here")
+    assert [piece.text for piece in pieces if piece.trained] == [f"{answer}[SEP]\n", "a ship[SEP]"]
     assert pieces[0] == Piece("[assistant]", False)
 
 
-def test_no_space_is_set_within_a_document() -> None:
-    letters = {token: number for number, token in enumerate(["<unk>", "<s>", "</s>", "▁", *"24+=\nab"])}
-    tokenizer = LlamaTokenizer(letters, merges=[])
-    encoder = TokenizerEncoder(tokenizer)
-    ids = [*encoder.encode("2+2="), *encoder.encode("4\na", continues=True)]
-    assert tokenizer.convert_ids_to_tokens(ids) == ["▁", *"2+2=4\na"]
-    assert tokenizer("2+2=4\na", add_special_tokens=False).input_ids == ids
+def sentencepiece(scheme: str) -> Any:
+    """A tokenizer of characters that sets a space before a text, as LLaMA's do, with two tokens that were added."""
+    letters = ["<unk>", "<s>", "</s>", "▁", *"24+=\nabH", "\n\n"]
+    tokenizer = LlamaTokenizer({token: number for number, token in enumerate(letters)}, merges=[("\n", "\n")])
+    tokenizer.add_tokens([AddedToken("<|user|>", normalized=False), AddedToken("<|a|>", rstrip=True, normalized=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme=scheme, split=False)
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize(
+    "pieces",
+    [("2+2=", "4\na"), ("", "He"), ("<|user|>a<|a|>", "Ha"), ("<|a|>\n", "Ha"), ("a", "\nHa"), ("a =\n", "Ha", "=b")],
+)
+def test_pieces_have_the_ids_of_the_whole_text(scheme: str, pieces: tuple[str, ...], tmp_path: Path) -> None:
+    tokenizer = sentencepiece(scheme)
+    whole = tokenizer("".join(pieces), add_special_tokens=False).input_ids
+    write_tokens(
+        [Document("here", "train", [Piece(text, True) for text in pieces])], TokenizerEncoder(tokenizer), tmp_path
+    )
+    ids = torch.from_file(str(tmp_path / "train.ids"), size=len(whole) + 1, dtype=torch.int32).tolist()
+    assert tokenizer.convert_ids_to_tokens(ids) == [*tokenizer.convert_ids_to_tokens(whole), "</s>"]
 
 
 def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: Any) -> None:

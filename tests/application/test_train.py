@@ -169,8 +169,9 @@ def test_a_run_in_the_folder_of_another_tells_of_its_own_checkpoints(tmp_path: P
 def test_a_run_of_a_sweep_that_fails_is_told_of_and_the_others_go_on(tmp_path: Path) -> None:
     def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
         return run_application(
-            tmp_path, "-m", *TINY, "logger=none", "trainer.limit_train_batches=1", "hydra.sweep.dir=swept", *overrides
-        )
+            tmp_path, "-m", *TINY, "logger=none", "trainer.limit_train_batches=1", "hydra.sweep.dir=swept",
+            "hydra.job.chdir=true", *overrides,
+        )  # fmt: skip
 
     first = sweep("seed=1,2,3", "strategy.frozen=[network.head.*],null")
     assert first.returncode == 0, first.stderr
@@ -178,7 +179,7 @@ def test_a_run_of_a_sweep_that_fails_is_told_of_and_the_others_go_on(tmp_path: P
     run = sweep("seed=4,5,6", "learning_rate=-1,1.0e-4")
     assert run.returncode == 1
     assert "Traceback" not in run.stderr
-    assert "`learning_rate=-1` is not possible" in run.stderr
+    assert run.stderr.count("`learning_rate=-1` is not possible") == 3 + 1  # Hydra tells the first one again
     with (tmp_path / "swept" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["seed"], row["learning_rate"]) for row in rows] == [(seed, "0.0001") for seed in "456"]

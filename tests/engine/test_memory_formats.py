@@ -44,6 +44,23 @@ def test_state_comes_back_in_the_order_of_its_weight(device, fused, settings, tm
         assert all(map(torch.equal, got, trained(kind, fused))), kind
 
 
+@pytest.mark.parametrize("settings", [{"parked_dtype": "float32"}, {"offload": "folder"}], ids=str)
+def test_state_of_a_transposed_weight_is_whole_where_it_is_parked(settings, tmp_path):
+    settings = {**settings, **({"offload": str(tmp_path)} if "offload" in settings else {})}
+    states = {}
+    for update in ("block", "streamed"):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 32, bias=False)
+        model.weight = nn.Parameter(model.weight.detach().T.contiguous().T)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with HiFT(model, optimizer, HiFTSettings(update=update, window="8KiB", **settings)):
+            for _ in range(2):
+                model(torch.arange(64.0)[None]).square().sum().backward()
+                optimizer.step()
+        (states[update],) = optimizer.state_dict()["state"].values()
+    assert all(torch.equal(value, states["block"][key]) for key, value in states["streamed"].items())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_fused_kernels_are_given_rows_that_lie_in_memory_by_themselves(fused):
     model = nn.Linear(64, 32, bias=False)

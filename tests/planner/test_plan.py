@@ -5,8 +5,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.nn.functional import scaled_dot_product_attention
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import BatchEncoding
 
 from hift_lightning import HiFTManualMixin, HiFTStrategy
@@ -115,6 +115,22 @@ class LeavesNaNOut(SmallTransformer):
         return None if torch.isnan(loss) else loss
 
 
+class StepsItsSchedule(ByHand):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.lr_schedulers().step()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters())
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=3)]
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+def test_a_schedule_that_is_stepped_by_hand_does_not_disturb_planning(strategy):
+    batch = make_batches(1)[0]
+    assert plan(StepsItsSchedule(), strategy, batch).peak_bytes == plan(ByHand(), strategy, batch).peak_bytes
+
+
 class AsksForALoggedValue(SmallTransformer):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         assert self.trainer.callback_metrics["train/loss"] > 0
@@ -127,7 +143,7 @@ class AsksForALoggedValue(SmallTransformer):
         (InWindows, "`InWindows` does not step its optimizer once in each batch, as where it accumulates"),
         (TwoOptimizers, "`TwoOptimizers` steps 2 optimizers by hand"),
         (LeavesNaNOut, r"`LeavesNaNOut` had no loss while planning, .* `nonfinite='skip'`"),
-        (AsksForALoggedValue, r"`AsksForALoggedValue` cannot be planned, .*KeyError: 'train/loss'.*give a number"),
+        (AsksForALoggedValue, r"`AsksForALoggedValue` has failed while .*KeyError: 'train/loss'.*train with a number"),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_a_sentence(strategy, module, told):
@@ -152,10 +168,13 @@ class WithMetrics(SmallTransformer):
     def __init__(self, make_optimizer=torch.optim.AdamW):
         super().__init__(make_optimizer)
         self.mean, self.accuracy = MeanMetric(), MulticlassAccuracy(3)
+        self.several = MetricCollection([MulticlassAccuracy(3), MulticlassF1Score(3)])
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
         self.mean.update(loss.detach())
+        self.several.update(torch.zeros_like(batch[1]), batch[1])
+        assert len(self.lr_schedulers()) == 2
         assert self.accuracy(torch.zeros_like(batch[1]), batch[1]).shape == ()
         self.logger.experiment.add_text("of", "planning")
         return loss
@@ -186,10 +205,14 @@ def test_metrics_loggers_callbacks_and_schedules_do_not_disturb_planning(strateg
 
 def test_group_size_auto_trains_a_module_that_asks_for_its_data():
     class Data(L.LightningDataModule):
-        classes = 3
+        classes, made = 3, 0
+
+        def setup(self, stage):
+            self.made += 1
+            self.batches = make_batches(2)
 
         def train_dataloader(self):
-            return loader(make_batches(2))
+            return loader(self.batches)
 
     class AsksForData(SmallTransformer):
         def training_step(self, batch, batch_idx):
@@ -197,8 +220,9 @@ def test_group_size_auto_trains_a_module_that_asks_for_its_data():
             return super().training_step(batch, batch_idx)
 
     trainer_ = trainer(HiFTStrategy(group_size="auto", memory_budget="2GiB"))
-    trainer_.fit(AsksForData(), Data())
+    trainer_.fit(AsksForData(), data := Data())
     assert trainer_.strategy.settings.group_size == LAYERS
+    assert data.made == 1
 
 
 @pytest.mark.parametrize(
