@@ -164,6 +164,42 @@ class WithoutToggling(Adversarial):
             optimizer.step()
 
 
+class TogglesLate(SmallTransformer):
+    """Says which optimizer's turn it is between forward and backward, which also comes to the other one's layers."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.other = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch, batch_idx):
+        own, _ = self.optimizers()
+        loss = self.other(self(batch[0])).square().mean()
+        self.losses.append(loss.item())
+        self.toggle_optimizer(own)
+        self.manual_backward(loss)
+        own.step()
+        own.zero_grad()
+        self.untoggle_optimizer(own)
+
+    def configure_optimizers(self):
+        own = [p for name, p in self.named_parameters() if not name.startswith("other")]
+        return [torch.optim.AdamW(own, lr=1e-2), torch.optim.SGD(self.other.parameters(), lr=0.1)]
+
+
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+def test_an_optimizer_may_be_toggled_between_forward_and_backward(update):
+    losses = []
+    for strategy in (HiFTStrategy(), HiFTStrategy(update=update)):
+        torch.manual_seed(0)
+        module = TogglesLate()
+        trainer(strategy).fit(module, loader(make_batches(6)))
+        losses.append(module.losses)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] != losses[0][0]
+
+
 def test_gradients_that_a_loop_by_hand_leaves_over_are_not_warned_of(tmp_path):
     data = [(torch.randn(3, 4), torch.zeros(3)) for _ in range(2)]
     with warnings.catch_warnings(record=True) as told:

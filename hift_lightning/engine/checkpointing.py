@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 _CACHES = ("past_key_value", "past_key_values")
-"""Arguments of transformers' layers that a second forward would fill again; they are left out, as transformers does."""
+"""Arguments of transformers' layers that a second forward would fill again; they are left out, as transformers does.
+Its newer versions give them other names, and know them by their class."""
 
 
 class ActivationCheckpointing:
@@ -61,13 +62,19 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not torch.is_grad_enabled() or not any(t.requires_grad for t in [*tensors, *layer.parameters()]):
             return function(layer, *args, **kwargs)
-        kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+        args = tuple(None if _is_cache(value) else value for value in args)
+        kwargs = {name: None if name in _CACHES or _is_cache(value) else value for name, value in kwargs.items()}
         norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
         if norms and not torch.compiler.is_compiling():  # a compiled layer updates them once by itself
             kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(norms))
         return checkpoint(function, layer, *args, use_reentrant=False, **kwargs)
 
     return checkpointed
+
+
+def _is_cache(value: Any) -> bool:
+    kinds = {f"{kind.__module__}.{kind.__name__}" for kind in type(value).__mro__}
+    return "transformers.cache_utils.Cache" in kinds
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
@@ -116,6 +117,11 @@ class HiFT:
             layers = partition(model, frozen=settings.frozen).layers
             optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
         refuse_optimizer(optimizer)
+        if settings.update == "fused" and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+            raise ConfigurationError(
+                "`update='fused'` uses gradients inside backward, before `DistributedDataParallel` averages them; give "
+                "the module that it wraps, with `ranks=Ranks()`, or use `update='streamed'`."
+            )
         self.optimizer = optimizer
         self._parameters = dict(model.named_parameters())
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
@@ -242,6 +248,11 @@ class HiFT:
         """Whether the step in progress is to be left out because of NaN or inf."""
         return self._step.left_out_because is not None
 
+    @property
+    def within_step(self) -> bool:
+        """Whether backward passes have begun a step that is not made yet; one that is to be left out is one too."""
+        return self.has_gradient or self.will_skip
+
     def start(self) -> None:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
@@ -301,9 +312,9 @@ class HiFT:
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
 
-        Optional in a plain loop: call it after every backward pass, or never. With it, a block that no gradient reaches
-        is named in a warning, and it does not keep its turn for ever; and NaN and inf are found before clipping by norm
-        spreads them over all gradients. Of a loss that may not reach the block at all call
+        Optional in a plain loop on one rank: call it after every backward pass, or never. With it, a block that no
+        gradient reaches is named in a warning, and it does not keep its turn for ever; and NaN and inf are found before
+        clipping by norm spreads them over all gradients. Of a loss that may not reach the block at all call
         ``if loss.requires_grad: loss.backward()``, since torch refuses it otherwise, and this after it.
 
         Args:
@@ -557,7 +568,8 @@ class HiFT:
     def _update_in_backward(self, parameter: Tensor) -> None:
         assert self._pieces is not None
         assert isinstance(parameter, nn.Parameter)
-        assert parameter.grad is not None
+        if parameter.grad is None:  # frozen since the forward pass, as by `toggle_optimizer`
+            return
         name = self._name_of[parameter]
         if name in self._step.updated_in_backward:
             raise ConfigurationError(

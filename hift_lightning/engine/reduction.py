@@ -164,7 +164,7 @@ class GradientReduction:
         """Take in that the gradient of a parameter is complete on this rank.
 
         Raises:
-            ConfigurationError: if it is a sparse one.
+            ConfigurationError: if it is a sparse one, or the second one before averages are taken.
             RuntimeError: if the ranks are not at the same update of the same plan.
         """
         assert parameter.grad is not None
@@ -172,6 +172,12 @@ class GradientReduction:
             raise ConfigurationError(
                 f"A parameter of shape {tuple(parameter.shape)} has a sparse gradient, and gradients are averaged over "
                 "ranks densely; make its embedding with `sparse=False`."
+            )
+        if parameter in self._made:
+            raise ConfigurationError(
+                f"A parameter of shape {tuple(parameter.shape)} has a gradient for the second time before the first "
+                "has been averaged over the ranks; go back through the sum of the losses, or take `manual_backward` "
+                "(in a plain loop `after_backward` after each backward pass)."
             )
         self._open()
         self._made[parameter] = len(self._made) + 1

@@ -157,8 +157,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         """
         if self.hift is None:
             raise MisconfigurationException(
-                "`report()` was called before `Trainer.fit`, and the blocks are cut at the start of it; call it "
-                "later, or print `hift_lightning.engine.partition.partition(model)`."
+                "`report()` was called before `Trainer.fit`, or in a process that has started others for it, and the "
+                "blocks are cut where it trains; call it there, or print "
+                "`hift_lightning.engine.partition.partition(model)`."
             )
         return self.hift.report()
 

@@ -87,7 +87,7 @@ class ExactResume:
             set_random_state(self._state_at_batch_start, self._device)
             self._state_at_batch_start = None
         loaders, self._loaders = self._loaders, self._loader_states()
-        waiting = any(engine.has_gradient for engine in self._engines)
+        waiting = any(engine.within_step for engine in self._engines)
         if waiting and len(self._engines) == 1:
             return
         self._start = self._here(loaders)
@@ -137,7 +137,7 @@ class ExactResume:
         fit = self._trainer.fit_loop
         batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
         in_batch = batches.ready != batches.processed or self._begun == self._total_batches
-        in_window = any(engine.has_gradient for engine in self._engines)
+        in_window = any(engine.within_step for engine in self._engines)
         if batches.started != batches.ready and not in_window and not self._noted_this_batch():
             self._boundary = self._here(self._loaders)  # a callback has it before the strategy
         updates = [engine.updates for engine in self._engines]
@@ -159,7 +159,7 @@ class ExactResume:
             state = self._state_at_batch_start or self._before_validation or random_state(self._device)
         from_step = set_back and boundary is self._boundary
         if in_window and not from_step and self._accumulates_by_hand():
-            waiting = next(engine for engine in self._engines if engine.has_gradient)
+            waiting = next(engine for engine in self._engines if engine.within_step)
             rank_zero_warn(
                 f"A checkpoint is saved while gradients of block `{waiting.block.name}` wait for their step and "
                 "another optimizer has been stepped since they began; they are not in it, so a run that goes on from "

@@ -27,10 +27,11 @@ from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.pinned import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from hift_lightning.strategies.refusals import refuse_other_engines
+from hift_lightning.strategies.refusals import refuse_callbacks_that_average, refuse_other_engines
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import (
     modules_to_shard,
+    refuse_mixed_dtypes,
     refuse_what_cannot_be_sharded,
     refuse_what_was_not_sharded,
     same_on_all_ranks,
@@ -135,6 +136,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
                 "`precision='bf16-mixed'`, or `mp_policy={'param_dtype': 'bfloat16', 'reduce_dtype': 'float32'}`."
             )
         if trainer.state.fn == TrainerFn.FITTING:
+            refuse_callbacks_that_average(trainer)
             super().setup(trainer)
             return
         assert self.lightning_module is not None
@@ -168,6 +170,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         offload = CPUOffloadPolicy(pin_memory=pin) if self._offload_params else OffloadPolicy()
         for part in [*modules_to_shard(module, plan, self._whole), module]:
             # one after the other, so that the device never holds more than one of them whole
+            refuse_mixed_dtypes(module, part)
             same_on_all_ranks(part, self._ranks, self.root_device)
             fully_shard(part, mesh=mesh, mp_policy=self._mp_policy, offload_policy=offload)
             if part is not module:
@@ -219,6 +222,11 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         if self.lightning_module is not None:
             for part in _sharded(self.lightning_module)[1:]:
                 part.set_unshard_in_backward(True)  # as torch has it, for whoever trains the module next
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self.checkpoint_io.teardown()  # which may still be writing; Lightning leaves this out where it shards
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
@@ -30,6 +35,16 @@ def refuse_callbacks_that_freeze(trainer: Trainer) -> None:
                 f"The callback `{type(callback).__name__}` freezes and unfreezes layers and adds param groups while "
                 "training, and HiFT decides at the start which block requires a gradient when; remove the callback, "
                 "or name what is never to be trained in `HiFTStrategy(frozen=[...])`."
+            )
+
+
+def refuse_callbacks_that_average(trainer: Trainer) -> None:
+    """Refuse callbacks that keep averages of the weights in a copy that is made before these are sharded."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+            raise MisconfigurationException(
+                f"The callback `{type(callback).__name__}` copies the module before its weights are sharded, and does "
+                "not average shards; use `strategy='hift_ddp'`, or leave it out."
             )
 
 

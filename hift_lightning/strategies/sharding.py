@@ -112,6 +112,29 @@ def refuse_what_cannot_be_sharded(module: nn.Module) -> None:
             )
 
 
+def refuse_mixed_dtypes(module: nn.Module, part: nn.Module) -> None:
+    """Refuse a module that is to be gathered at once and is trained in several dtypes.
+
+    Args:
+        module: the whole.
+        part: what is about to be sharded; what of it is sharded already does not count.
+
+    Raises:
+        ConfigurationError: if it is.
+    """
+    own = set(part.parameters())
+    names: dict[torch.dtype, str] = {}
+    for name, parameter in module.named_parameters():
+        if parameter in own and parameter.requires_grad and not isinstance(parameter, DTensor):
+            names.setdefault(parameter.dtype, name)
+    if len(names) > 1:
+        found = " and ".join(f"`{name}` {dtype}" for dtype, name in names.items())
+        raise ConfigurationError(
+            f"`{type(part).__name__}` is gathered at once, and of what is trained in it {found}; give them one dtype "
+            "(a `precision` such as `bf16-true`), or freeze those of one."
+        )
+
+
 def refuse_what_was_not_sharded(module: nn.Module) -> None:
     """Refuse a module that has got new parameters since it was sharded.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
@@ -116,6 +117,38 @@ class Convolutions(nn.Module):
         for layer in self.layers:
             signal = layer(signal)
         return self.head(signal.mean(-1))
+
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SEQ2SEQ = {"d_model": 16, "vocab_size": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+WITH_CACHES = {
+    "llama": transformers.LlamaConfig(**SMALL, intermediate_size=24, attn_implementation="eager"),
+    "gemma2": transformers.Gemma2Config(**SMALL, intermediate_size=24, num_key_value_heads=1, head_dim=8),
+    "gpt2": transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32),
+    "bloom": transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=2, n_head=2),
+    "t5": transformers.T5Config(**SEQ2SEQ, num_layers=2, num_heads=2, d_kv=8, d_ff=24),
+}
+
+
+@pytest.mark.parametrize("name", WITH_CACHES)
+def test_caches_of_keys_and_values_are_not_filled_twice(name):
+    def trained(checkpoint):
+        torch.manual_seed(0)
+        kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
+        model = kind.from_config(WITH_CACHES[name]).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+        with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=checkpoint)):
+            for _ in range(5):
+                ids = torch.randint(3, 32, (2, 5))
+                model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+                optimizer.step()
+        return dict(model.state_dict())
+
+    assert_same(trained(True), trained(False))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -16,8 +16,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
-from hift_lightning import HiFTDDPStrategy, HiFTManualMixin, HiFTStrategy
+from hift_lightning import HiFT, HiFTDDPStrategy, HiFTManualMixin, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from tests.adversarial import Adversarial
 from tests.comparing import assert_same
@@ -438,6 +439,78 @@ def buffers_and_manual() -> Any:
         by_hand, _ = fit(Case(), HiFTDDPStrategy(), share(batches_of(Case(), 2)), ByHand(), callbacks=[seen])
     sends = [any(name == "all_reduce" for name, _ in calls) for calls in seen.steps]
     return weights(plain), synced.kinds, type(synced.norm), weights(by_hand), sends
+
+
+class GoesBackTwice(SmallTransformer):
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward(retain_graph=True)
+        (0.1 * loss).backward()
+
+
+class GoesBackTwiceByHand(SmallTransformer):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        self.backward_of(loss)
+        self.optimizers().step()
+
+    def backward_of(self, loss: torch.Tensor) -> None:
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+class GoesBackByItself(GoesBackTwiceByHand):
+    def backward_of(self, loss: torch.Tensor) -> None:
+        self.manual_backward(loss, retain_graph=True)
+        self.manual_backward(loss)
+
+
+def _go_back(module: type[SmallTransformer], update: str) -> str:
+    trainer_ = trainer(HiFTDDPStrategy(update=update), devices=2)
+    try:
+        trainer_.fit(module(), DataLoader(make_batches(2), batch_size=None))
+    except ConfigurationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("update", ["block", "streamed"])
+@pytest.mark.parametrize("module", [GoesBackTwice, GoesBackTwiceByHand])
+def test_a_second_backward_before_averages_are_taken_is_an_error_on_all(module: Any, update: str) -> None:
+    told = run(_go_back, 2, module, update)
+    assert all("for the second time before the first has been averaged" in each for each in told)
+
+
+def test_second_backward_passes_through_lightning_are_averaged() -> None:
+    assert run(_go_back, 2, GoesBackByItself, "block") == ["", ""]
+
+
+def _wrap() -> str:
+    model = DistributedDataParallel(nn.Linear(2, 2), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    HiFT(model, optimizer, HiFTSettings(update="streamed"))
+    with pytest.raises(ConfigurationError) as caught:
+        HiFT(model, optimizer, HiFTSettings(update="fused"))
+    return str(caught.value)
+
+
+def _wrap_in_group() -> str:
+    trainer_ = trainer(HiFTDDPStrategy(), devices=1, max_steps=1)
+    told = []
+
+    class Wraps(Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            told.append(_wrap())
+
+    trainer_.callbacks.append(Wraps())
+    trainer_.fit(SmallTransformer(), DataLoader(make_batches(1), batch_size=None))
+    return told[0]
+
+
+def test_a_wrapped_model_is_refused_where_gradients_are_used_inside_backward() -> None:
+    (told,) = run(_wrap_in_group, 1)
+    assert "`update='fused'` uses gradients inside backward, before `DistributedDataParallel` averages them" in told
 
 
 def test_buffers_and_first_weights_are_those_of_rank_0_and_manual_optimization_sends_once_a_step() -> None:

@@ -9,7 +9,8 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -588,12 +589,24 @@ class WithALargeMatrix(SmallTransformer):
         self.large = nn.Linear(128, 128)
 
 
-MODELS |= {"sharded": ShardsItself, "meta": WithoutValues, "scalar": WithAScalar, "large": WithALargeMatrix}
+class WithTwoDtypes(SmallTransformer):
+    def configure_model(self):
+        self.layers[1].norm1.bfloat16()
+
+
+MODELS |= {
+    "dtypes": WithTwoDtypes,
+    "sharded": ShardsItself,
+    "meta": WithoutValues,
+    "scalar": WithAScalar,
+    "large": WithALargeMatrix,
+}
 OPTIMIZERS |= {"8 bit": lambda parameters: Momentum8bit(parameters, least=4096)}
 REFUSED = {
     "sharded": ({}, {}, "`fully_shard` has been called on `ShardsItself.layers.0`"),
     "meta": ({}, {}, "`head.weight` of `WithoutValues` has no values yet"),
     "scalar": ({}, {}, "`scale` of `WithAScalar` has no dimension"),
+    "dtypes": ({}, {}, r"`TransformerEncoderLayer` is gathered at once.*weight` torch.float32 and .*norm1.*bfloat16"),
     "small": ({}, {"optimizer": "adafactor"}, "`Adafactor` does not treat each element.*`strategy='hift_ddp'`"),
     "large": ({}, {"optimizer": "8 bit"}, "`Momentum8bit` does not treat each element"),
     "two": ({}, {}, "There are 2 optimizers.*use `strategy='hift_ddp'`"),
@@ -605,6 +618,9 @@ def _refused():
     told = {}
     with pytest.raises(ConfigurationError, match="precision='16-mixed'.*use `precision='bf16-mixed'`"):
         fit(HiFTFSDP2Strategy(), make_batches(1), devices=2, plugins=[MixedPrecision("16-mixed", "cpu")])
+    for callback in (StochasticWeightAveraging(0.1), WeightAveraging()):
+        with pytest.raises(MisconfigurationException, match=f"`{type(callback).__name__}` copies the module before"):
+            fit(HiFTFSDP2Strategy(), make_batches(1), devices=2, callbacks=[callback])
     for model, (settings, arguments, _) in REFUSED.items():
         with pytest.raises(ConfigurationError) as caught:
             fit(HiFTFSDP2Strategy(**settings), make_batches(1), model, devices=2, **arguments)

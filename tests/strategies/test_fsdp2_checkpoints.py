@@ -15,9 +15,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import nn
 
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
+from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.errors import ConfigurationError
 from tests.comparing import assert_same
 from tests.processes import RankError, run
@@ -351,3 +353,21 @@ def test_weights_that_are_updated_in_part_are_told_of_and_not_saved(tmp_path):
     for notes in run(_break, 2, tmp_path):
         assert any("the weights of embedding.weight have changed" in note for note in notes), notes
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=2.ckpt"]
+
+
+class Fails(StreamingCheckpointIO):
+    def save_checkpoint(self, *arguments, **more):
+        time.sleep(0.3)
+        raise OSError("disk full")
+
+
+def _save_beside(folder):
+    strategy = HiFTFSDP2Strategy(save_distributed_checkpoint=False)
+    arguments = {"enable_checkpointing": True, "plugins": [AsyncCheckpointIO(Fails())], "devices": 1, "max_steps": 1}
+    with pytest.raises(OSError, match="disk full"):
+        fit(strategy, make_batches(1), callbacks=[ModelCheckpoint(folder)], **arguments)
+    return True
+
+
+def test_an_error_of_the_last_checkpoint_that_is_written_beside_training_is_raised(tmp_path):
+    assert run(_save_beside, 1, tmp_path) == [True]

@@ -13,6 +13,7 @@ from hift_lightning import HiFTManualMixin, HiFTStrategy
 from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.engine.errors import NonfiniteError
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:A step is left out")
@@ -310,3 +311,44 @@ def test_the_number_is_logged_and_kept_in_the_checkpoint(tmp_path):
     again.fit(Spiking([0]), loader(make_batches(LAYERS)), ckpt_path=tmp_path / "skipped.ckpt")
     assert again.strategy.hift.skipped_steps == 3
     assert again.strategy.hift.updates == 2 + LAYERS - 1
+
+
+class GoesOn:
+    """The batches, from where a checkpoint says."""
+
+    def __init__(self, batches):
+        self.batches, self.position = batches, 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        while self.position < len(self.batches):
+            self.position += 1
+            yield self.batches[self.position - 1]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@pytest.mark.parametrize("spike", [2, 3])
+def test_a_run_goes_on_exactly_from_within_a_window_that_is_to_be_left_out(spike, tmp_path):
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "window.ckpt")
+
+    def fit(callbacks=(), ckpt_path=None):
+        module = Spiking({spike})
+        strategy = HiFTStrategy(nonfinite="skip")
+        trainer_ = trainer(strategy, accumulate_grad_batches=2, callbacks=list(callbacks))
+        trainer_.fit(module, GoesOn(make_batches(8)), ckpt_path=ckpt_path)
+        return dict(module.state_dict()), strategy.hift
+
+    weights, straight = fit([Saves()])
+    resumed_weights, resumed = fit(ckpt_path=tmp_path / "window.ckpt")
+    assert (resumed.updates, resumed.skipped_steps) == (straight.updates, straight.skipped_steps) == (3, 1)
+    assert_same(resumed_weights, weights)
