@@ -334,6 +334,8 @@ TOP_NO_DROPOUT = "HiFT, one turn, head and top FFN, no dropout"
 TOP_IN_LORAS_TIME = "HiFT, one turn, head and top FFN, no dropout, in LoRA's time"
 TWO_IN_LORAS_TIME = "HiFT, one turn, two layers a block, head and two FFNs, no dropout, in LoRA's time"
 LORA_NO_DROPOUT = "LoRA in that memory, no dropout"
+OTHERS_OF_ALL_WEIGHTS = ("LISA", "BAdam", "GaLore")
+"""Other methods that train all weights in less memory than full fine-tuning."""
 MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN, LORA_NO_DROPOUT: TWO_IN_LORAS_TIME}
 """LoRA with the largest batch whose peak of bytes is not above that of the other."""
 

@@ -35,6 +35,7 @@ from experiments.quality.methods import (
     MOST_TEXTS,
     ONE_TURN,
     ONE_TURN_NO_DROPOUT,
+    OTHERS_OF_ALL_WEIGHTS,
     PLANNED_SEEDS,
     STEPS,
     TOP,
@@ -53,11 +54,13 @@ CLOSELY = [name for name, contestant in CONTESTANTS.items() if contestant.closel
 COMPARED = (
     *((method, FULL) for method in (HIFT, LONG, ONE_TURN, TOP, TOP_NO_DROPOUT)),
     *((method, FULL_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, *IN_LORAS_TIME)),
+    *((method, other) for method in (HIFT, LONG, ONE_TURN) for other in OTHERS_OF_ALL_WEIGHTS),
     *((method, IN_MEMORY) for method in (HIFT, LONG, ONE_TURN)),
     *((method, IN_LESS) for method in (ONE_TURN, TOP_NO_DROPOUT)),
     *((method, LORA_NO_DROPOUT) for method in (ONE_TURN_NO_DROPOUT, TOP_NO_DROPOUT, *IN_LORAS_TIME)),
 )
-"""Recipes of HiFT, and what each is put beside: full fine-tuning, and LoRA with as many texts as fit in its memory."""
+"""Recipes of HiFT, and what each is put beside: full fine-tuning, other methods that train all weights, and LoRA with
+as many texts as fit in its memory."""
 
 
 def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, pairs: Rows, peaks: Rows) -> str:
