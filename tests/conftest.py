@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores, and 
 
 import torch
 
-from hift_lightning.engine.partition import LAYOUTS
+from hift_lightning.engine.layers import LAYOUTS
 from hift_lightning.engine.rotation import ORDERS
 from hift_lightning.engine.tiers import TIERS
 from tests.devices import DEVICES, Device

@@ -39,11 +39,12 @@ from hift_lightning.engine.compatibility import (
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook
+from hift_lightning.engine.layers import modules_of_layers
 from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
-from hift_lightning.engine.partition import Block, modules_of_layers, partition
+from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks

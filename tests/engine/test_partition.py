@@ -12,7 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.partition import Block, Layer, partition
+from hift_lightning.engine.layers import Layer
+from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.settings import HiFTSettings
 
 

@@ -5,7 +5,8 @@ import torch
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.partition import LAYOUTS, Layer, partition, register_layout
+from hift_lightning.engine.layers import LAYOUTS, Layer, register_layout
+from hift_lightning.engine.partition import partition
 from hift_lightning.engine.registry import Registry
 from hift_lightning.engine.rotation import ORDERS, register_order
 from hift_lightning.engine.tiers import TIERS, HostMemory, make_tier, register_tier

@@ -7,7 +7,7 @@ import torch
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.partition import Layer, register_layout
+from hift_lightning.engine.layers import Layer, register_layout
 from hift_lightning.engine.rotation import register_order
 from hift_lightning.engine.tiers import HostBuffer, Tier, register_tier
 from tests.blocks_seen import BlocksSeen
