@@ -41,9 +41,15 @@ def made_once(folder: Path, make: Callable[[Path], None], setting: str) -> Path:
         setting: the key of the configuration that moves the cache, for the message.
 
     Raises:
-        ConfigurationError: it cannot be written.
+        ConfigurationError: it cannot be read or written.
     """
-    flaw = _flaw(folder)
+    try:
+        flaw = _flaw(folder)
+    except PermissionError as error:
+        raise ConfigurationError(
+            f"The cache `{folder}` cannot be read ({error.strerror}); have it made readable by its owner, or give "
+            f"`{setting}=/path/to/folder` for another one."
+        ) from error
     if flaw is None:
         return folder
     if folder.exists():
@@ -59,6 +65,8 @@ def made_once(folder: Path, make: Callable[[Path], None], setting: str) -> Path:
         (temporary / MANIFEST).write_text(json.dumps(contents, indent=2), encoding="utf-8")
         if _flaw(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            # as open as the folder that it lies in, and writable by its owner alone: others may share the cache
+            temporary.chmod(folder.parent.stat().st_mode & 0o755)
             _rename(temporary, folder)
     except OSError as error:
         raise _not_writable(folder, setting, error) from error
@@ -85,6 +93,8 @@ def _flaw(folder: Path) -> str | None:
                 return f"`{name}` has {(folder / name).stat().st_size} bytes instead of {size}"
             if digest_of_file(folder / name) != digest:
                 return f"`{name}` is not what was written"
+    except PermissionError:
+        raise
     except FileNotFoundError as error:
         return f"`{Path(error.filename).name}` is missing"
     except (OSError, ValueError, TypeError, AttributeError) as error:

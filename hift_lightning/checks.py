@@ -52,6 +52,11 @@ def check_configuration(cfg: DictConfig) -> None:
     if "num_workers" in cfg.data:
         _check_whole_number("data.num_workers", cfg.data.num_workers, at_least=0)
     _check_whole_number("trainer.accumulate_grad_batches", cfg.trainer.accumulate_grad_batches, at_least=1)
+    if cfg.trainer.get("val_check_interval") == 0:
+        raise ConfigurationError(
+            "`trainer.val_check_interval=0` is not possible; give a number above 0, or `evaluate=false` for no "
+            "validation."
+        )
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and not _is_number(clip):
         raise ConfigurationError(f"`trainer.gradient_clip_val={clip}` is not possible; give a number, or `null`.")
@@ -181,6 +186,12 @@ def _check_that_data_fit_the_model(cfg: DictConfig) -> None:
         raise ConfigurationError(
             f"The model learns {kinds[classifies]} and the data `{cfg.data._target_}` are {kinds[has_classes]}; "
             f"leave `data=...` out, or give `data={fitting}`."
+        )
+    of_network = OmegaConf.select(cfg, "model.network.num_classes")
+    if classifies and isinstance(of_network, int) and of_network != OmegaConf.select(cfg, "data.num_classes"):
+        raise ConfigurationError(
+            f"`model.network.num_classes={of_network}` is another number than "
+            f"`data.num_classes={cfg.data.num_classes}`; give the latter alone."
         )
     if classifies and cfg.model.tokenizer is None:
         raise ConfigurationError(

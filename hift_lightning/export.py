@@ -27,7 +27,7 @@ from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import master_of
-from hift_lightning.engine.update import parse_bytes
+from hift_lightning.engine.settings import parse_bytes
 from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
 from hift_lightning.targets import CONVERTED, NETWORKS, TOKENIZERS

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.layers import class_of
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class HiFTManualMixin(_Base):
         strategy = self.trainer.strategy
         window.seen += 1
         steps_now = window.seen == window.size or self.trainer.is_last_batch
-        sends_later = isinstance(strategy, ParallelStrategy) and not steps_now
+        sends_later = not steps_now and isinstance(strategy, ParallelStrategy)
         with strategy.block_backward_sync() if sends_later else contextlib.nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss / window.size, **({"inputs": trained} if several else {}))
             if several and engine is not None and isinstance(strategy, BlockwiseTraining):
@@ -145,7 +146,7 @@ class HiFTManualMixin(_Base):
         chosen.optimizer.zero_grad()
 
     def _check_call(self, loss: Any, accumulate: Any, clip_val: float | None, algorithm: str) -> None:
-        name = type(self).__name__
+        name = class_of(self).__name__
         if self.automatic_optimization:
             raise MisconfigurationException(
                 f"`{name}.hift_step` was called under automatic optimization, where Lightning steps too; set "
@@ -182,7 +183,7 @@ class HiFTManualMixin(_Base):
     def _check_fused(self, accumulate: int, clip_val: float | None, algorithm: str) -> None:
         if accumulate > 1 or (clip_val is not None and algorithm == "norm"):
             raise MisconfigurationException(
-                f"`{type(self).__name__}.hift_step` was to accumulate over {accumulate} batches and clip by "
+                f"`{class_of(self).__name__}.hift_step` was to accumulate over {accumulate} batches and clip by "
                 f"{algorithm if clip_val is not None else 'nothing'}, but `update='fused'` frees each gradient inside "
                 "backward; use `update='streamed'`, or one batch a step and clipping by value."
             )
@@ -193,14 +194,14 @@ class HiFTManualMixin(_Base):
             optimizers = [optimizers]
         if index is None and len(optimizers) > 1:
             raise MisconfigurationException(
-                f"`{type(self).__name__}` has {len(optimizers)} optimizers and `hift_step` was not told which one "
+                f"`{class_of(self).__name__}` has {len(optimizers)} optimizers and `hift_step` was not told which one "
                 f"this loss is for; pass `optimizer=` 0 to {len(optimizers) - 1}."
             )
         index = index or 0
         if not 0 <= index < len(optimizers):
             raise MisconfigurationException(
-                f"`optimizer={index}` in `{type(self).__name__}.hift_step` is not one of the {len(optimizers)} that "
-                f"`configure_optimizers` returned; pass 0 to {len(optimizers) - 1}."
+                f"`optimizer={index}` in `{class_of(self).__name__}.hift_step` is not one of the {len(optimizers)} "
+                f"that `configure_optimizers` returned; pass 0 to {len(optimizers) - 1}."
             )
         chosen = optimizers[index]
         assert isinstance(chosen, LightningOptimizer)
@@ -217,8 +218,8 @@ class HiFTManualMixin(_Base):
             window = self._windows[index] = _AccumulationWindow(size, owner, updates=engine.updates if engine else 0)
             if engine is not None and len(self.trainer.optimizers) == 1 and engine.has_gradient:
                 raise MisconfigurationException(
-                    f"Block `{engine.block.name}` already has gradients when `{type(self).__name__}.hift_step` begins "
-                    "an optimizer step, so they would count twice; it runs the backward pass itself, so call "
+                    f"Block `{engine.block.name}` already has gradients when `{class_of(self).__name__}.hift_step` "
+                    "begins an optimizer step, so they would count twice; it runs the backward pass itself, so call "
                     "neither `manual_backward` nor `loss.backward` beside it."
                 )
             return window
@@ -229,7 +230,7 @@ class HiFTManualMixin(_Base):
             )
         if engine is not None and engine.updates != window.updates:
             raise MisconfigurationException(
-                f"The optimizer was stepped outside of `{type(self).__name__}.hift_step` after {window.seen} of "
+                f"The optimizer was stepped outside of `{class_of(self).__name__}.hift_step` after {window.seen} of "
                 f"{window.size} micro-batches, and the next block has its turn; let `hift_step` do the stepping."
             )
         return window

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
+from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.checkpoint_io import refuse_folder
 from hift_lightning.checks import (
     check_configuration,
@@ -182,9 +183,11 @@ def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.Lightn
 
 def _check_folders(trainer: L.Trainer) -> None:
     """Find out before any long work whether checkpoints and logs can be written."""
-    for callback in trainer.checkpoint_callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             check_writable("callbacks.checkpoint.dirpath", callback.dirpath)
+        if isinstance(callback, HiFTMonitor) and callback.folder is not None:
+            check_writable("callbacks.monitor.folder", callback.folder)
     for logger in trainer.loggers:
         if logger.save_dir is not None:
             check_writable("logger.save_dir", logger.save_dir)

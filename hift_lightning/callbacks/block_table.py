@@ -54,7 +54,7 @@ def block_table(watches: Sequence[BlockWatch], ratio_every: int, ranks: int, pea
 
 def _count(number: int) -> str:
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # which three digits round to 1
             return f"{number / size:.3g}{letter}"
     return str(number)
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.partition import Block
+from hift_lightning.engine.shards import local
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 
 _CHUNK_BYTES = 2**26
@@ -27,7 +28,7 @@ class ChangedParameters(L.Callback):
 
     With fp32 masters a step may move a 16-bit weight by less than the next number it can hold: norm scales, which
     are near 1, wait for several steps. A parameter is `changed_in_its_master_only` where its master is no longer the
-    weight.
+    weight. Of weights that are sharded, the file tells of the rows of the first rank.
 
     Args:
         path: the file, JSON: a list of steps with `step`, `loss`, and under HiFT `block`, the name of the block that
@@ -85,12 +86,13 @@ class ChangedParameters(L.Callback):
             step["unchanged_in_the_block"] = [name for name in in_block if name not in in_master]
             self._blocks = {}
         self.steps.append(step)
-        self.path.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
+        if trainer.is_global_zero:
+            self.path.write_text(json.dumps(self.steps, indent=2) + "\n", encoding="utf-8")
 
 
 def checksums(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Return a checksum of each parameter's bytes, by name."""
-    return {name: _checksum(parameter.detach()) for name, parameter in parameters.items()}
+    return {name: _checksum(local(parameter).detach()) for name, parameter in parameters.items()}
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -104,4 +106,4 @@ def _checksum(tensor: Tensor) -> int:
 
 def _master_differs(engine: HiFT, parameter: nn.Parameter) -> bool:
     master = engine.residency.master(parameter)
-    return master is not None and not torch.equal(master, parameter.detach().float().cpu())
+    return master is not None and not torch.equal(master, local(parameter).detach().float().cpu())

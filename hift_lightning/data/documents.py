@@ -16,6 +16,7 @@ TABLE_FILES = (".parquet",)
 FORMS = '`{"text": ...}`, `{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}]}`'
 # a tokenizer needs hundreds of bytes of memory for each byte of a text that it is given at once
 LARGEST_PIECE = 2**20
+ROWS_AT_ONCE = 1000
 # bytes; where a line is longer, a text is cut within it
 LONGEST_LINE = 2**16
 
@@ -88,7 +89,7 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
     - JSON lines (`.jsonl`): a document a line, of one of three forms: `text`, all of it trained; `prompt` and
       `completion`, of which the completion is trained; `messages`, each with `role` and `content`, of which the
       assistant's are trained. Other keys are not read. A hash of the texts decides the part.
-    - Parquet (`.parquet`), where the package `datasets` is installed: a document a row, with such columns.
+    - Parquet (`.parquet`), where the package `pyarrow` is installed: a document a row, with such columns.
 
     Args:
         paths: the files, as `check_files` takes them.
@@ -190,23 +191,25 @@ def _parsed(line: str, place: str) -> Any:
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        from datasets import Dataset
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ConfigurationError(
-            f"`{path}` cannot be read without the package `datasets`; run `pip install datasets`."
+            f"`{path}` cannot be read without the package `pyarrow`; run `pip install pyarrow`."
         ) from error
-    from datasets.exceptions import DatasetGenerationError
-
+    number = 0
     try:
-        table = Dataset.from_parquet(str(path))
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        with ParquetFile(path) as table:
+            for batch in table.iter_batches(ROWS_AT_ONCE):
+                for row in batch.to_pylist():
+                    number += 1
+                    # a row has all columns of its table, with nothing in those that it does not use
+                    yield f"`{path}`, row {number}", {name: value for name, value in row.items() if value is not None}
+    except (ArrowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"`{path}` cannot be read as parquet ({reason}); give another file.") from error
-    if not len(table):
+    if not number:
         raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
-    for number, row in enumerate(table, start=1):
-        # a row has all columns of its table, with nothing in those that it does not use
-        yield f"`{path}`, row {number}", {name: value for name, value in row.items() if value is not None}
 
 
 def _document(example: Any, place: str, encoder: Encoder, split: Split) -> Document:

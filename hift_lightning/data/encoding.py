@@ -84,8 +84,9 @@ class TokenizerEncoder:
         self.vocab_size = len(tokenizer)
         self.end: int = end
         # as the model was pretrained: with a first token where the tokenizer sets one by itself
-        first = tokenizer("a").input_ids[0]
-        self.start: tuple[int, ...] = (first,) if first == tokenizer.bos_token_id else ()
+        self.start = tuple(tokenizer("").input_ids[:1])
+        if self.start != (tokenizer.bos_token_id,):
+            self.start = ()
         self.fingerprint = _fingerprint(tokenizer)
         self._added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         # SentencePiece sets a space before a text, and none within it
@@ -174,6 +175,6 @@ def _fingerprint(tokenizer: Any) -> str:
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     known = [
         type(tokenizer).__name__, rules, tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.sep_token_id,
-        tokenizer.bos_token_id,
+        tokenizer.bos_token_id, tokenizer.split_special_tokens,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(known).encode("utf-8")).hexdigest()

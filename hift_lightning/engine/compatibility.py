@@ -13,28 +13,10 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.partition import Plan
 from hift_lightning.engine.rotation import Rotation
 
-RESUME_PLANS = ("same", "rebuild")
-
 # schedulers write these into param groups
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 
 _PLAN = ("group_size", "rotation", "steps_per_block", "plan")
-
-
-def check_resume_plan(resume_plan: str) -> None:
-    """Raise if it says nothing about a changed plan.
-
-    Args:
-        resume_plan: ``"same"`` refuses one; ``"rebuild"`` begins a cycle of the new one.
-
-    Raises:
-        ConfigurationError: for any other value.
-    """
-    if resume_plan not in RESUME_PLANS:
-        raise ConfigurationError(
-            f"`resume_plan={resume_plan!r}` is not a way to go on from a checkpoint; choose one of "
-            f"{', '.join(RESUME_PLANS)}."
-        )
 
 
 def record_of_plan(plan: Plan, rotation: Rotation) -> dict[str, Any]:
@@ -58,7 +40,7 @@ def number_of_plan(record: dict[str, Any]) -> int:
 
 def is_same_plan(saved: dict[str, Any], present: dict[str, Any]) -> bool:
     """Whether a place in the rotation means the same in both; arguments as :func:`record_of_plan` gives them."""
-    return all(saved.get(key) == present[key] for key in _PLAN)
+    return all(saved[key] == present[key] for key in _PLAN)
 
 
 def refuse_other_plan(saved: dict[str, Any], present: dict[str, Any]) -> None:
@@ -69,10 +51,8 @@ def refuse_other_plan(saved: dict[str, Any], present: dict[str, Any]) -> None:
     """
     if is_same_plan(saved, present):
         return
-    trained, now = (
-        [name for block in record.get("blocks", []) for name in block["parameters"]] for record in (saved, present)
-    )
-    differences = _differences(trained, now, "only the checkpoint trains", "only this run trains") if trained else ""
+    trained, now = ([name for block in record["blocks"] for name in block["parameters"]] for record in (saved, present))
+    differences = _differences(trained, now, "only the checkpoint trains", "only this run trains")
     raise ConfigurationError(
         f"The checkpoint was made with {_in_words(saved)}, and this run has {_in_words(present)}"
         f"{differences and f' ({differences})'}, so the place in the rotation does not carry over; resume with the "
@@ -163,14 +143,12 @@ class _NothingIsCopied(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _in_words(record: dict[str, Any]) -> str:
-    turns = record.get("turns", [])
-    blocks = record.get("blocks")
-    first = [f"`{blocks[turn]['name']}`" if blocks else str(turn) for turn in turns[:3]]
+    turns, blocks, always = record["turns"], record["blocks"], record["always_active"]
+    first = [f"`{blocks[turn]['name']}`" for turn in turns[:3]]
     shown = ", ".join(first) + (", …" if len(turns) > 3 else "")
-    always = record.get("always_active")  # which checkpoints of before do not tell
     return (
-        f"{len(turns)} blocks of group_size={record.get('group_size')} with "
-        f"steps_per_block={record.get('steps_per_block')} and the turns {shown} (order={record.get('order')})"
+        f"{len(turns)} blocks of group_size={record['group_size']} with "
+        f"steps_per_block={record['steps_per_block']} and the turns {shown} (order={record['order']})"
         f"{f', with {_named(always)} always active' if always else ''}"
     )
 

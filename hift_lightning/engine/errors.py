@@ -13,7 +13,7 @@ class ConfigurationError(ValueError):
 
 
 class NonfiniteError(FloatingPointError):
-    """The loss or a gradient has NaN or inf; the message names the update, the block, the tensor and the remedies.
+    """The loss, a gradient or a weight has NaN or inf; the message names update, block, tensor and remedies.
 
     The application ends with the message alone, without a traceback.
     """

@@ -39,7 +39,7 @@ from hift_lightning.engine.compatibility import (
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook
-from hift_lightning.engine.layers import modules_of_layers
+from hift_lightning.engine.layers import class_of, modules_of_layers
 from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
@@ -51,12 +51,12 @@ from hift_lightning.engine.reduction import GradientReduction, Ranks
 from hift_lightning.engine.report import Report, report_of
 from hift_lightning.engine.residency import Residency
 from hift_lightning.engine.rotation import Rotation, length_of_turn
-from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.settings import HiFTSettings, parse_bytes
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.step import Step
 from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
-from hift_lightning.engine.update import PieceUpdate, parse_bytes
+from hift_lightning.engine.update import PieceUpdate
 
 
 class HiFT:
@@ -190,7 +190,8 @@ class HiFT:
         blocks, settings = len(self.plan.blocks), self.settings
         turn = length_of_turn(settings.steps_per_block, blocks, total_steps)
         self.rotation = Rotation(blocks, settings.order, turn, settings.seed)
-        self._plan_number = number_of_plan(record_of_plan(self.plan, self.rotation))
+        self._plan_record = record_of_plan(self.plan, self.rotation)
+        self._plan_number = number_of_plan(self._plan_record)
 
     def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
         """Frozen layers and those that are always active too: backward goes through them as through the rest."""
@@ -199,8 +200,8 @@ class HiFT:
         names = modules_of_layers(self.model)
         if not names:
             warnings.warn(
-                f"`activation_checkpointing=True` computes layers of a stack anew, and `{type(self.model).__name__}` "
-                "has no stack of modules; leave it out.",
+                "`activation_checkpointing=True` computes layers of a stack anew, and "
+                f"`{class_of(self.model).__name__}` has no stack of modules; leave it out.",
                 stacklevel=3,
             )
         if not others:
@@ -393,7 +394,7 @@ class HiFT:
             "skipped_steps": self.skipped_steps,
             "held_lr_steps": [scheduler.held_steps for scheduler in self._delayed],
             "lr_cycles": [scheduler.cycle for scheduler in self._delayed],
-            **record_of_plan(self.plan, self.rotation),
+            **self._plan_record,
             "parameters": self._names_in_groups(),
             "parked_dtype": self.settings.parked_dtype,
             "masters": {name: master for name, master in masters.items() if master is not None},
@@ -422,24 +423,24 @@ class HiFT:
             ConfigurationError: see :meth:`check_state_dict`.
         """
         self.check_state_dict(state_dict)
+        same_plan = self.has_plan_of(state_dict)
         self.skipped_steps = state_dict["skipped_steps"]
-        if self.reduction is not None and self.has_plan_of(state_dict):
+        if self.reduction is not None and same_plan:
             self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
         self.half_updated = None
         if self.settings.master_weights:
             kept = {name: parameter for name, parameter in self._trained.items() if self._keeps(parameter)}
             load_masters(self.residency, kept, state_dict["masters"])
-        same_plan = self.has_plan_of(state_dict)
         self.move_to(state_dict["updates"] if same_plan else 0)
         # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
         held = state_dict["held_lr_steps"]
-        cycles = (state_dict.get("lr_cycles") if same_plan else None) or [None] * len(held)
+        cycles = state_dict["lr_cycles"] if same_plan else [None] * len(held)
         for scheduler, steps, cycle in zip(self._delayed, held, cycles, strict=False):
             scheduler.resume(steps, cycle)
-        if self._has_schedule and any(state_dict["held_lr_steps"]):
+        if self._has_schedule and any(held):
             warnings.warn(
                 f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
-                f"`lr_update='step'` the schedule goes on {max(state_dict['held_lr_steps'])} steps behind; go on with "
+                f"`lr_update='step'` the schedule goes on {max(held)} steps behind; go on with "
                 "the `lr_update` that it was made with, or from a checkpoint of the end of a cycle.",
                 stacklevel=2,
             )
@@ -474,7 +475,7 @@ class HiFT:
 
     def has_plan_of(self, state_dict: dict[str, Any]) -> bool:
         """Whether a saved position was one in this plan, with this order and as many steps to a block."""
-        return is_same_plan(state_dict, record_of_plan(self.plan, self.rotation))
+        return is_same_plan(state_dict, self._plan_record)
 
     def check_state_dict(
         self, state_dict: dict[str, Any] | None = None, optimizer_state_dict: dict[str, Any] | None = None
@@ -490,10 +491,10 @@ class HiFT:
                 optimizer or other parameters.
         """
         if optimizer_state_dict is not None:
-            saved_names = None if state_dict is None else state_dict.get("parameters")
+            saved_names = None if state_dict is None else state_dict["parameters"]
             check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
         if state_dict is not None and self.settings.resume_plan == "same":
-            refuse_other_plan(state_dict, record_of_plan(self.plan, self.rotation))
+            refuse_other_plan(state_dict, self._plan_record)
 
     def load_optimizer_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
         """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
@@ -660,6 +661,8 @@ class HiFT:
     def _meet_nonfinite(self, name: str, kind: str, where: str = "") -> None:
         what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
         told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
+        if not self.touched():
+            self._refuse_nonfinite_weights(told)
         if self.settings.nonfinite == "skip":
             self._step.left_out_because = told
             return
@@ -672,6 +675,22 @@ class HiFT:
             )
         finally:
             self.settle()
+
+    def _refuse_nonfinite_weights(self, told: str) -> None:
+        """Raise if an earlier update has made NaN or inf, which no step that is left out would mend."""
+        search = NonfiniteSearch(self._mesh)
+        for name, parameter in self._trained.items():
+            search.look_at(name, local(parameter))
+        if (found := search.first()) is None:
+            return
+        self.settle()
+        self.half_updated = f"The weights of `{found[0]}` have {found[1]}; load a checkpoint from before."
+        raise NonfiniteError(
+            f"{told[0].upper()}{told[1:]}, because the weights of `{found[0]}` have {found[1]} from an earlier update, "
+            "and the last checkpoint may have it too; go on from one from before, or start anew, with a smaller "
+            "learning rate, a wider precision, `master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 "
+            "is 0 in fp16)."
+        )
 
     def _skip(self) -> None:
         """End a step that is left out; the block keeps its turn."""
@@ -727,9 +746,9 @@ class HiFT:
         if sys._getframe(1) is not self._call:
             return
         self._call = None
-        # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         for group, changed in zip(optimizer.param_groups, self._step.changed_settings, strict=False):
             group.update(changed)  # the optimizer may count its calls there, and this one was the second
+        # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
         found_inf = getattr(optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
         if self.will_skip:
@@ -746,6 +765,8 @@ class HiFT:
         self.residency.park(self._trained.values())  # some optimizers build all state in their first step
         if self._shares is not None:
             self._shares.spread(list(self._block_parameters()))
+        if self._pieces is not None:
+            self.page_in_ms = self._pieces.take_loading_ms()
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
@@ -756,17 +777,17 @@ class HiFT:
         """Free the gradients and take the last parked state again; the block keeps its turn."""
         self._call = None  # whose frame would keep what a step that failed has left
         self._forget_step()
+        if self._pieces is not None:
+            self._pieces.take_loading_ms()  # of pieces that are not counted
+        if self.reduction is not None:
+            self.reduction.give_up()
         self._prefetch.join()
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.discard(self._block_parameters())
 
     def _forget_step(self) -> None:
-        if self._pieces is not None:
-            self.page_in_ms = self._pieces.take_loading_ms()
         self._step = Step(NonfiniteSearch(self._mesh))
-        if self.reduction is not None:
-            self.reduction.give_up()
 
 
 def _is_running(call: FrameType) -> bool:

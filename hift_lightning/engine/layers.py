@@ -108,6 +108,11 @@ def modules_of_layers(model: nn.Module) -> list[str]:
     return [layer.name for layer in layers_of(model) if layer.name in modules and layer.name not in no_modules]
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class as it was written; torch's ``fully_shard`` puts one of its own before it."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
 def names_of_weights(model: nn.Module) -> dict[str, list[str]]:
     """The first name of each parameter → all its names; more than one if it is tied."""
     first: dict[int, str] = {}
@@ -182,7 +187,7 @@ def _in_places(model: nn.Module, names: list[str], places: dict[str, _Place]) ->
     groups: dict[_Place, list[str]] = {}
     for name in names:
         groups.setdefault(places[name], []).append(name)
-    return [Layer(place.name or _class_of(model).__name__, tuple(groups[place])) for place in sorted(groups)]
+    return [Layer(place.name or class_of(model).__name__, tuple(groups[place])) for place in sorted(groups)]
 
 
 def _inside_stacks(names: list[str], modules: dict[str, nn.Module]) -> dict[str, str]:
@@ -205,8 +210,8 @@ def _elements(container: nn.Module) -> list[nn.Module]:
     composite = [element for element in elements if len(_owners(element)) > 1]
     if isinstance(container, nn.ModuleList):
         return elements if composite else []
-    classes = Counter(_class_of(element) for element in composite)
-    repeated = [index for index, element in enumerate(elements) if classes[_class_of(element)] > 1]
+    classes = Counter(class_of(element) for element in composite)
+    repeated = [index for index, element in enumerate(elements) if classes[class_of(element)] > 1]
     # what stands before and behind the repetition is a stem and a head, not a layer
     between = elements[repeated[0] : repeated[-1] + 1] if repeated else []
     return [element for element in between if len(_owners(element)) > 1]
@@ -214,8 +219,8 @@ def _elements(container: nn.Module) -> list[nn.Module]:
 
 def _is_nested_stack(element: nn.Module) -> bool:
     # Without a repeated class it is a layer written as a list, such as ModuleList([attention, feed_forward]).
-    classes = Counter(_class_of(inner) for inner in _elements(element))
-    return _class_of(element) in (nn.ModuleList, nn.Sequential) and any(count > 1 for count in classes.values())
+    classes = Counter(class_of(inner) for inner in _elements(element))
+    return class_of(element) in (nn.ModuleList, nn.Sequential) and any(count > 1 for count in classes.values())
 
 
 def _around_stacks(names: list[str], modules: dict[str, nn.Module], inside: dict[str, str]) -> dict[str, _Place]:
@@ -258,7 +263,7 @@ def _what_its_name_says(name: str, modules: dict[str, nn.Module], ancestors: set
     words = _words(name[len(above) :])
     if words & _TOP_WORDS:
         return "top"  # asked first, for GPT-NeoX has called its LM head `embed_out`
-    words |= {word for path in own for word in _words(_class_of(modules[path]).__name__)}
+    words |= {word for path in own for word in _words(class_of(modules[path]).__name__)}
     return "embedding" if any(word.startswith("embed") for word in words) else None
 
 
@@ -294,7 +299,7 @@ def _is_unit(module: nn.Module) -> bool:
     owners = _owners(module)
     # torch's own modules stay whole (attention, LSTM, a parametrized Linear), unless they only hold others
     holds = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return owners == [module] or (bool(owners) and _class_of(module).__module__.startswith("torch.nn.") and not holds)
+    return owners == [module] or (bool(owners) and class_of(module).__module__.startswith("torch.nn.") and not holds)
 
 
 def _owners(module: nn.Module) -> list[nn.Module]:
@@ -303,12 +308,7 @@ def _owners(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "Norm" in _class_of(module).__name__
-
-
-def _class_of(module: nn.Module) -> type[nn.Module]:
-    # torch's `fully_shard` puts classes of its own before that of the module
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    return "Norm" in class_of(module).__name__
 
 
 def _owner(name: str) -> str:

@@ -8,24 +8,6 @@ from torch.optim import Optimizer
 
 from hift_lightning.engine.errors import ConfigurationError
 
-LR_UPDATES = ("cycle", "cycle_once", "step")
-
-
-def check_lr_update(lr_update: str) -> None:
-    """Raise if it is not a way to delay the rate.
-
-    Args:
-        lr_update: see :class:`DelayedLRScheduler`, or ``"step"`` for no delay.
-
-    Raises:
-        ConfigurationError: for any other value.
-    """
-    if lr_update not in LR_UPDATES:
-        raise ConfigurationError(
-            f"`lr_update={lr_update!r}` is not a way to update the learning rate; "
-            f"choose one of {', '.join(LR_UPDATES)}."
-        )
-
 
 def warn_of_cycle_at_0(optimizer: Optimizer, lr_update: str, cycle_length: int) -> None:
     """Warn of a rate of 0 that is held through a cycle, as that of a warm-up may be.

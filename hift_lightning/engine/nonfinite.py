@@ -8,33 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hift_lightning.engine.errors import ConfigurationError
-
-POLICIES = ("raise", "skip")
-
 LOSS = ""
 """Name of the loss, which no parameter can have."""
-
-
-def check_nonfinite(nonfinite: str, update: str) -> None:
-    """Raise if it is not a policy, or not one that goes with the way blocks are stepped.
-
-    Args:
-        nonfinite: ``"raise"`` or ``"skip"``.
-        update: see :func:`~hift_lightning.engine.update.check_update`.
-
-    Raises:
-        ConfigurationError: for any other value; for ``"skip"`` with ``update="fused"``.
-    """
-    if nonfinite not in POLICIES:
-        raise ConfigurationError(
-            f"`nonfinite={nonfinite!r}` is not a policy for NaN and inf; choose one of {', '.join(POLICIES)}."
-        )
-    if nonfinite == "skip" and update == "fused":
-        raise ConfigurationError(
-            "`nonfinite='skip'` leaves out a step whose gradients have NaN or inf, and `update='fused'` uses each "
-            "gradient inside backward, before the others are there; use `update='streamed'`, or `nonfinite='raise'`."
-        )
 
 
 class NonfiniteSearch:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.layers import Layer, layers_of, names_of_weights
+from hift_lightning.engine.layers import Layer, class_of, layers_of, names_of_weights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -152,13 +152,13 @@ def partition(
     chosen = _trainable(model, aliases, trainable) - _matched("frozen", frozen, aliases).keys()
     if not chosen:
         raise ConfigurationError(
-            f"No parameter of `{type(model).__name__}` is left to train: leave `requires_grad` true on "
+            f"No parameter of `{class_of(model).__name__}` is left to train: leave `requires_grad` true on "
             f"some of them, or narrow `frozen={list(frozen or [])}`."
         )
     for name in sorted(chosen):
         if is_lazy(weights[name]):
             raise ConfigurationError(
-                f"Parameter `{name}` of `{type(model).__name__}` has no shape yet: run one batch through the "
+                f"Parameter `{name}` of `{class_of(model).__name__}` has no shape yet: run one batch through the "
                 "model before it is partitioned."
             )
 
@@ -171,7 +171,7 @@ def partition(
     kept = _restricted(placed, chosen - constant)
     if not kept:
         raise ConfigurationError(
-            f"`always_active={always_active}` takes all parameters of `{type(model).__name__}` that this optimizer "
+            f"`always_active={always_active}` takes all parameters of `{class_of(model).__name__}` that this optimizer "
             f"trains (they are in {len(_restricted(placed, chosen))} layers), and none is left to take turns: narrow "
             "it, or use full fine-tuning."
         )

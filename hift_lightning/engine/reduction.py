@@ -151,7 +151,7 @@ class GradientReduction:
 
         Args:
             block: index of the active block.
-            parameters: its own.
+            parameters: what is active with it.
             update: updates performed so far.
             plan: a number that another plan of blocks would not have.
         """

@@ -66,7 +66,8 @@ class Residency:
 
     Parking copies each tensor into a buffer that is allocated once and used again at every later visit. Copies are
     issued on the device's current stream, in the order of the kernels that use them, and nothing waits for them until
-    the host reads the state (:meth:`synchronize`). On a CPU device with ``offload="cpu"`` nothing is copied.
+    the host reads the state (:meth:`synchronize`). On a CPU device with ``offload="cpu"`` nothing
+    is copied, unless ``parked_dtype`` is another one.
 
     Until a parameter's state is parked again, its last parked state is kept, so a step that fails can be given up
     (:meth:`discard`).
@@ -139,9 +140,10 @@ class Residency:
             ValueError: if the param groups do not match (raised by torch).
         """
         self.synchronize()  # what is still being parked would arrive on top of what is loaded
+        known_before = dict(self._leaves)
         state_dict = self._in_own_form(state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
-        known_before, self._leaves = self._leaves, {}
+        self._leaves.clear()
         self._parked.clear()
         self._last_parked.clear()
         self.optimizer.state.clear()
@@ -309,7 +311,7 @@ class Residency:
             The state as the optimizer knows it, ``{}`` where there is none yet. Host memory that a CPU device computes
             on in place is not copied.
         """
-        if parameter not in self.optimizer.state:
+        if not self.optimizer.state.get(parameter):
             return {}
         if not self.copies(parameter):
             return self.optimizer.state[parameter]
@@ -365,11 +367,44 @@ class Residency:
     def window(self, nbytes: int, device: torch.device) -> Tensor:
         """Memory on the device for pieces of state and masters to take turns in; uint8.
 
+        A method, so that the planner can tell by it what the window takes.
+
         Args:
             nbytes: its size in bytes.
             device: where the parameters are.
         """
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def synchronize(self) -> None:
+        """Wait until all that is parked has arrived, so that the host may read it, or write in its place."""
+        for device in self._copying_from:
+            if (module := device_module(device)) is not None:
+                module.synchronize(device)
+        self._copying_from.clear()
+
+    def check_files(self) -> None:
+        """Find out whether all parked state and masters can be read, where they lie in files.
+
+        Raises:
+            ParkedStateError: if a file is gone or too short.
+        """
+        buffers = [leaf.buffer for known in self._leaves.values() for leaf in known if leaf is not None]
+        for buffer in (*buffers, *self._masters.values()):
+            buffer.check()
+
+    def copies(self, parameter: Tensor) -> bool:
+        """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
+        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
+        return self.offload != "none" and not in_place
+
+    def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
+        """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
+        return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
+
+    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
+        """In which a state tensor is parked that has this dtype on the device."""
+        stays = quantized or leaf.dim() == 0 or not dtype.is_floating_point
+        return dtype if stays or self.parked_dtype is None else self.parked_dtype
 
     # --- master weights ---------------------------------------------------------------------------------------------
 
@@ -427,37 +462,6 @@ class Residency:
 
     def _steps_masters_in_place(self, parameter: Tensor) -> bool:
         return parameter.device.type == "cpu" and self._tier.in_host_memory
-
-    def synchronize(self) -> None:
-        """Wait until all that is parked has arrived, so that the host may read it, or write in its place."""
-        for device in self._copying_from:
-            if (module := device_module(device)) is not None:
-                module.synchronize(device)
-        self._copying_from.clear()
-
-    def check_files(self) -> None:
-        """Find out whether all parked state and masters can be read, where they lie in files.
-
-        Raises:
-            ParkedStateError: if a file is gone or too short.
-        """
-        buffers = [leaf.buffer for known in self._leaves.values() for leaf in known if leaf is not None]
-        for buffer in (*buffers, *self._masters.values()):
-            buffer.check()
-
-    def copies(self, parameter: Tensor) -> bool:
-        """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
-        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
-        return self.offload != "none" and not in_place
-
-    def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
-        """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
-        return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
-
-    def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
-        """In which a state tensor is parked that has this dtype on the device."""
-        narrow = self.parked_dtype is not None and dtype.is_floating_point and leaf.dim() > 0 and not quantized
-        return self.parked_dtype if narrow and self.parked_dtype is not None else dtype
 
 
 def _keeps_scalars_on_device(group: dict[str, Any], parameter: Tensor) -> bool:

@@ -1,18 +1,15 @@
 """What can be set about a run."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hift_lightning.engine.compatibility import check_resume_plan
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.lr import check_lr_update
-from hift_lightning.engine.nonfinite import check_nonfinite
 from hift_lightning.engine.partition import check_always_active, check_patterns
 from hift_lightning.engine.residency import check_parked_dtype
 from hift_lightning.engine.rotation import ONCE, check_order, check_steps_per_block
 from hift_lightning.engine.tiers import check_offload
-from hift_lightning.engine.update import check_update, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class HiFTSettings:
         check_patterns("frozen", self.frozen)
         check_always_active(self.always_active)
         check_order(self.order)
-        check_lr_update(self.lr_update)
+        _check_choice("lr_update", self.lr_update, "a way to update the learning rate", ("cycle", "cycle_once", "step"))
         check_steps_per_block(self.steps_per_block)
         if self.steps_per_block == ONCE and self.lr_update != "step":
             raise ConfigurationError(
@@ -94,9 +91,15 @@ class HiFTSettings:
                 f"`parked_dtype={self.parked_dtype!r}` is the dtype of parked moments, and with `offload='none'` none "
                 "are parked; leave one of them out."
             )
-        check_resume_plan(self.resume_plan)
-        check_update(self.update)
-        check_nonfinite(self.nonfinite, self.update)
+        _check_choice("resume_plan", self.resume_plan, "a way to go on from a checkpoint", ("same", "rebuild"))
+        _check_choice("update", self.update, "a way to update a block", ("block", "streamed", "fused"))
+        _check_choice("nonfinite", self.nonfinite, "a policy for NaN and inf", ("raise", "skip"))
+        if self.nonfinite == "skip" and self.update == "fused":
+            raise ConfigurationError(
+                "`nonfinite='skip'` leaves out a step whose gradients have NaN or inf, and `update='fused'` uses each "
+                "gradient inside backward, before the others are there; use `update='streamed'`, or "
+                "`nonfinite='raise'`."
+            )
         parse_bytes("window", self.window)
 
     @property
@@ -123,3 +126,25 @@ class HiFTSettings:
                 f"`memory_budget={self.memory_budget!r}` is looked at with `group_size='auto'` alone, and "
                 f"`group_size={self.group_size}` is given; leave one of them out."
             )
+
+
+def _check_choice(argument: str, value: str, what: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ConfigurationError(f"`{argument}={value!r}` is not {what}; choose one of {', '.join(choices)}.")
+
+
+def parse_bytes(name: str, value: str | int) -> int:
+    """Read a number of bytes such as ``"256MiB"``.
+
+    Args:
+        name: of the argument, for the message.
+        value: bytes, or a number with a unit (B, KiB, MiB, GiB, KB, MB, GB), in capitals or not.
+
+    Raises:
+        ConfigurationError: if it cannot be read or is not positive.
+    """
+    units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+    if match and match[2] in units and (number := int(float(match[1]) * units[match[2]])) > 0:
+        return number
+    raise ConfigurationError(f"`{name}={value!r}` is not a number of bytes; write it like `256MiB`.")

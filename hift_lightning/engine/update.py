@@ -7,7 +7,6 @@ torch's optimizers treat parameters one by one; rows are cut only where that has
 
 import contextlib
 import math
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,45 +24,11 @@ from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS, dense_strides, has_rows_in_memory
 
-UPDATES = ("block", "streamed", "fused")
-
 _ALIGNMENT = 64
 """Elements, and bytes: rows are cut where vectorized kernels begin anew, so that each element is computed as before."""
 
 _SLACK = 16 * _ALIGNMENT
 """Bytes kept free for the alignment of the tensors of a piece."""
-
-
-def check_update(update: str) -> None:
-    """Raise if it is not a way to step a block.
-
-    Args:
-        update: ``"block"``, ``"streamed"`` or ``"fused"``.
-
-    Raises:
-        ConfigurationError: for any other value.
-    """
-    if update not in UPDATES:
-        raise ConfigurationError(
-            f"`update={update!r}` is not a way to update a block; choose one of {', '.join(UPDATES)}."
-        )
-
-
-def parse_bytes(name: str, value: str | int) -> int:
-    """Read a number of bytes such as ``"256MiB"``.
-
-    Args:
-        name: of the argument, for the message.
-        value: bytes, or a number with a unit (B, KiB, MiB, GiB, KB, MB, GB), in capitals or not.
-
-    Raises:
-        ConfigurationError: if it cannot be read or is not positive.
-    """
-    units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
-    if match and match[2] in units and (number := int(float(match[1]) * units[match[2]])) > 0:
-        return number
-    raise ConfigurationError(f"`{name}={value!r}` is not a number of bytes; write it like `256MiB`.")
 
 
 @dataclass(frozen=True)

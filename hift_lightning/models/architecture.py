@@ -1,22 +1,21 @@
 """Models of a transformers architecture with random weights, from the numbers of a configuration alone."""
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.dropout import set_dropout
-from hift_lightning.models.pretrained import pretrained_architecture
+from hift_lightning.models.pretrained import Configure, as_it_is, pretrained_architecture, reads
 
 # what models of transformers call the table that they look a token's position up in
 POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "positions_embed")
 
 
-def random_model(model_class: Any, config: Mapping[str, Any], dropout: float | None = None) -> Any:
+def random_model(model_class: Any, config: Mapping[str, Any], configure: Configure = as_it_is) -> Any:
     """Build a model with random weights, on torch's default device and in its default dtype.
 
     Under `torch.device("meta")` the weights take no memory; nothing is asked of a hub in any case.
@@ -25,11 +24,10 @@ def random_model(model_class: Any, config: Mapping[str, Any], dropout: float | N
         model_class: a class such as `transformers.AutoModel`.
         config: `model_type`, the architecture's transformers name, and numbers of its configuration; those not
             given have transformers' defaults.
-        dropout: as for `hift_lightning.models.dropout.set_dropout`.
+        configure: given the filled configuration before the model is made, to change it.
 
     Raises:
-        ConfigurationError: there is no such architecture, it has no such number, the numbers make no model, or it
-            cannot have this dropout.
+        ConfigurationError: there is no such architecture, it has no such number, or the numbers make no model.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -39,7 +37,7 @@ def random_model(model_class: Any, config: Mapping[str, Any], dropout: float | N
     _check_names(kind, numbers)
     try:
         filled = AutoConfig.for_model(kind, **numbers)
-        set_dropout(filled, dropout)
+        configure(filled)
         return model_class.from_config(filled)
     except ConfigurationError:
         raise
@@ -79,7 +77,8 @@ def keep_constants(model: nn.Module) -> None:
     """
     for module in model.modules():
         if _constants(module):
-            module._apply = MethodType(_apply_to_all_but_constants, module)  # type: ignore[method-assign]
+            # no method: pickle would look one up by its name in the module's class
+            module._apply = functools.partial(_apply_to_all_but_constants, module)  # type: ignore[method-assign]
 
 
 def check_vocabulary(tokenizer: Any, model: Any) -> None:
@@ -92,9 +91,10 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
     Raises:
         ConfigurationError: it has.
     """
-    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+    known = model.config.get_text_config().vocab_size
+    if tokenizer is not None and len(tokenizer) > known:
         raise ConfigurationError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model only `vocab_size={model.config.vocab_size}`; "
+            f"The tokenizer has {len(tokenizer)} tokens, the model only `vocab_size={known}`; "
             "give the model's own tokenizer with `model.tokenizer.pretrained=/path/to/folder`."
         )
 
@@ -155,7 +155,7 @@ def _check_names(kind: Any, numbers: Mapping[str, Any]) -> None:
         )
     defaults = CONFIG_MAPPING[kind]()
     for name in numbers:
-        if not hasattr(defaults, name):
+        if not reads(CONFIG_MAPPING[kind], name):
             raise ConfigurationError(
                 f"`model.network.config.{name}` is no number of the architecture `{kind}`; "
                 f"{_suggestion(name, vars(defaults), 'leave it out.')}"

@@ -7,7 +7,11 @@ import torch
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
+from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import check_transformers, pretrained_model
+
+# models with a head over the vocabulary that predict masked or permuted tokens
+_OF_OTHER_KINDS = ("flaubert", "xlm", "xlnet")
 
 
 def causal_lm(
@@ -43,12 +47,16 @@ def causal_lm(
     check_transformers()
     from transformers import AutoModelForCausalLM
 
+    def configure(filled: Any) -> None:
+        _look_to_the_left(filled)
+        set_dropout(filled, dropout)
+
     if not weights:
         return architecture(AutoModelForCausalLM, pretrained, config)
     if pretrained is None:
-        model = random_model(AutoModelForCausalLM, config, dropout)
+        model = random_model(AutoModelForCausalLM, config, configure)
     else:
-        model, unexpected = pretrained_model(AutoModelForCausalLM, pretrained, dtype, lossless, dropout)
+        model, unexpected = pretrained_model(AutoModelForCausalLM, pretrained, dtype, lossless, configure)
         if unexpected:
             raise ConfigurationError(
                 f"`model.pretrained={pretrained}` has {len(unexpected)} tensors that its config.json has no place for, "
@@ -58,3 +66,18 @@ def causal_lm(
     model.config.use_cache = False
     keep_constants(model)
     return model.train()
+
+
+def _look_to_the_left(config: Any) -> None:
+    """Make a configuration that of a decoder, where it may be that of an encoder too.
+
+    Raises:
+        ConfigurationError: models of this architecture do not predict each token from those to its left.
+    """
+    if getattr(config, "is_encoder_decoder", False) or config.model_type in _OF_OTHER_KINDS:
+        raise ConfigurationError(
+            f"Models of the architecture `{config.model_type}` do not predict each token from those to the left of it "
+            "alone; give one that does, such as `llama`."
+        )
+    if getattr(config, "is_decoder", None) is False:  # BERT and its like look in both directions otherwise
+        config.is_decoder = True

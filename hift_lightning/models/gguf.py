@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -59,13 +60,20 @@ def _convert(file: Path, folder: Path) -> None:
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    load: Any = AutoModelForCausalLM.from_pretrained
+
     rank_zero_info(f"Converting `{file}`, once; this takes about half a minute for 135M parameters.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        quantized, found = load(file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # a broken file makes the reader raise many unrelated types; the reason is passed on
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigurationError(f"`{file}` cannot be converted ({reason}); get the file again.") from error
+    if missing := sorted(found["missing_keys"]) or sorted(name for name, *_ in found["mismatched_keys"]):
+        raise ConfigurationError(
+            f"`{file}` lacks {len(missing)} tensors of the model, the first is `{missing[0]}`, as where it is one of "
+            "several parts (`-00001-of-00002`); give a file that holds the whole model."
+        )
     config = quantized.config
     # a model that comes from GGUF refuses to be saved, so its weights go into one that does not
     del config.quantization_config

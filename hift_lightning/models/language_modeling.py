@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,10 @@ class LanguageModelingModule(OptimizedModule):
         """Compare the vocabularies of data and network, where both tell theirs."""
         data = getattr(self.trainer, "datamodule", None)
         tokens = getattr(data, "vocab_size", None)
-        known = getattr(getattr(self.network, "config", None), "vocab_size", None)
+        config: Any = getattr(self.network, "config", None)
+        if hasattr(config, "get_text_config"):  # a model that reads images too has one for text
+            config = config.get_text_config()
+        known = getattr(config, "vocab_size", None)
         if tokens is not None and known is not None and tokens > known:
             raise ConfigurationError(
                 f"The data have {tokens} different tokens, the model only `vocab_size={known}`; give the model's own "

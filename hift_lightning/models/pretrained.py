@@ -3,14 +3,15 @@
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.dropout import set_dropout
 from hift_lightning.progress import is_rank_0
 
 HUB_TIMEOUT_SECONDS = 5.0
@@ -20,6 +21,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("config.json", "*.safetensors", INDEX)
+Configure = Callable[[Any], None]
+"""Changes a configuration of transformers in place."""
 FLOATING_POINT = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -95,12 +98,16 @@ def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
     return tokenizer
 
 
+def as_it_is(config: Any) -> None:
+    """Change nothing of a configuration."""
+
+
 def pretrained_model(
     model_class: Any,
     pretrained: str,
     dtype: torch.dtype | None = None,
     lossless: bool = False,
-    dropout: float | None = None,
+    configure: Configure = as_it_is,
 ) -> tuple[Any, list[str]]:
     """Load a model and its weights on the CPU.
 
@@ -114,14 +121,14 @@ def pretrained_model(
         dtype: of the weights; `None` for that of the files, the widest where they have several.
         lossless: take a wider one where this one would round the weights in the files (fp16 and bf16 round each
             other).
-        dropout: as for `hift_lightning.models.dropout.set_dropout`.
+        configure: given the model's configuration before the model is made, to change it.
 
     Returns:
         The model, and the names of tensors in the files that it has no use for.
 
     Raises:
         ConfigurationError: see `locate`; or the weights are missing, broken, incomplete or of another shape than
-            config.json tells, or the model cannot have this dropout.
+            config.json tells, or are quantized.
     """
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
@@ -136,7 +143,8 @@ def pretrained_model(
         dtype = torch.promote_types(dtype, stored)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        set_dropout(config, dropout)
+        _refuse_quantized(pretrained, config)
+        configure(config)
         model, found = model_class.from_pretrained(
             folder,
             config=config,
@@ -149,11 +157,12 @@ def pretrained_model(
         )
     except ConfigurationError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigurationError(
             f"`model.pretrained={pretrained}` cannot be loaded ({_first_line(error)}); give "
             "`model.pretrained=/path/to/folder` with weights, or `model.pretrained=null` for random weights."
         ) from error
+    _refuse_codes(pretrained, folder, model)
     for name, in_file, in_model in sorted(found["mismatched_keys"]):
         raise ConfigurationError(
             f"`model.pretrained={pretrained}` has `{name}` with the shape {tuple(in_file)}, and its config.json makes "
@@ -184,9 +193,12 @@ def pretrained_architecture(model_class: Any, pretrained: str) -> Any:
     folder = locate(pretrained, (CONFIG, GENERATION_CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_quantized(pretrained, config)
         model = model_class.from_config(config)
         if model.can_generate() and (folder / GENERATION_CONFIG).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except ConfigurationError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(
             f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
@@ -221,10 +233,34 @@ def pretrained_shape(pretrained: str) -> dict[str, Any]:
             f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
             "`model.pretrained=/path/to/folder` with a config.json."
         ) from error
+    _refuse_quantized(pretrained, config)
     # files have names besides that the architecture does not read, and the dtype of their weights
-    known, numbers = type(config)(), config.to_diff_dict()
-    numbers = {name: value for name, value in numbers.items() if hasattr(known, name) and name != "dtype"}
-    return {**numbers, "model_type": config.model_type}
+    numbers = {name: value for name, value in config.to_diff_dict().items() if name != "dtype"}
+    return {name: value for name, value in numbers.items() if reads(type(config), name)} | {
+        "model_type": config.model_type
+    }
+
+
+def reads(config_class: type, name: str) -> bool:
+    """Whether models with this class of configuration read a number of that name.
+
+    Not every number has a default in the configuration: many architectures take `head_dim` where it is given, and
+    compute it otherwise.
+
+    Args:
+        config_class: a class of transformers, such as `LlamaConfig`.
+        name: of the number.
+    """
+    return hasattr(config_class(), name) or re.search(rf"\bconfig(\.|, \"){name}\b", _source(config_class)) is not None
+
+
+@functools.cache
+def _source(config_class: type) -> str:
+    """What the models with this class of configuration are written in."""
+    specification = importlib.util.find_spec(config_class.__module__.replace(".configuration_", ".modeling_"))
+    if specification is None or specification.origin is None:
+        return ""
+    return Path(specification.origin).read_text(encoding="utf-8")
 
 
 def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:
@@ -246,6 +282,32 @@ def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:
             "give a folder with weights that are not quantized."
         )
     return functools.reduce(torch.promote_types, [FLOATING_POINT[name] for name in dtypes if name in FLOATING_POINT])
+
+
+def _refuse_quantized(pretrained: str, config: Any) -> None:
+    if (how := getattr(config, "quantization_config", None)) is None:
+        return
+    method = how.get("quant_method") if isinstance(how, dict) else how.quant_method
+    raise ConfigurationError(
+        f"`model.pretrained={pretrained}` holds quantized weights (`quantization_config` of its config.json, "
+        f"{method}), which cannot be trained; give a folder with weights that are not quantized."
+    )
+
+
+def _refuse_codes(pretrained: str, folder: Path, model: nn.Module) -> None:
+    """Raise if a weight of the model is stored as whole numbers."""
+    from safetensors import safe_open
+
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for path in _shards(pretrained, folder):
+        with safe_open(path, framework="pt") as file:
+            for name in names & set(file.keys()):
+                if (stored := file.get_slice(name).get_dtype()) not in FLOATING_POINT:
+                    raise ConfigurationError(
+                        f"`model.pretrained={pretrained}` has `{name}` as {stored}, and only weights in "
+                        f"{', '.join(FLOATING_POINT)} can be trained; give a folder with weights that are not "
+                        "quantized."
+                    )
 
 
 def _shards(pretrained: str, folder: Path) -> Iterator[Path]:

@@ -1,5 +1,6 @@
 """A transformer body with a pooling and a head: one class for encoders and decoders."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
+from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import check_transformers, pretrained_model
 
 Pooling = Literal["mean", "first", "last"]
@@ -97,21 +99,28 @@ def sentence_classifier(
     for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
         if value not in known:
             raise ConfigurationError(f"`model.network.{name}={value}` is unknown; give one of {', '.join(known)}.")
+    configure = functools.partial(set_dropout, dropout=dropout)
     if not weights:
         body = architecture(AutoModel, pretrained, config)
         with torch.device("meta"):
-            return SentenceClassifier(without_pooler(body), body.config.hidden_size, num_classes, pooling, head)
+            return SentenceClassifier(without_pooler(body), _width(body), num_classes, pooling, head)
     if pretrained is None:
-        body = random_model(AutoModel, config, dropout)
+        body = random_model(AutoModel, config, configure)
     else:
         # what else is in the files belongs to the head that they were trained with
-        body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless, dropout)
+        body, _ = pretrained_model(AutoModel, pretrained, dtype, lossless, configure)
     check_vocabulary(tokenizer, body)
     without_pooler(body)
     body.config.use_cache = False
     keep_constants(body)
     # transformers hands out pretrained models in evaluation mode, without dropout
-    return SentenceClassifier(body, body.config.hidden_size, num_classes, pooling, head, body.dtype).train()
+    return SentenceClassifier(body, _width(body), num_classes, pooling, head, body.dtype).train()
+
+
+def _width(body: Any) -> int:
+    """Width of the hidden states that a body returns."""
+    config = body.config.get_text_config()  # of a model that reads images too, its part for text
+    return int(getattr(config, "word_embed_proj_dim", config.hidden_size))  # OPT projects them to that of its embedding
 
 
 def without_pooler(body: Any) -> Any:

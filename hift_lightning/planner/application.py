@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.checks import check_configuration
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.settings import HiFTSettings
-from hift_lightning.engine.update import parse_bytes
+from hift_lightning.engine.settings import HiFTSettings, parse_bytes
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.pretrained import pretrained_shape
 from hift_lightning.output import check_writable

@@ -22,12 +22,12 @@ from typing_extensions import override
 from hift_lightning.engine.conversion import parameters_stay_themselves, replaces_parameters
 from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
+from hift_lightning.engine.layers import class_of
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.rotation import ONCE
-from hift_lightning.engine.settings import HiFTSettings
+from hift_lightning.engine.settings import HiFTSettings, parse_bytes
 from hift_lightning.engine.streams import device_module
-from hift_lightning.engine.update import parse_bytes
 from hift_lightning.progress import PreparationBar
 from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
 from hift_lightning.strategies.clipping import BlockClipping
@@ -37,7 +37,7 @@ from hift_lightning.strategies.interrupts import PatientInterrupt
 from hift_lightning.strategies.refusals import (
     refuse_callbacks_that_freeze,
     refuse_optimizers,
-    refuse_other_engines,
+    refuse_other_wrappers,
     refuse_what_needs_gradients,
 )
 
@@ -94,6 +94,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     Raises:
         ConfigurationError: if a value cannot work.
     """
+
+    _always_sets_up_itself = False
+    """Whether Lightning's own `setup` will not do even where nothing is trained."""
 
     def __init__(
         self,
@@ -206,7 +209,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             )
             choice = choose(self._asked, self._memory_budget(), step)
         self.settings = choice.settings
-        self._chosen_for = _shapes(trainer, module)
+        self._chosen_for = _what_is_planned(trainer, module)
         rank_zero_info(f"HiFT: {choice.reason}")
 
     def _memory_budget(self) -> int:
@@ -224,43 +227,50 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     @override
     def setup(self, trainer: Trainer) -> None:
         assert self.lightning_module is not None
-        refuse_other_engines(self.lightning_module, self.precision_plugin)
-        if self.settings.master_weights and not self.restore_checkpoint_after_setup:
-            self._look_at_precision(self.lightning_module, trainer.state.fn)
-        if trainer.state.fn != TrainerFn.FITTING:
+        refuse_other_wrappers(self.lightning_module, self.precision_plugin)
+        if self.settings.master_weights:
+            self._look_at_precision(trainer, self.lightning_module)
+        training = trainer.state.fn == TrainerFn.FITTING
+        if training:
+            self._get_ready_to_train(trainer)
+        elif not self._always_sets_up_itself:
             super().setup(trainer)
             return
-        if self._asked.group_size == "auto" and self._chosen_for != _shapes(trainer, self.lightning_module):
-            self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
-        refuse_callbacks_that_freeze(trainer)
-        if self.settings.update == "fused":
-            refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
         self.prepare_model()
-        if not self.settings.master_weights:
+        if not (training and self.settings.master_weights):
             self.model = self.precision_plugin.convert_module(self.model)
-        # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
-        # constructor, beside them.
-        self.setup_optimizers(trainer)
-        if self.settings.master_weights:  # which have now been taken from the weights before they are rounded
-            self.model = self.precision_plugin.convert_module(self.model)
+        if training:
+            # Optimizers come before the model reaches the device: Adagrad builds the state of all parameters in its
+            # constructor, beside them.
+            self.setup_optimizers(trainer)
+            if self.settings.master_weights:  # which have now been taken from the weights before they are rounded
+                self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self.model = self._setup_model(self.model)
         self.setup_precision_plugin()
         # Lightning would now move all optimizer state to the device; it stays parked.
 
-    def _look_at_precision(self, module: LightningModule, function: TrainerFn | None) -> None:
+    def _get_ready_to_train(self, trainer: Trainer) -> None:
+        assert self.lightning_module is not None
+        if self._asked.group_size == "auto" and self._chosen_for != _what_is_planned(trainer, self.lightning_module):
+            self.choose_group_size(trainer, self.lightning_module, first_batch(trainer))
+        refuse_callbacks_that_freeze(trainer)
+        if self.settings.update == "fused":
+            refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
+
+    def _look_at_precision(self, trainer: Trainer, module: LightningModule) -> None:
         """Warn where masters are to be made of weights that an earlier call has rounded."""
         if any(parameter.dtype == torch.float32 for parameter in module.parameters()):
             self._to_be_rounded = weakref.ref(module)
             return
         rounded_here = self._to_be_rounded is not None and self._to_be_rounded() is module
-        if function == TrainerFn.FITTING and rounded_here and self._being_loaded is None:
+        if trainer.state.fn == TrainerFn.FITTING and rounded_here and trainer.ckpt_path is None:
             rank_zero_warn(
                 "An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
-                f"`{type(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the "
+                f"`{class_of(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the "
                 "weights as they were, call `fit` first, or make the module anew before it."
             )
 
@@ -304,7 +314,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"`steps_per_block={ONCE!r}` divides the optimizer steps of the run among the blocks, and of "
-                f"`{type(module).__name__}`, which optimizes by hand, their number is not known; give a number of "
+                f"`{class_of(module).__name__}`, which optimizes by hand, their number is not known; give a number of "
                 "steps a block."
             )
         if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
@@ -520,6 +530,7 @@ def _unvisited(engine: HiFT, steps: int) -> int:
     return sum(engine.rotation.visits(block.index, steps) == 0 for block in engine.plan.blocks)
 
 
-def _shapes(trainer: Trainer, module: LightningModule) -> object:
-    """What a choice of the group size is made for."""
-    return trainer.precision, {name: parameter.shape for name, parameter in module.named_parameters()}
+def _what_is_planned(trainer: Trainer, module: LightningModule) -> object:
+    """What a choice of the group size depends on, but for the batch."""
+    steps = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    return trainer.precision, steps, {name: parameter.shape for name, parameter in module.named_parameters()}

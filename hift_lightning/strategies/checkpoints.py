@@ -162,7 +162,7 @@ class BlockwiseCheckpoints(_Base):
                 )
             self._being_loaded, self._is_loaded = checkpoint_path, False
             saved = checkpoint.get("hift")
-            self._steps_before = checkpoint["global_step"] if saved is None else saved.get("steps_before", 0)
+            self._steps_before = checkpoint["global_step"] if saved is None else saved["steps_before"]
         return checkpoint
 
     def _goes_on_from(self, checkpoint_path: _PATH) -> bool:

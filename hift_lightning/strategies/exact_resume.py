@@ -239,8 +239,8 @@ class ExactResume:
 
     def _count_for_these_ranks(self, record: dict[str, Any]) -> None:
         """Count the batches done as each of another number of ranks would have, where an epoch has more or fewer."""
-        ranks, length = record.get("ranks", 1), record.get("batches_in_epoch")
-        if ranks == self._trainer.world_size or length in (None, self._trainer.num_training_batches):
+        ranks, length = record["ranks"], record["batches_in_epoch"]
+        if ranks == self._trainer.world_size or length == self._trainer.num_training_batches:
             return
         count = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current)
         count.processed = count.processed * ranks // self._trainer.world_size

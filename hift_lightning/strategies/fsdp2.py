@@ -27,7 +27,7 @@ from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.pinned import can_pin
 from hift_lightning.strategies.blockwise import BlockwiseTraining
-from hift_lightning.strategies.refusals import refuse_callbacks_that_average, refuse_other_engines
+from hift_lightning.strategies.refusals import refuse_callbacks_that_average
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
 from hift_lightning.strategies.sharding import (
     modules_to_shard,
@@ -74,6 +74,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
     """
 
     strategy_name = "hift_fsdp2"
+    _always_sets_up_itself = True  # Lightning's own wants a module that shards itself
 
     def __init__(
         self,
@@ -137,18 +138,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
             )
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_callbacks_that_average(trainer)
-            super().setup(trainer)
-            return
-        assert self.lightning_module is not None
-        refuse_other_engines(self.lightning_module, self.precision_plugin)
-        assert self.accelerator is not None
-        assert self.model is not None
-        self.accelerator.setup(trainer)
-        self.prepare_model()
-        self.model = self.precision_plugin.convert_module(self.model)
-        self.model_to_device()
-        self.model = self._setup_model(self.model)
-        self.setup_precision_plugin()
+        super().setup(trainer)
 
     @override
     def prepare_model(self) -> None:

@@ -131,7 +131,7 @@ _NOT_WITH_BLOCKS = {
 }
 
 
-def refuse_other_engines(module: LightningModule, precision: Precision) -> None:
+def refuse_other_wrappers(module: LightningModule, precision: Precision) -> None:
     """Refuse parts and precision plugins that belong to DDP's wrapper, FSDP1 or DeepSpeed."""
     if isinstance(precision, (DeepSpeedPrecision, FSDPPrecision)):
         plugin = type(precision).__name__

@@ -105,9 +105,17 @@ class ShardedCheckpoints(SeveralRanks):
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
 
     def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if (path / META).is_file():
-            shutil.rmtree(path)
-        self.checkpoint_io.save_checkpoint(checkpoint, path)
+        if not (path / META).is_file():
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+            return
+        former = _set_aside(path)  # a file cannot take the place of a folder
+        try:
+            self.checkpoint_io.save_checkpoint(checkpoint, path)
+        except BaseException:
+            if not path.exists():
+                former.rename(path)
+            raise
+        shutil.rmtree(former, ignore_errors=True)
 
     def _write_folder(self, checkpoint: dict[str, Any], path: Path) -> None:
         shards: dict[str, Any] = {}
@@ -118,8 +126,7 @@ class ShardedCheckpoints(SeveralRanks):
             return torch.empty(parameter.shape, dtype=shard.dtype, device="meta")
 
         checkpoint = self._with_shards_changed(checkpoint, set_apart, _now)
-        # hidden, and without the file's own name, which the Trainer might take for that of a requeued job
-        temporary = path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}")
+        temporary = _hidden(path)
         self._on_first_rank(lambda: _make_anew(temporary))
         try:
             save(shards, storage_writer=FileSystemWriter(temporary), process_group=self._ranks.telling)
@@ -370,17 +377,29 @@ _IN_INDEX = {
 }
 
 
+def _hidden(path: Path) -> Path:
+    """A hidden name beside the path, without its own, which the Trainer might take for that of a requeued job."""
+    return path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}")
+
+
 def _make_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(0o700, parents=True)
 
 
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder to what nothing else is called, until what takes its place is there."""
+    former = _hidden(folder).with_name(f"{_hidden(folder).name}-former")
+    shutil.rmtree(former, ignore_errors=True)  # left by a process that was killed while it removed it
+    return folder.rename(former)
+
+
 def _put_in_place(folder: Path, path: Path) -> None:
     """Rename a complete folder; what was there before goes afterwards."""
-    former = folder.with_name(f"{folder.name}-former")
     if path.is_dir():
-        path.rename(former)
-    elif path.exists():
-        path.unlink()
+        former = _set_aside(path)
+        folder.rename(path)
+        shutil.rmtree(former, ignore_errors=True)
+        return
+    path.unlink(missing_ok=True)
     folder.rename(path)
-    shutil.rmtree(former, ignore_errors=True)

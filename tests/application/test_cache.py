@@ -94,3 +94,26 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert cache_root("/elsewhere") == Path("/elsewhere")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_root(None) == Path.home() / ".cache" / "hift_lightning"
+
+
+def test_what_one_user_has_made_others_may_read_and_not_change(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    for mode, made in ((0o1777, 0o755), (0o750, 0o750), (0o700, 0o700)):
+        (tmp_path / "shared").chmod(mode)
+        folder = made_once(tmp_path / "shared" / f"made-{mode:o}", Maker(), "data.cache_dir")
+        assert folder.stat().st_mode & 0o777 == made
+
+
+def test_a_folder_that_may_not_be_read_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Maker()
+    folder = made_once(tmp_path / "made", make, "data.cache_dir")
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigurationError, match=r"made` cannot be read \(Permission denied\).*data\.cache_dir="):
+        made_once(folder, make, "data.cache_dir")
+    assert make.calls == 1

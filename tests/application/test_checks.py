@@ -56,6 +56,8 @@ from tests.pages import check_application
         (["seed=4294967296"], r"seed=4294967296` is not possible; give a whole number from 0 to 4294967295"),
         (["data.seed=-1"], r"data\.seed=-1` is not possible"),
         (["data.num_classes=1"], r"data\.num_classes=1` is not possible; give a whole number from 2 on"),
+        (["model.network.num_classes=5"], r"num_classes=5` is another number than `data\.num_classes=2`"),
+        (["trainer.val_check_interval=0"], r"val_check_interval=0` is not possible.*`evaluate=false`"),
         (["trainer.gradient_clip_val=abc"], r"trainer\.gradient_clip_val=abc` is not possible"),
         (
             ["trainer.limit_val_batches=0"],

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -188,15 +189,37 @@ def test_a_missing_file_another_kind_and_none_at_all_are_refused(tmp_path: Path)
 def test_parquet_without_its_package_is_refused_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "table.parquet").write_text("PAR1")
     (tmp_path / "book.txt").write_text("a text\n" * 10)
-    with pytest.raises(ConfigurationError, match=r"table\.parquet`.*`datasets`.*pip install datasets"):
+    with pytest.raises(ConfigurationError, match=r"table\.parquet`.*`pyarrow`.*pip install pyarrow"):
         read(tmp_path / "table.parquet")
     assert read(tmp_path / "book.txt")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the package datasets is not installed")
+with_parquet = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="the package pyarrow is not installed"
+)
+
+
+@with_parquet
+def test_a_table_that_takes_the_place_of_another_is_read_whatever_its_name_and_date(tmp_path: Path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    names = ["data[1].parquet", "data1.parquet", "data*.parquet", "d?ta.parquet"]
+    for word in ("old", "new"):
+        for name in names:
+            write_table(Table.from_pylist([{"text": f"{word} {name}"}] * 3), tmp_path / name)
+            os.utime(tmp_path / name, (1e9, 1e9))
+        for name in names:
+            assert [document.pieces[0].text for document in read(tmp_path / name)] == [f"{word} {name}"] * 3
+    write_table(Table.from_pydict({"text": []}), tmp_path / "empty.parquet")
+    with pytest.raises(ConfigurationError, match=r"empty\.parquet` is empty"):
+        read(tmp_path / "empty.parquet")
+
+
+@with_parquet
 def test_rows_of_parquet_are_read_like_lines(tmp_path: Path) -> None:
     from pyarrow import Table
     from pyarrow.parquet import write_table

@@ -72,6 +72,7 @@ RUNS = {
     "no folder for a sweep": ["-m", "hydra.sweep.dir=/proc/here"],
     "no output folder": ["output_dir=/proc/here"],
     "no folder for checkpoints": ["callbacks.checkpoint.dirpath=file/here"],
+    "no folder for pictures": ["callbacks.monitor.folder=file/here"],
 }
 
 
@@ -182,6 +183,7 @@ def test_a_data_loader_that_raises_keeps_its_traceback_and_the_run_is_saved_and_
         ("no folder for a run", r"`hydra\.run\.dir=file/here` cannot be written to \(Not a directory\)"),
         ("no folder for a sweep", r"`hydra\.sweep\.dir=/proc/here` cannot be written to"),
         ("no output folder", r"`output_dir=/proc/here` cannot be written to"),
+        ("no folder for pictures", r"`callbacks\.monitor\.folder=\S*file/here` cannot be written to"),
         ("no folder for checkpoints", r"`callbacks\.checkpoint\.dirpath=\S*file/here` cannot be written to"),
     ],
 )

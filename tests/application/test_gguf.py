@@ -22,7 +22,7 @@ def interleaved(weight: torch.Tensor) -> torch.Tensor:
     return weight.view(HEADS, 2, WIDTH // HEADS // 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
 
 
-def write_gguf(path: Path, model: Any) -> Path:
+def write_gguf(path: Path, model: Any, layers: int = LAYERS) -> Path:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, "llama")
@@ -48,7 +48,7 @@ def write_gguf(path: Path, model: Any) -> Path:
     weights = model.state_dict()
     writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"].numpy())
     writer.add_tensor("output_norm.weight", weights["model.norm.weight"].numpy())
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, short in names.items():
             weight = weights[f"model.layers.{layer}.{name}.weight"]
             if short in ("attn_q", "attn_k"):
@@ -104,6 +104,13 @@ def test_a_broken_file_is_refused_and_leaves_no_folder(file: Path, tmp_path: Pat
     broken.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ConfigurationError, match=r"broken\.gguf` cannot be converted"):
         safetensors_of_gguf(str(broken), cache_dir=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_a_file_that_lacks_weights_is_refused_and_they_are_not_made_up(file: Path, model: Any, tmp_path: Path) -> None:
+    part = write_gguf(tmp_path / "small-00001-of-00002.gguf", model, layers=1)
+    with pytest.raises(ConfigurationError, match=r"lacks 9 tensors.*first is `model\.layers\.1\..*holds the whole"):
+        safetensors_of_gguf(str(part), cache_dir=str(tmp_path / "cache"))
     assert list((tmp_path / "cache" / "models").iterdir()) == []
 
 

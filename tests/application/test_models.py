@@ -1,6 +1,7 @@
 """Building models."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,45 @@ def test_rotary_positions_have_no_end() -> None:
 def row_of(tokens: int) -> dict[str, torch.Tensor]:
     ids = torch.full((1, tokens), 5)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "gpt_neox", "llama"])
+def test_a_language_model_predicts_from_the_left_alone(kind: str) -> None:
+    network = causal_lm(None, None, {**SHAPES["bert"], "model_type": kind, "vocab_size": 300}).eval()
+    ids = torch.arange(5, 13)[None]
+    changed = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
+    torch.testing.assert_close(network(input_ids=ids).logits[:, :-1], network(input_ids=changed).logits[:, :-1])
+
+
+@pytest.mark.parametrize("kind", ["bart", "pegasus", "xlnet", "xlm"])
+def test_a_model_that_learns_another_task_is_refused_as_a_language_model(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"`{kind}` do not predict each token.*such as `llama`"):
+        causal_lm(None, None, {"model_type": kind})
+
+
+def test_a_model_that_reads_images_too_has_the_vocabulary_and_width_of_its_part_for_text(tokenizer: Any) -> None:
+    text = {**SHAPES["llama"], "head_dim": 8, "num_key_value_heads": 2}
+    del text["model_type"]
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {"model_type": "gemma3", "text_config": text, "vision_config": vision}
+    assert causal_lm(tokenizer, None, shape).config.get_text_config().vocab_size == 30522
+    assert sentence_classifier(tokenizer, None, 2, "last", shape).head.in_features == 16
+    with pytest.raises(ConfigurationError, match="vocab_size=300"):
+        causal_lm(tokenizer, None, {**shape, "text_config": {**text, "vocab_size": 300}})
+
+
+def test_the_head_is_as_wide_as_what_the_body_returns(tokenizer: Any) -> None:
+    shape = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 16, "num_hidden_layers": 1}
+    network = sentence_classifier(tokenizer, None, 3, "last", {**shape, "num_attention_heads": 2})
+    ids = torch.tensor([[101, 2204, 102]])
+    assert network(ids, torch.ones_like(ids)).shape == (1, 3)
+
+
+def test_a_model_with_rotary_constants_is_pickled() -> None:
+    network = causal_lm(None, None, {**SHAPES["llama"], "vocab_size": 300}).eval()
+    ids = torch.arange(5, 13)[None]
+    again = pickle.loads(pickle.dumps(network)).to(torch.bfloat16)
+    (constant,) = {buffer.dtype for name, buffer in again.named_buffers() if name.endswith("inv_freq")}
+    assert constant == torch.float32
+    assert copy.deepcopy(network).to(torch.bfloat16).model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(again.float()(input_ids=ids).logits.argmax(-1), network(input_ids=ids).logits.argmax(-1))

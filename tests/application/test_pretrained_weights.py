@@ -164,6 +164,45 @@ def test_a_broken_folder_is_refused_with_a_sentence(tmp_path: Path, how: str, na
     assert str(tmp_path) in str(caught.value)
 
 
+def configure(folder: Path, **values: Any) -> None:
+    numbers = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**numbers, **values}))
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "compressed-tensors"])
+def test_quantized_weights_are_refused_and_not_left_untrained(tmp_path: Path, method: str) -> None:
+    saved(tmp_path)
+    configure(tmp_path, quantization_config={"quant_method": method, "load_in_4bit": True, "bits": 4})
+    for build in (
+        lambda: causal_lm(None, str(tmp_path), {}),
+        lambda: causal_lm(None, str(tmp_path), {}, weights=False),
+        lambda: sentence_classifier(None, str(tmp_path), 2, "last", {}),
+        lambda: pretrained_shape(str(tmp_path)),
+    ):
+        with pytest.raises(ConfigurationError, match=rf"quantized weights.*{method}.*give a folder"):
+            build()
+
+
+def test_codes_in_the_place_of_a_weight_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    rewrite(tmp_path, lambda weights: weights.update({name: weights[name].to(torch.int8)}))
+    with pytest.raises(ConfigurationError, match=r"has `model\.layers\.1\.self_attn\.q_proj\.weight` as I8"):
+        causal_lm(None, str(tmp_path), {})
+
+
+def test_a_number_without_a_default_in_its_configuration_is_planned_with_too(tmp_path: Path) -> None:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    model = saved(tmp_path, model_type="qwen3_moe", num_key_value_heads=1, head_dim=24, **experts)
+    configure(tmp_path, of_another_program=1)
+    planned = causal_lm(None, None, pretrained_shape(str(tmp_path)))
+    assert {name: p.shape for name, p in planned.named_parameters()} == {
+        name: p.shape for name, p in model.named_parameters()
+    }
+    with pytest.raises(ConfigurationError, match="of_another_program` is no number of the architecture `qwen3_moe`"):
+        causal_lm(None, None, {**LLAMA, "model_type": "qwen3_moe", "of_another_program": 1})
+
+
 def test_the_shape_of_a_hub_model_is_read_where_it_has_been_downloaded_and_the_hub_is_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

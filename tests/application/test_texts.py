@@ -106,6 +106,29 @@ def test_a_start_token_is_set_where_the_tokenizer_sets_one_and_only_once(tmp_pat
     assert TokenizerEncoder(tokenizer).start == ()
 
 
+def letters(vocabulary: str) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    model = BPE({letter: number for number, letter in enumerate([*vocabulary, "</s>"])}, [])
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="</s>")
+
+
+def test_a_tokenizer_of_other_letters_than_ours_is_taken() -> None:
+    encoder = TokenizerEncoder(letters("ACGT"))
+    assert list(encoder.encode("GATTACA")) == [2, 0, 3, 3, 0, 1, 0]
+    assert encoder.start == ()
+
+
+def test_tokens_are_made_anew_where_special_ones_in_a_text_are_read_in_another_way() -> None:
+    one, other = letters("xys<>/"), letters("xys<>/")
+    other.split_special_tokens = True
+    first, second = TokenizerEncoder(one), TokenizerEncoder(other)
+    assert list(first.encode("x</s>y")) != list(second.encode("x</s>y"))
+    assert first.fingerprint != second.fingerprint
+
+
 def test_of_a_chat_the_template_is_written_and_the_assistants_turns_are_trained(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
     pieces = TokenizerEncoder(tokenizer).chat(CHAT, "here")

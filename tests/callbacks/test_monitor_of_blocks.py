@@ -19,7 +19,7 @@ from transformers import Adafactor
 
 from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
 from hift_lightning.callbacks import ChangedParameters, HiFTMonitor
-from hift_lightning.callbacks.block_table import block_table
+from hift_lightning.callbacks.block_table import _count, block_table
 from hift_lightning.callbacks.block_watch import short_names
 from hift_lightning.engine.errors import ConfigurationError
 from tests.processes import run
@@ -325,6 +325,14 @@ def test_accumulated_gradients_are_one_update_with_one_loss():
     assert [step.loss for step in monitor._timeline.records] == close(means)
     assert [step.last for step in monitor._timeline.records] == [1, 2, 3, 4]
     assert [step.blocks for step in monitor._timeline.records] == [(3,), (2,), (1,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("number", "written"),
+    [(999, "999"), (1000, "1k"), (999_499, "999k"), (999_500, "1M"), (999_999, "1M"), (6_738_415_616, "6.74G")],
+)
+def test_parameters_are_counted_in_three_digits(number, written):
+    assert _count(number) == written
 
 
 def test_the_table_tells_what_is_not_known_under_fused(capsys):

@@ -178,6 +178,21 @@ def test_an_error_names_update_block_and_parameter_and_leaves_everything_as_befo
     assert_same(failing.snapshot(), straight.snapshot())
 
 
+@pytest.mark.parametrize("nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_weights_that_an_update_has_made_nonfinite_end_the_run(update, nonfinite):
+    def adam(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-8)
+
+    loop = Loop(make_optimizer=adam, update=update, nonfinite=nonfinite)
+    loop.model.half()  # in which 1e-8 is 0, and so is the square of a small gradient
+    match = r"The loss has NaN in update 2 .*the weights of `norm\.weight` have inf from an earlier update.*`eps`"
+    with pytest.raises(NonfiniteError, match=match):
+        loop.run(make_batches(3), tell=True)
+    assert "load a checkpoint from before" in loop.hift.half_updated
+    assert loop.hift.skipped_steps == 0
+
+
 def test_a_loss_without_gradients_is_named_too():
     loop = Loop()
     with loop.hift:

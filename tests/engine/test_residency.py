@@ -1,8 +1,11 @@
 """Residency on the CPU: nothing is copied, and the record is right. Copies are tested on a second device."""
 
+import copy
+
 import pytest
 import torch
 
+from hift_lightning import HiFT, HiFTSettings
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.residency import Residency
 
@@ -139,6 +142,41 @@ def test_loading_writes_to_the_buffers_that_are_there(offload, tmp_path):
     residency.load_state_dict(saved)
     assert [leaf.data_ptr() for leaf in tensors_of(optimizer) if leaf.dim() > 0] == moments
     assert torch.equal(tensors_of(optimizer)[4], torch.full((2, 2), 7.0))
+
+
+def test_loading_writes_to_the_buffers_that_are_there_while_training_goes_on(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with HiFT(model, optimizer, HiFTSettings(offload=tmp_path)) as hift:
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        moments = {leaf.data_ptr() for leaf in tensors_of(optimizer) if leaf.dim() > 0}
+        hift.load_optimizer_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert {leaf.data_ptr() for leaf in tensors_of(optimizer) if leaf.dim() > 0} == moments
+
+
+def test_parked_state_stays_where_loading_is_refused(tmp_path):
+    (first, _), optimizer = stepped()
+    residency = Residency(optimizer, tmp_path)
+    with pytest.raises(ValueError, match="doesn't match the size"):
+        residency.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    residency.page_in([first])
+    assert torch.equal(optimizer.state[first]["step"], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("offload", "parked_dtype"), [("cpu", "bfloat16"), ("files", None)])
+def test_reading_the_state_of_a_parameter_that_has_none_yet_changes_nothing(tmp_path, offload, parked_dtype):
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    settings = HiFTSettings(
+        update="streamed", offload=tmp_path if offload == "files" else offload, parked_dtype=parked_dtype
+    )
+    with HiFT(model, optimizer, settings):
+        model(torch.ones(1, 3)).sum().backward()
+        assert not optimizer.state[model.weight]  # a `defaultdict` has an entry then
+        optimizer.step()
+    assert optimizer.state[model.weight]["step"] == 1
 
 
 def test_state_that_belongs_to_no_parameter_is_loaded_too():

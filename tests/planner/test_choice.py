@@ -9,8 +9,7 @@ import torch
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.settings import HiFTSettings
-from hift_lightning.engine.update import parse_bytes
+from hift_lightning.engine.settings import HiFTSettings, parse_bytes
 from hift_lightning.planner import StepPlanner, choose, plan
 from hift_lightning.planner.gpus import GIB, needed_bytes
 from tests.planner.small_llama import SmallLlama

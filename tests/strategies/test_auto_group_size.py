@@ -104,6 +104,20 @@ def test_a_module_of_other_shapes_is_chosen_for_anew_and_for_the_same_ones_the_c
     assert len(chosen) == 2
 
 
+@pytest.mark.parametrize(("name", "value"), [("accumulate_grad_batches", 2), ("gradient_clip_val", 1.0)])
+def test_a_run_that_sums_or_clips_gradients_in_another_way_is_chosen_for_anew(name, value, monkeypatch):
+    chosen = []
+    choose = HiFTStrategy.choose_group_size
+    monkeypatch.setattr(HiFTStrategy, "choose_group_size", lambda *args: (chosen.append(1), choose(*args)))
+    strategy = HiFTStrategy(group_size="auto", memory_budget=BUDGET)
+    _, trainer_ = fit(strategy, loader(make_batches(2)))
+    for _ in range(2):
+        setattr(trainer_, name, value)
+        trainer_.fit_loop.max_epochs += 1
+        trainer_.fit(SmallTransformer(), loader(make_batches(2)))
+    assert len(chosen) == 2
+
+
 def test_no_data_are_told():
     with pytest.raises(ConfigurationError, match="there is none; give training data"):
         fit(HiFTStrategy(group_size="auto", memory_budget=BUDGET), loader([]))

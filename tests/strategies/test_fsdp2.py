@@ -1,6 +1,7 @@
 """`hift_fsdp2` on two and four ranks equals one process at the batch of all of them, and sends no more than it must."""
 
 import gc
+import json
 import re
 import time
 import warnings
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hift_lightning import HiFT, HiFTFSDP2Strategy, HiFTManualMixin, HiFTStrategy
+from hift_lightning.callbacks import ChangedParameters
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
 from tests.blocks_seen import layer_of
 from tests.engine.test_state_tensors import Momentum8bit
@@ -550,6 +552,32 @@ def test_it_tests_and_predicts_and_fits_again():
         assert torch.allclose(predicted, single.eval()(make_batches(1, seed=4)[0][0]), atol=1e-6)
         by_hand, _ = fit(HiFTStrategy(), of_all_ranks(make_batches(16), 2), "manual", "adamw", torch.float64)
     assert distance(manual, by_hand.state_dict()) < 1e-10
+
+
+def _validate_then_train(folder):
+    told = []
+    for strategy in (HiFTFSDP2Strategy(master_weights=True, mp_policy=HALF), HiFTFSDP2Strategy(mp_policy=HALF)):
+        module = SmallTransformer(OPTIMIZERS["adamw"])
+        path = folder / f"changed-{dist.get_rank()}.json"
+        trainer_ = trainer(strategy, devices=2, precision="bf16-true", max_steps=2, callbacks=[ChangedParameters(path)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer_.validate(module, loader(make_batches(1)), verbose=False)
+            trainer_.fit(module, loader(make_batches(4)))
+        told.append([str(each.message) for each in caught if "masters are made of the rounded" in str(each.message)])
+    return told, json.loads(path.read_text()) if path.exists() else None
+
+
+HALF = {"param_dtype": "bfloat16", "reduce_dtype": "float32"}
+
+
+def test_masters_of_rounded_weights_are_warned_of_and_changes_are_told_by_the_first_rank(tmp_path):
+    (first, changed), (_, of_second) = run(_validate_then_train, 2, tmp_path)
+    assert [len(told) for told in first] == [1, 0]
+    assert "weights of `SmallTransformer`" in first[0][0]
+    assert of_second is None
+    assert [step["changed_outside_the_block"] for step in changed] == [[], []]
+    assert all(step["changed"] for step in changed)
 
 
 # --- what cannot be -------------------------------------------------------------------------------------------------

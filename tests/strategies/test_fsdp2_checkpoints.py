@@ -9,6 +9,7 @@ import shutil
 import signal
 import stat
 import time
+import zlib
 from datetime import timedelta
 
 import pytest
@@ -371,3 +372,28 @@ def _save_beside(folder):
 
 def test_an_error_of_the_last_checkpoint_that_is_written_beside_training_is_raised(tmp_path):
     assert run(_save_beside, 1, tmp_path) == [True]
+
+
+def _save_over(folder):
+    """Save as a folder and as a file in turn under one name, with what a killed process leaves, and after an error."""
+    path = folder / "last.ckpt"
+    strategy = HiFTFSDP2Strategy(save_distributed_checkpoint=True)
+    _, trainer_ = fit(strategy, make_batches(1), devices=1, max_steps=1)
+    trainer_.save_checkpoint(path)
+    left = path.with_name(f".hift-saving-{zlib.crc32(path.name.encode()):08x}-former")
+    left.mkdir()
+    (left / "shard").write_bytes(b"")
+    trainer_.save_checkpoint(path)
+    seen = [(path / "meta.pt").is_file(), left.exists()]
+    strategy._save_distributed_checkpoint = False
+    good, strategy.checkpoint_io = strategy.checkpoint_io, Fails()
+    with pytest.raises(OSError, match="disk full"):
+        trainer_.save_checkpoint(path)
+    strategy.checkpoint_io = good
+    seen.append((path / "meta.pt").is_file())
+    trainer_.save_checkpoint(path)
+    return [*seen, path.is_file(), sorted(each.name for each in folder.iterdir())]
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_other_kind(tmp_path):
+    assert run(_save_over, 1, tmp_path) == [[True, False, True, True, ["last.ckpt"]]]
