@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.leftovers import IN_USE, new_folder_in_use, remove_folders_left
 
 # what every file of the folder has to be, by its name
 MANIFEST = "manifest.json"
@@ -56,22 +56,26 @@ def made_once(folder: Path, make: Callable[[Path], None], setting: str) -> Path:
         rank_zero_info(f"The cache `{folder}` is broken ({flaw}) and is made anew.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        remove_folders_left(folder.parent, f".{folder.name}-")
+        temporary, lock = new_folder_in_use(folder.parent, f".{folder.name}-")
     except OSError as error:
         raise _not_writable(folder, setting, error) from error
     try:
         make(temporary)
-        contents = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = [path for path in sorted(temporary.iterdir()) if path.name != IN_USE]
+        contents = {path.name: _fingerprint(path) for path in files}
         (temporary / MANIFEST).write_text(json.dumps(contents, indent=2), encoding="utf-8")
         if _flaw(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             # as open as the folder that it lies in, and writable by its owner alone: others may share the cache
             temporary.chmod(folder.parent.stat().st_mode & 0o755)
+            (temporary / IN_USE).unlink()
             _rename(temporary, folder)
     except OSError as error:
         raise _not_writable(folder, setting, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
     return folder
 
 

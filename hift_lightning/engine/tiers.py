@@ -8,7 +8,6 @@ import inspect
 import os
 import shutil
 import sys
-import tempfile
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
-from hift_lightning.engine.leftovers import mark_in_use, remove_leftovers
+from hift_lightning.engine.leftovers import new_folder_in_use, remove_folders_left
 from hift_lightning.engine.pinned import can_pin
 from hift_lightning.engine.registry import Registry
 
@@ -212,8 +211,8 @@ class Files(Tier):
                 f"`offload={str(folder)!r}` parks state in files by calls that Windows has not; use `offload='cpu'`."
             )
         try:
-            remove_leftovers(Path(folder).glob(f"{_PREFIX}*/{_LOCK}"), lambda lock: shutil.rmtree(lock.parent))
-            self.folder, lock = _new_locked_folder(Path(folder).absolute())
+            remove_folders_left(Path(folder), _PREFIX)
+            self.folder, lock = new_folder_in_use(Path(folder).absolute(), _PREFIX)
         except OSError as error:
             raise ConfigurationError(
                 f"`offload={str(folder)!r}` cannot hold parked state ({error.strerror}); name a folder that exists and "
@@ -232,17 +231,7 @@ class Files(Tier):
         return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", like, dtype)
 
 
-_PREFIX, _LOCK = "hift-parked-", "in-use"
-
-
-def _new_locked_folder(parent: Path) -> tuple[Path, int]:
-    """Make a folder with a file in it that is locked for as long as this process has it open."""
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
-        if mark_in_use(lock):
-            return folder, lock
-        os.close(lock)
+_PREFIX = "hift-parked-"
 
 
 def _remove(folder: Path, lock: int) -> None:

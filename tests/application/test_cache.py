@@ -1,5 +1,7 @@
 """Folders that are made once."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -117,3 +119,31 @@ def test_a_folder_that_may_not_be_read_is_told_before_anything_is_made(
     with pytest.raises(ConfigurationError, match=r"made` cannot be read \(Permission denied\).*data\.cache_dir="):
         made_once(folder, make, "data.cache_dir")
     assert make.calls == 1
+
+
+def test_what_a_killed_run_was_making_goes_and_what_another_is_making_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "made [1]"
+    script = f"""
+import os, signal, time
+from hift_lightning.cache import made_once
+from pathlib import Path
+def make(target):
+    (target / "half").write_text("half")
+    print("begun", flush=True)
+    time.sleep(60)
+made_once(Path({str(folder)!r}), make, "data.cache_dir")
+"""
+    runs = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "begun\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    runs[0].kill()
+    runs[0].wait()
+    made_once(folder, Maker(), "data.cache_dir")
+    left = {path.name for path in tmp_path.iterdir()}
+    runs[1].kill()
+    runs[1].wait()
+    assert folder.name in left
+    assert len(left) == 2
+    assert {path.name for path in folder.iterdir()} == {"numbers", "words", "manifest.json"}
