@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ from hift_lightning.engine.settings import HiFTSettings, parse_bytes
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.step import Step
+from hift_lightning.engine.step_calls import StepCalls
 from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
 from hift_lightning.engine.update import PieceUpdate
 
@@ -182,8 +183,8 @@ class HiFT:
         self._has_schedule = False  # that is not delayed
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
-        self._handles: list[RemovableHandle] = []
-        self._call: FrameType | None = None  # of the optimizer's step, while it runs
+        self._calls: StepCalls | None = None
+        self._load_hook: RemovableHandle | None = None
         self._warned_of_skipping = False
 
     def _set_rotation(self, total_steps: int | None) -> None:
@@ -263,12 +264,14 @@ class HiFT:
         if self._shares is not None:
             self._shares.check_optimizer(self.optimizer)
         self._freezing.start(self._trained)
-        self._pre_hook = self.optimizer.register_step_pre_hook(self._before_step)
-        self._handles = [
-            self._pre_hook,
-            self.optimizer.register_step_post_hook(self._after_step),
-            self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state()),
-        ]
+        self._calls = StepCalls(
+            self.optimizer,
+            before=self.pass_on_held_rates,
+            begin=self._begin_update,
+            end=self._end_update,
+            around_closure=self._prefetch.allowed,
+        )
+        self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state())
         self.residency.adopt_state()
         self._checkpointing.start()
         self._activate()
@@ -280,9 +283,11 @@ class HiFT:
         self.settle()
         self._freezing.stop()
         self._checkpointing.stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        assert self._calls is not None
+        assert self._load_hook is not None
+        self._calls.stop()
+        self._load_hook.remove()
+        self._calls = self._load_hook = None
         self.residency.synchronize()
 
     def settle(self) -> None:
@@ -346,8 +351,8 @@ class HiFT:
 
     def update_after_hooks(self) -> None:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
-        hooks: Any = self.optimizer._optimizer_step_pre_hooks
-        hooks.move_to_end(self._pre_hook.id)
+        if self._calls is not None:
+            self._calls.go_after_other_hooks()
 
     def pass_on_held_rates(self) -> None:
         """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
@@ -621,27 +626,6 @@ class HiFT:
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
         self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
 
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._call is not None and _is_running(self._call):
-            return None  # the `step` of a base class, which that of the optimizer calls
-        self._call = sys._getframe(1)
-        self.pass_on_held_rates()
-        # args[0] is the optimizer; a closure runs forward and backward, so the state is paged in after it
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._begin_update()
-            return None
-
-        def closure_then_update() -> Any:
-            with self._prefetch.allowed():
-                result = closure()
-            self._begin_update()
-            return result
-
-        return (args[0],), {**kwargs, "closure": closure_then_update}
-
     def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
         self.last_step_skipped = False
         if not self.will_skip:
@@ -742,14 +726,11 @@ class HiFT:
     def _note_versions(self) -> None:
         self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if sys._getframe(1) is not self._call:
-            return
-        self._call = None
-        for group, changed in zip(optimizer.param_groups, self._step.changed_settings, strict=False):
+    def _end_update(self) -> None:
+        for group, changed in zip(self.optimizer.param_groups, self._step.changed_settings, strict=False):
             group.update(changed)  # the optimizer may count its calls there, and this one was the second
         # fused optimizers take the GradScaler's verdict themselves and leave it on the optimizer
-        found_inf = getattr(optimizer, "found_inf", None)
+        found_inf = getattr(self.optimizer, "found_inf", None)
         skipped = isinstance(found_inf, Tensor) and bool(found_inf.item())
         if self.will_skip:
             self._skip()
@@ -775,7 +756,8 @@ class HiFT:
 
     def _give_up(self) -> None:
         """Free the gradients and take the last parked state again; the block keeps its turn."""
-        self._call = None  # whose frame would keep what a step that failed has left
+        if self._calls is not None:
+            self._calls.forget()
         self._forget_step()
         if self._pieces is not None:
             self._pieces.take_loading_ms()  # of pieces that are not counted
@@ -788,11 +770,3 @@ class HiFT:
 
     def _forget_step(self) -> None:
         self._step = Step(NonfiniteSearch(self._mesh))
-
-
-def _is_running(call: FrameType) -> bool:
-    """Whether a call has not ended yet, be it by an exception."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not call:
-        frame = frame.f_back
-    return frame is not None
