@@ -116,8 +116,10 @@ class HiFTManualMixin(_Base):
 
     @property
     def accumulating(self) -> bool:
-        """Whether a window of micro-batches is open: gradients wait for their optimizer's step."""
-        return any(window.seen > 0 for window in self._windows.values())
+        """Whether a window of micro-batches is open in this run: gradients wait for their optimizer's step."""
+        strategy = self.trainer.strategy
+        owners = strategy.engines if isinstance(strategy, BlockwiseTraining) else (self.trainer,)
+        return any(window.seen > 0 and window.owner in owners for window in self._windows.values())
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

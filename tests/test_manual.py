@@ -248,7 +248,7 @@ def test_a_copy_of_the_module_has_no_engine_in_it():
     class Copies(Manual):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             assert self.accumulating == (batch_idx == 0)
-            assert not copy.deepcopy(self).accumulating
+            assert not copy.deepcopy(self)._windows
             assert "_accumulation_windows" not in self.__getstate__()
 
     trainer(HiFTStrategy()).fit(Copies(accumulate_grad_batches=2), loader(make_batches(2)))
@@ -344,6 +344,7 @@ def test_a_window_that_an_error_has_left_open_is_not_gone_on_with_in_the_next_ru
         def training_step(self, batch, batch_idx):
             if batch_idx == self.stops_at:
                 raise KeyError
+            assert self.accumulating == (batch_idx % 4 > 0)
             super().training_step(batch, batch_idx)
 
     module = Interrupted(accumulate_grad_batches=4)
