@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.leftovers import IN_USE, new_folder_in_use, remove_folders_left
+from hift_lightning.engine.leftovers import IN_USE, FolderInUse
 
 # what every file of the folder has to be, by its name
 MANIFEST = "manifest.json"
@@ -56,26 +56,27 @@ def made_once(folder: Path, make: Callable[[Path], None], setting: str) -> Path:
         rank_zero_info(f"The cache `{folder}` is broken ({flaw}) and is made anew.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        remove_folders_left(folder.parent, f".{folder.name}-")
-        temporary, lock = new_folder_in_use(folder.parent, f".{folder.name}-")
+        in_use = FolderInUse(folder.parent, f".{folder.name}-")
     except OSError as error:
         raise _not_writable(folder, setting, error) from error
     try:
-        make(temporary)
-        files = [path for path in sorted(temporary.iterdir()) if path.name != IN_USE]
+        make(in_use.path)
+        files = [path for path in sorted(in_use.path.iterdir()) if path.name != IN_USE]
         contents = {path.name: _fingerprint(path) for path in files}
-        (temporary / MANIFEST).write_text(json.dumps(contents, indent=2), encoding="utf-8")
+        (in_use.path / MANIFEST).write_text(json.dumps(contents, indent=2), encoding="utf-8")
         if _flaw(folder) is not None:
             shutil.rmtree(folder, ignore_errors=True)
             # as open as the folder that it lies in, and writable by its owner alone: others may share the cache
-            temporary.chmod(folder.parent.stat().st_mode & 0o755)
-            (temporary / IN_USE).unlink()
-            _rename(temporary, folder)
+            mode = folder.parent.stat().st_mode
+            for path in (*files, in_use.path / MANIFEST):
+                path.chmod(mode & 0o644)
+            in_use.path.chmod(mode & 0o755)
+            in_use.release()
+            _rename(in_use.path, folder)
     except OSError as error:
         raise _not_writable(folder, setting, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+        in_use.remove()
     return folder
 
 

@@ -13,6 +13,7 @@ from hift_lightning.engine.errors import ConfigurationError
 TEXT_FILES = (".txt", ".md")
 LINE_FILES = (".jsonl",)
 TABLE_FILES = (".parquet",)
+KEYS = ("text", "prompt", "completion", "messages")
 FORMS = '`{"text": ...}`, `{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}]}`'
 # a tokenizer needs hundreds of bytes of memory for each byte of a text that it is given at once
 LARGEST_PIECE = 2**20
@@ -200,11 +201,16 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with ParquetFile(path) as table:
-            for batch in table.iter_batches(ROWS_AT_ONCE):
+            names = table.schema_arrow.names
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in names if name in KEYS] or None):
                 for row in batch.to_pylist():
                     number += 1
                     # a row has all columns of its table, with nothing in those that it does not use
                     yield f"`{path}`, row {number}", {name: value for name, value in row.items() if value is not None}
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"`{path}`, after row {number}: not UTF-8 ({error.reason}); write texts as UTF-8."
+        ) from error
     except (ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"`{path}` cannot be read as parquet ({reason}); give another file.") from error

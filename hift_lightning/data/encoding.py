@@ -83,10 +83,7 @@ class TokenizerEncoder:
         self._tokenizer = tokenizer
         self.vocab_size = len(tokenizer)
         self.end: int = end
-        # as the model was pretrained: with a first token where the tokenizer sets one by itself
-        self.start = tuple(tokenizer("").input_ids[:1])
-        if self.start != (tokenizer.bos_token_id,):
-            self.start = ()
+        self.start = self._start()
         self.fingerprint = _fingerprint(tokenizer)
         self._added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         # SentencePiece sets a space before a text, and none within it
@@ -99,6 +96,13 @@ class TokenizerEncoder:
         before = [self._added[after]] if after in self._added else _STAND_INS
         ids = (self._ids_behind(one, text) for one in before)
         return next((found for found in ids if found is not None), self._ids(text))
+
+    def _start(self) -> tuple[int, ...]:
+        """As the model was pretrained: a first token, where the tokenizer sets one before a text by itself."""
+        words = (word for word in self._tokenizer.get_vocab() if word not in self._tokenizer.all_special_tokens)
+        text = next((word for word in words if self._ids(word)), "")
+        plain, first, whole = self._ids(text), self._tokenizer.bos_token_id, self._tokenizer(text).input_ids
+        return (first,) if whole[:1] == [first] and plain[:1] != [first] else ()
 
     def _ids_behind(self, before: str, text: str) -> list[int] | None:
         """Those of `text` where it stands behind another one; `None` where a token belongs to both."""

@@ -645,8 +645,8 @@ class HiFT:
     def _meet_nonfinite(self, name: str, kind: str, where: str = "") -> None:
         what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
         told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
-        if not self.touched():
-            self._refuse_nonfinite_weights(told)
+        if self.updates > 0 and not self.touched():
+            self._refuse_broken_weights(told)
         if self.settings.nonfinite == "skip":
             self._step.left_out_because = told
             return
@@ -660,20 +660,24 @@ class HiFT:
         finally:
             self.settle()
 
-    def _refuse_nonfinite_weights(self, told: str) -> None:
-        """Raise if an earlier update has made NaN or inf, which no step that is left out would mend."""
+    def _refuse_broken_weights(self, told: str) -> None:
+        """Raise if an earlier update has made NaN, or inf in fp16, which no step that is left out would mend."""
         search = NonfiniteSearch(self._mesh)
         for name, parameter in self._trained.items():
             search.look_at(name, local(parameter))
-        if (found := search.first()) is None:
+            found = search.first()
+            # in wider dtypes nothing overflows so soon, and a weight may be infinite on purpose
+            if found is not None and (found[1] == "NaN" or parameter.dtype == torch.float16):
+                break
+        else:
             return
+        broken = f"the weights of `{name}` have {found[1]}"
         self.settle()
-        self.half_updated = f"The weights of `{found[0]}` have {found[1]}; load a checkpoint from before."
+        self.half_updated = f"T{broken[1:]}; load a checkpoint from before."
         raise NonfiniteError(
-            f"{told[0].upper()}{told[1:]}, because the weights of `{found[0]}` have {found[1]} from an earlier update, "
-            "and the last checkpoint may have it too; go on from one from before, or start anew, with a smaller "
-            "learning rate, a wider precision, `master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 "
-            "is 0 in fp16)."
+            f"{told[0].upper()}{told[1:]}, because {broken} from an earlier update, and the last checkpoint may have "
+            "it too; go on from one from before, or start anew, with a smaller learning rate, a wider precision, "
+            "`master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 is 0 in fp16)."
         )
 
     def _skip(self) -> None:

@@ -55,29 +55,41 @@ IN_USE = "in-use"
 """Name of the file in a folder whose lock tells that the folder is in use."""
 
 
-def new_folder_in_use(parent: Path, prefix: str) -> tuple[Path, int]:
-    """Make a folder in which a file is locked for as long as it is open.
+class FolderInUse:
+    """A new folder, with a file in it that is locked as long as this process lives.
 
     Args:
-        parent: where it is made.
+        parent: where it is made; folders there with this prefix that are no more in use are removed.
         prefix: of its name.
 
-    Returns:
-        The folder, and the descriptor of the file.
+    Attributes:
+        path: the folder.
     """
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = os.open(folder / IN_USE, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
-        if mark_in_use(lock):
-            return folder, lock
-        os.close(lock)
 
+    def __init__(self, parent: Path, prefix: str) -> None:
+        remove_leftovers(parent.glob(f"{glob.escape(prefix)}*/{IN_USE}"), lambda lock: shutil.rmtree(lock.parent))
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            self._lock: int | None = os.open(self.path / IN_USE, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
+            if mark_in_use(self._lock):
+                return
+            self._unlock()
 
-def remove_folders_left(parent: Path, prefix: str) -> None:
-    """Remove folders of :func:`new_folder_in_use` that are no more in use.
+    def release(self) -> None:
+        """Let it be a folder like any other, which may be given another name."""
+        if sys.platform == "win32":  # which removes no file that is open
+            self._unlock()
+        (self.path / IN_USE).unlink()
+        self._unlock()
 
-    Args:
-        parent: where they were made.
-        prefix: of their names.
-    """
-    remove_leftovers(parent.glob(f"{glob.escape(prefix)}*/{IN_USE}"), lambda lock: shutil.rmtree(lock.parent))
+    def remove(self) -> None:
+        """Remove it with all that is in it, if it is still there."""
+        if sys.platform == "win32":
+            self._unlock()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None

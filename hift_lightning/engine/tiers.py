@@ -6,7 +6,6 @@ in memory whole.
 
 import inspect
 import os
-import shutil
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
-from hift_lightning.engine.leftovers import new_folder_in_use, remove_folders_left
+from hift_lightning.engine.leftovers import FolderInUse
 from hift_lightning.engine.pinned import can_pin
 from hift_lightning.engine.registry import Registry
 
@@ -211,15 +210,15 @@ class Files(Tier):
                 f"`offload={str(folder)!r}` parks state in files by calls that Windows has not; use `offload='cpu'`."
             )
         try:
-            remove_folders_left(Path(folder), _PREFIX)
-            self.folder, lock = new_folder_in_use(Path(folder).absolute(), _PREFIX)
+            in_use = FolderInUse(Path(folder).absolute(), "hift-parked-")
         except OSError as error:
             raise ConfigurationError(
                 f"`offload={str(folder)!r}` cannot hold parked state ({error.strerror}); name a folder that exists and "
                 "can be written to, or `offload='cpu'`."
             ) from error
+        self.folder = in_use.path
         self._made = 0
-        weakref.finalize(self, _remove, self.folder, lock)
+        weakref.finalize(self, in_use.remove)
 
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`.
@@ -229,14 +228,6 @@ class Files(Tier):
         """
         self._made += 1
         return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", like, dtype)
-
-
-_PREFIX = "hift-parked-"
-
-
-def _remove(folder: Path, lock: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
 
 
 class _FileBuffer(Buffer):

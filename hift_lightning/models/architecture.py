@@ -48,7 +48,9 @@ def random_model(model_class: Any, config: Mapping[str, Any], configure: Configu
         ) from error
 
 
-def architecture(model_class: Any, pretrained: str | None, config: Mapping[str, Any]) -> Any:
+def architecture(
+    model_class: Any, pretrained: str | None, config: Mapping[str, Any], configure: Configure = as_it_is
+) -> Any:
     """Build a model on "meta", for its configuration and the names and shapes of its weights.
 
     Args:
@@ -56,14 +58,15 @@ def architecture(model_class: Any, pretrained: str | None, config: Mapping[str, 
         pretrained: where its configuration lies, as `hift_lightning.models.pretrained.locate` takes it; `None` for the
             one that `config` tells.
         config: as for `random_model`.
+        configure: likewise.
 
     Raises:
         ConfigurationError: see `random_model` and `hift_lightning.models.pretrained.pretrained_architecture`.
     """
     with torch.device("meta"):
         if pretrained is None:
-            return random_model(model_class, config)
-        return pretrained_architecture(model_class, pretrained)
+            return random_model(model_class, config, configure)
+        return pretrained_architecture(model_class, pretrained, configure)
 
 
 def keep_constants(model: nn.Module) -> None:

@@ -10,8 +10,8 @@ from hift_lightning.models.architecture import architecture, check_vocabulary, k
 from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import check_transformers, pretrained_model
 
-# models with a head over the vocabulary that predict masked or permuted tokens
-_OF_OTHER_KINDS = ("flaubert", "xlm", "xlnet")
+# models with a head over the vocabulary whose loss is that of masked or permuted tokens, or of the token itself
+_OF_OTHER_KINDS = ("flaubert", "trocr", "xlm", "xlnet")
 
 
 def causal_lm(
@@ -32,7 +32,7 @@ def causal_lm(
         config: `model_type` and the numbers of its transformers configuration; only for random weights.
         dtype: of pretrained weights; `None` for that of their files.
         lossless: take a wider one where this one would round them.
-        weights: `False` for the architecture alone, on "meta" and with its configuration as it is.
+        weights: `False` for the architecture alone, on "meta" and with the dropout of its configuration.
         dropout: as for `hift_lightning.models.dropout.set_dropout`.
 
     Returns:
@@ -52,7 +52,7 @@ def causal_lm(
         set_dropout(filled, dropout)
 
     if not weights:
-        return architecture(AutoModelForCausalLM, pretrained, config)
+        return architecture(AutoModelForCausalLM, pretrained, config, _look_to_the_left)
     if pretrained is None:
         model = random_model(AutoModelForCausalLM, config, configure)
     else:
@@ -72,12 +72,14 @@ def _look_to_the_left(config: Any) -> None:
     """Make a configuration that of a decoder, where it may be that of an encoder too.
 
     Raises:
-        ConfigurationError: models of this architecture do not predict each token from those to its left.
+        ConfigurationError: models of this architecture have no loss of the next token.
     """
     if getattr(config, "is_encoder_decoder", False) or config.model_type in _OF_OTHER_KINDS:
         raise ConfigurationError(
-            f"Models of the architecture `{config.model_type}` do not predict each token from those to the left of it "
-            "alone; give one that does, such as `llama`."
+            f"Models of the architecture `{config.model_type}` do not learn to predict the next token; give one that "
+            "does, such as `llama`."
         )
     if getattr(config, "is_decoder", None) is False:  # BERT and its like look in both directions otherwise
         config.is_decoder = True
+    if getattr(config, "attention_type", None) == "block_sparse":  # of BigBird, which is for both directions
+        config.attention_type = "original_full"

@@ -2,9 +2,10 @@
 
 import functools
 import importlib.util
+import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +137,17 @@ def pretrained_model(
     if not is_rank_0():
         disable_progress_bar()  # type: ignore[no-untyped-call]  # that of rank 0 tells how far loading is
     folder = locate(pretrained, WEIGHT_FILES)
-    stored = _dtype_of_files(pretrained, folder)
+    in_files = _dtypes_of_files(pretrained, folder)
+    kinds = set(in_files.values())
+    stored = functools.reduce(torch.promote_types, [FLOATING_POINT[kind] for kind in kinds if kind in FLOATING_POINT])
+    codes = {name: dtype for name, dtype in in_files.items() if re.match("[IU]", dtype)}
     if dtype is None:
         dtype = stored
     elif lossless:
         dtype = torch.promote_types(dtype, stored)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _refuse_quantized(pretrained, config)
+        dequantized = _dequantize(pretrained, config)
         configure(config)
         model, found = model_class.from_pretrained(
             folder,
@@ -162,7 +166,7 @@ def pretrained_model(
             f"`model.pretrained={pretrained}` cannot be loaded ({_first_line(error)}); give "
             "`model.pretrained=/path/to/folder` with weights, or `model.pretrained=null` for random weights."
         ) from error
-    _refuse_codes(pretrained, folder, model)
+    _refuse_codes(pretrained, {} if dequantized else codes, model)
     for name, in_file, in_model in sorted(found["mismatched_keys"]):
         raise ConfigurationError(
             f"`model.pretrained={pretrained}` has `{name}` with the shape {tuple(in_file)}, and its config.json makes "
@@ -178,12 +182,13 @@ def pretrained_model(
     return model, sorted(found["unexpected_keys"])
 
 
-def pretrained_architecture(model_class: Any, pretrained: str) -> Any:
+def pretrained_architecture(model_class: Any, pretrained: str, configure: Configure = as_it_is) -> Any:
     """Build the model whose weights `pretrained_model` loads, without them, on torch's default device.
 
     Args:
         model_class: a class such as `transformers.AutoModel`.
         pretrained: as for `locate`; its configuration is read, and that of text generation where there is one.
+        configure: as for `pretrained_model`.
 
     Raises:
         ConfigurationError: see `locate`; or the folder has no configuration that makes a model.
@@ -193,7 +198,8 @@ def pretrained_architecture(model_class: Any, pretrained: str) -> Any:
     folder = locate(pretrained, (CONFIG, GENERATION_CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _refuse_quantized(pretrained, config)
+        _dequantize(pretrained, config)
+        configure(config)
         model = model_class.from_config(config)
         if model.can_generate() and (folder / GENERATION_CONFIG).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -233,9 +239,9 @@ def pretrained_shape(pretrained: str) -> dict[str, Any]:
             f"`model.pretrained={pretrained}` tells no model ({_first_line(error)}); give "
             "`model.pretrained=/path/to/folder` with a config.json."
         ) from error
-    _refuse_quantized(pretrained, config)
-    # files have names besides that the architecture does not read, and the dtype of their weights
-    numbers = {name: value for name, value in config.to_diff_dict().items() if name != "dtype"}
+    # files have names besides that the architecture does not read, and how their weights are written
+    own = ("dtype", "quantization_config")
+    numbers = {name: value for name, value in config.to_diff_dict().items() if name not in own}
     return {name: value for name, value in numbers.items() if reads(type(config), name)} | {
         "model_type": config.model_type
     }
@@ -251,7 +257,8 @@ def reads(config_class: type, name: str) -> bool:
         config_class: a class of transformers, such as `LlamaConfig`.
         name: of the number.
     """
-    return hasattr(config_class(), name) or re.search(rf"\bconfig(\.|, \"){name}\b", _source(config_class)) is not None
+    read = re.compile(rf"\bconfig(\.|, \"){re.escape(name)}\b")
+    return hasattr(config_class(), name) or read.search(_source(config_class)) is not None
 
 
 @functools.cache
@@ -263,51 +270,58 @@ def _source(config_class: type) -> str:
     return Path(specification.origin).read_text(encoding="utf-8")
 
 
-def _dtype_of_files(pretrained: str, folder: Path) -> torch.dtype:
-    """Return the dtype that holds all weights without loss, after a look at the head of every file."""
+def _dtypes_of_files(pretrained: str, folder: Path) -> dict[str, str]:
+    """Return the dtype of each tensor as safetensors calls it, after a look at the head of every file."""
     from safetensors import SafetensorError, safe_open
 
-    dtypes: set[str] = set()
+    dtypes: dict[str, str] = {}
     for path in _shards(pretrained, folder):
         try:
             with safe_open(path, framework="pt") as file:
-                dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118  # no mapping
+                dtypes |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
         except (SafetensorError, OSError) as error:
             raise ConfigurationError(
                 f"`{path}` is broken or cut short ({_first_line(error)}); copy or download it again."
             ) from error
-    if not dtypes & FLOATING_POINT.keys():
+    if not FLOATING_POINT.keys() & dtypes.values():
         raise ConfigurationError(
-            f"`model.pretrained={pretrained}` holds no weights in floating point, only {', '.join(sorted(dtypes))}; "
-            "give a folder with weights that are not quantized."
+            f"`model.pretrained={pretrained}` holds no weights in floating point, only "
+            f"{', '.join(sorted(set(dtypes.values())))}; give a folder with weights that are not quantized."
         )
-    return functools.reduce(torch.promote_types, [FLOATING_POINT[name] for name in dtypes if name in FLOATING_POINT])
+    return dtypes
 
 
-def _refuse_quantized(pretrained: str, config: Any) -> None:
+def _dequantize(pretrained: str, config: Any) -> bool:
+    """Let quantized weights be floating point when they are loaded; returns whether there are any.
+
+    Raises:
+        ConfigurationError: transformers keeps those of this kind as they are, and they cannot be trained.
+    """
     if (how := getattr(config, "quantization_config", None)) is None:
-        return
-    method = how.get("quant_method") if isinstance(how, dict) else how.quant_method
-    raise ConfigurationError(
-        f"`model.pretrained={pretrained}` holds quantized weights (`quantization_config` of its config.json, "
-        f"{method}), which cannot be trained; give a folder with weights that are not quantized."
-    )
+        return False
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = str(how["quant_method"])
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    if known is None or "dequantize" not in inspect.signature(known).parameters:
+        raise ConfigurationError(
+            f"`model.pretrained={pretrained}` holds quantized weights (`quantization_config` of its config.json, "
+            f"{method}), which cannot be trained; give a folder with weights that are not quantized."
+        )
+    how["dequantize"] = True
+    return True
 
 
-def _refuse_codes(pretrained: str, folder: Path, model: nn.Module) -> None:
-    """Raise if a weight of the model is stored as whole numbers."""
-    from safetensors import safe_open
-
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for path in _shards(pretrained, folder):
-        with safe_open(path, framework="pt") as file:
-            for name in names & set(file.keys()):
-                if (stored := file.get_slice(name).get_dtype()) not in FLOATING_POINT:
-                    raise ConfigurationError(
-                        f"`model.pretrained={pretrained}` has `{name}` as {stored}, and only weights in "
-                        f"{', '.join(FLOATING_POINT)} can be trained; give a folder with weights that are not "
-                        "quantized."
-                    )
+def _refuse_codes(pretrained: str, codes: Mapping[str, str], model: nn.Module) -> None:
+    """Raise if a weight is whole numbers, in the model or in a file, which may have another prefix before its name."""
+    kept = {name: str(weight.dtype) for name, weight in model.named_parameters() if not weight.is_floating_point()}
+    names = [f".{name}" for name, _ in model.named_parameters(remove_duplicate=False)]
+    for stored, dtype in {**kept, **codes}.items():
+        if any(f".{stored}".endswith(name) or name.endswith(f".{stored}") for name in names):
+            raise ConfigurationError(
+                f"`model.pretrained={pretrained}` has `{stored}` as {dtype}, and only weights in "
+                f"{', '.join(FLOATING_POINT)} can be trained; give a folder with weights that are not quantized."
+            )
 
 
 def _shards(pretrained: str, folder: Path) -> Iterator[Path]:

@@ -88,7 +88,7 @@ class StepWatch(Callback):
             )
         for config in trainer.lr_scheduler_configs:  # rates do not change what a step needs, and more steps are made
             config.interval = "never"
-            setattr(config.scheduler, "step", lambda *args: None)  # noqa: B010 (a method, as mypy sees it)
+            setattr(config.scheduler, "step", lambda *args, **kwargs: None)  # noqa: B010 (a method, as mypy sees it)
         for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers):
             if group.get("foreach", True) is None and not group.get("fused") and not isinstance(group["lr"], Tensor):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors

@@ -145,6 +145,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.engines = []
         self._clipping: BlockClipping | None = None
         self._to_be_rounded: weakref.ref[LightningModule] | None = None
+        self._rounded_before = False
         self._interrupt = PatientInterrupt()
 
     @property
@@ -229,7 +230,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         assert self.lightning_module is not None
         refuse_other_wrappers(self.lightning_module, self.precision_plugin)
         if self.settings.master_weights:
-            self._look_at_precision(trainer, self.lightning_module)
+            self._look_at_precision(self.lightning_module)
         training = trainer.state.fn == TrainerFn.FITTING
         if training:
             self._get_ready_to_train(trainer)
@@ -261,13 +262,14 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if self.settings.update == "fused":
             refuse_what_needs_gradients(trainer, self.lightning_module, self.precision_plugin)
 
-    def _look_at_precision(self, trainer: Trainer, module: LightningModule) -> None:
-        """Warn where masters are to be made of weights that an earlier call has rounded."""
+    def _look_at_precision(self, module: LightningModule) -> None:
+        """Find out whether an earlier call has rounded the weights."""
+        self._rounded_before = self._to_be_rounded is not None and self._to_be_rounded() is module
         if any(parameter.dtype == torch.float32 for parameter in module.parameters()):
-            self._to_be_rounded = weakref.ref(module)
-            return
-        rounded_here = self._to_be_rounded is not None and self._to_be_rounded() is module
-        if trainer.state.fn == TrainerFn.FITTING and rounded_here and trainer.ckpt_path is None:
+            self._to_be_rounded, self._rounded_before = weakref.ref(module), False
+
+    def _warn_of_rounded_masters(self, module: LightningModule) -> None:
+        if self._rounded_before and self._being_loaded is None:  # a checkpoint brings its own
             rank_zero_warn(
                 "An earlier `fit`, `validate`, `test` or `predict` has rounded the weights of "
                 f"`{class_of(module).__name__}`, and fp32 masters are made of the rounded ones; to have them of the "
@@ -348,6 +350,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def on_train_start(self) -> None:
         # Only now is anything frozen: summaries and optimizer filters have seen every parameter trainable.
         super().on_train_start()
+        assert self.lightning_module is not None
+        self._warn_of_rounded_masters(self.lightning_module)
         self._begin()
         for engine in self.engines:
             self._announce(engine)

@@ -105,7 +105,7 @@ class ShardedCheckpoints(SeveralRanks):
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
 
     def _write_file(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if not (path / META).is_file():
+        if path.is_symlink() or not (path / META).is_file():
             self.checkpoint_io.save_checkpoint(checkpoint, path)
             return
         former = _set_aside(path)  # a file cannot take the place of a folder
@@ -396,7 +396,7 @@ def _set_aside(folder: Path) -> Path:
 
 def _put_in_place(folder: Path, path: Path) -> None:
     """Rename a complete folder; what was there before goes afterwards."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         former = _set_aside(path)
         folder.rename(path)
         shutil.rmtree(former, ignore_errors=True)

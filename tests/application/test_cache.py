@@ -1,5 +1,6 @@
 """Folders that are made once."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -99,11 +100,16 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_one_user_has_made_others_may_read_and_not_change(tmp_path: Path) -> None:
+    def private(folder: Path) -> None:
+        Maker()(folder)
+        (folder / "words").chmod(0o600)  # as safetensors makes its files
+
     (tmp_path / "shared").mkdir()
     for mode, made in ((0o1777, 0o755), (0o750, 0o750), (0o700, 0o700)):
         (tmp_path / "shared").chmod(mode)
-        folder = made_once(tmp_path / "shared" / f"made-{mode:o}", Maker(), "data.cache_dir")
+        folder = made_once(tmp_path / "shared" / f"made-{mode:o}", private, "data.cache_dir")
         assert folder.stat().st_mode & 0o777 == made
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {made & 0o644}
 
 
 def test_a_folder_that_may_not_be_read_is_told_before_anything_is_made(
@@ -147,3 +153,25 @@ made_once(Path({str(folder)!r}), make, "data.cache_dir")
     assert folder.name in left
     assert len(left) == 2
     assert {path.name for path in folder.iterdir()} == {"numbers", "words", "manifest.json"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_on_windows_no_file_in_a_folder_is_open_when_it_is_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, seen = Path.rename, []
+
+    def look(self: Path, target: Path) -> Path:
+        seen.append([os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if _is_open(name)])
+        return rename(self, target)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(Path, "rename", look)
+    made_once(tmp_path / "made", Maker(), "data.cache_dir")
+    (files,) = seen
+    assert not [file for file in files if file.startswith(str(tmp_path))]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")

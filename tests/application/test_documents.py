@@ -204,7 +204,7 @@ with_parquet = pytest.mark.skipif(
 
 @with_parquet
 def test_a_table_that_takes_the_place_of_another_is_read_whatever_its_name_and_date(tmp_path: Path) -> None:
-    from pyarrow import Table
+    from pyarrow import Table, array
     from pyarrow.parquet import write_table
 
     names = ["data[1].parquet", "data1.parquet", "data*.parquet", "d?ta.parquet"]
@@ -214,6 +214,12 @@ def test_a_table_that_takes_the_place_of_another_is_read_whatever_its_name_and_d
             os.utime(tmp_path / name, (1e9, 1e9))
         for name in names:
             assert [document.pieces[0].text for document in read(tmp_path / name)] == [f"{word} {name}"] * 3
+    broken = array([b"\xff"]).cast("binary").view("string")
+    write_table(Table.from_pydict({"text": ["fine"], "title": broken}), tmp_path / "title.parquet")
+    assert [document.pieces[0].text for document in read(tmp_path / "title.parquet")] == ["fine"]
+    write_table(Table.from_pydict({"text": broken}), tmp_path / "broken.parquet")
+    with pytest.raises(ConfigurationError, match=r"broken\.parquet`, after row 0: not UTF-8"):
+        read(tmp_path / "broken.parquet")
     write_table(Table.from_pydict({"text": []}), tmp_path / "empty.parquet")
     with pytest.raises(ConfigurationError, match=r"empty\.parquet` is empty"):
         read(tmp_path / "empty.parquet")

@@ -254,17 +254,21 @@ def row_of(tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "gpt_neox", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "big_bird", "gpt_neox", "llama"])
 def test_a_language_model_predicts_from_the_left_alone(kind: str) -> None:
-    network = causal_lm(None, None, {**SHAPES["bert"], "model_type": kind, "vocab_size": 300}).eval()
-    ids = torch.arange(5, 13)[None]
+    shape = {**SHAPES["bert"], "model_type": kind, "vocab_size": 300, **({"block_size": 4} if "big" in kind else {})}
+    network = causal_lm(None, None, shape).eval()
+    ids = torch.arange(5, 69)[None]
     changed = torch.cat([ids[:, :-1], ids[:, :1]], dim=1)
     torch.testing.assert_close(network(input_ids=ids).logits[:, :-1], network(input_ids=changed).logits[:, :-1])
+    # what an export writes beside the weights
+    alone = causal_lm(None, None, shape, weights=False).config
+    assert alone.to_dict() == {**network.config.to_dict(), "use_cache": True}
 
 
-@pytest.mark.parametrize("kind", ["bart", "pegasus", "xlnet", "xlm"])
+@pytest.mark.parametrize("kind", ["bart", "pegasus", "trocr", "xlnet", "xlm"])
 def test_a_model_that_learns_another_task_is_refused_as_a_language_model(kind: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"`{kind}` do not predict each token.*such as `llama`"):
+    with pytest.raises(ConfigurationError, match=rf"`{kind}` do not learn to predict the next token.*such as `llama`"):
         causal_lm(None, None, {"model_type": kind})
 
 

@@ -121,6 +121,18 @@ def test_a_tokenizer_of_other_letters_than_ours_is_taken() -> None:
     assert encoder.start == ()
 
 
+def test_an_end_token_that_may_begin_texts_too_is_set_at_their_end_alone(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = letters("ab")
+    tokenizer.bos_token = "</s>"
+    end = [("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=end)
+    assert TokenizerEncoder(tokenizer).start == ()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A </s>", special_tokens=end)
+    assert TokenizerEncoder(tokenizer).start == (tokenizer.eos_token_id,)
+
+
 def test_tokens_are_made_anew_where_special_ones_in_a_text_are_read_in_another_way() -> None:
     one, other = letters("xys<>/"), letters("xys<>/")
     other.split_special_tokens = True

@@ -565,7 +565,24 @@ def _validate_then_train(folder):
             trainer_.validate(module, loader(make_batches(1)), verbose=False)
             trainer_.fit(module, loader(make_batches(4)))
         told.append([str(each.message) for each in caught if "masters are made of the rounded" in str(each.message)])
+    told.append(_told_where_a_run_goes_on(folder))
     return told, json.loads(path.read_text()) if path.exists() else None
+
+
+def _told_where_a_run_goes_on(folder):
+    def make(**more):
+        strategy = HiFTFSDP2Strategy(master_weights=True, mp_policy=HALF)
+        return trainer(strategy, devices=2, precision="bf16-true", **more)
+
+    first = make(max_steps=1)
+    first.fit(SmallTransformer(OPTIMIZERS["adamw"]), loader(make_batches(4)))
+    first.save_checkpoint(folder / "first.ckpt")
+    module, second = SmallTransformer(OPTIMIZERS["adamw"]), make(max_steps=2, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.validate(module, loader(make_batches(1)), verbose=False)
+        second.fit(module, loader(make_batches(4)), ckpt_path=folder / "first.ckpt")
+    return [each for each in caught if "masters are made of the rounded" in str(each.message)]
 
 
 HALF = {"param_dtype": "bfloat16", "reduce_dtype": "float32"}
@@ -573,7 +590,7 @@ HALF = {"param_dtype": "bfloat16", "reduce_dtype": "float32"}
 
 def test_masters_of_rounded_weights_are_warned_of_and_changes_are_told_by_the_first_rank(tmp_path):
     (first, changed), (_, of_second) = run(_validate_then_train, 2, tmp_path)
-    assert [len(told) for told in first] == [1, 0]
+    assert [len(told) for told in first] == [1, 0, 0]
     assert "weights of `SmallTransformer`" in first[0][0]
     assert of_second is None
     assert [step["changed_outside_the_block"] for step in changed] == [[], []]

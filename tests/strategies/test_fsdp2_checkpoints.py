@@ -392,8 +392,16 @@ def _save_over(folder):
     strategy.checkpoint_io = good
     seen.append((path / "meta.pt").is_file())
     trainer_.save_checkpoint(path)
-    return [*seen, path.is_file(), sorted(each.name for each in folder.iterdir())]
+    seen.append(path.is_file())
+    strategy._save_distributed_checkpoint = True
+    trainer_.save_checkpoint(folder / "step-1.ckpt")
+    for _ in range(2):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+        path.symlink_to("step-1.ckpt")
+        trainer_.save_checkpoint(path)
+        seen.append(not path.is_symlink() and (path / "meta.pt").is_file())
+    return [*seen, sorted(each.name for each in folder.iterdir())]
 
 
-def test_a_checkpoint_takes_the_place_of_one_of_the_other_kind(tmp_path):
-    assert run(_save_over, 1, tmp_path) == [[True, False, True, True, ["last.ckpt"]]]
+def test_a_checkpoint_takes_the_place_of_one_of_the_other_kind_and_of_a_link(tmp_path):
+    assert run(_save_over, 1, tmp_path) == [[True, False, True, True, True, True, ["last.ckpt", "step-1.ckpt"]]]
