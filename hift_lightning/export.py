@@ -217,8 +217,12 @@ def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tie(network: nn.Module) -> None:
-    body = network.body if isinstance(network, SentenceClassifier) else network
-    body.tie_weights()  # type: ignore[operator]
+    """Make one parameter of what the run has trained as one."""
+    body: Any = network.body if isinstance(network, SentenceClassifier) else network
+    head = body.get_output_embeddings()
+    if head is not None and not torch.equal(head.weight, body.get_input_embeddings().weight):
+        return  # the files that the run began with had a head of its own, whatever their config.json says
+    body.tie_weights()
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -226,12 +230,21 @@ def _tie(network: nn.Module) -> None:
 
 def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Have transformers save a model of this configuration with these weights; the given one stays as it is."""
+    config = copy.deepcopy(model.config)
+    if (head := model.get_output_embeddings()) is not None:
+        tied = head.weight is model.get_input_embeddings().weight
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     with torch.device("meta"):
-        shell = type(model)(copy.deepcopy(model.config))
+        shell = type(model)(config)
     if getattr(model, "pooler", None) is None:
         without_pooler(shell)
     if model.can_generate():
         shell.generation_config = copy.deepcopy(model.generation_config)
+    if unknown := sorted(weights.keys() - shell.state_dict().keys()):
+        raise ConfigurationError(
+            f"`{type(model).__name__}` has {len(unknown)} weights that its architecture has not, the first is "
+            f"`{unknown[0]}`, as adapters are; merge them into its own weights first."
+        )
     shell.load_state_dict(weights, assign=True)
     shell.tie_weights()
     shell.save_pretrained(folder, max_shard_size=shard_bytes)

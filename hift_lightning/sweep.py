@@ -128,7 +128,12 @@ def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
     for path, moment in written_metrics(folder).items():
         if before.get(path) == moment:
             continue
-        (settings,) = path.parent.glob("*/hydra.yaml")
+        # the metrics of a run may lie below its folder (`output_dir`)
+        settings = next(
+            (found for parent in path.parents if parent != folder.parent for found in parent.glob("*/hydra.yaml")), None
+        )
+        if settings is None:
+            continue
         hydra = OmegaConf.load(settings).hydra
         overrides = dict(override.lstrip("+~").partition("=")[::2] for override in hydra.overrides.task)
         runs.append((hydra.job.num, {**overrides, **json.loads(path.read_text(encoding="utf-8"))}))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -54,17 +55,20 @@ class BlockWatch:
 
     Args:
         engine: has been started.
+        names: of its parts, as they are shown.
         ratio_every: updates of a block from one whose update-to-weight ratio is measured to the next; 0: none.
     """
 
-    def __init__(self, engine: HiFT, ratio_every: int) -> None:
+    def __init__(self, engine: HiFT, names: Sequence[str], ratio_every: int) -> None:
         self.engine = engine
         self.records = {part.index: BlockRecord() for part in engine.plan.parts}
-        self.names = short_names([part.name for part in engine.plan.parts])
+        self.names = names
         self.gradient_norm: float | None = None
-        """Of all that the last update changed; `None` if it was left out or the norm cannot be known."""
+        """Of all that was changed by the last update of the step; `None` if there was none or it cannot be known."""
         self.rate: float | None = None
-        """Of the block in the last update."""
+        """Of the block in that update."""
+        self.updated: list[int] = []
+        """Indices of the blocks that have been updated in the step: of a batch, if it is optimized by hand."""
         self._ratio_every = ratio_every
         self._ratios = {
             part.index: UpdateRatio(engine.residency, engine.settings.master_weights) for part in engine.plan.parts
@@ -75,7 +79,7 @@ class BlockWatch:
         self._logged_cycles = engine.cycle
 
     @property
-    def block_names(self) -> list[str]:
+    def block_names(self) -> Sequence[str]:
         """Of the blocks that take turns."""
         return self.names[: len(self.engine.plan.blocks)]
 
@@ -132,6 +136,12 @@ class BlockWatch:
         self.records[block.index].page_in_ms.add(self.engine.page_in_ms)
         self._cycle.setdefault(f"hift_page_in_ms/{self._logged_name(block.index)}", []).append(self.engine.page_in_ms)
         self.rate = self.records[block.index].rate
+        self.updated.append(block.index)
+
+    def end_step(self) -> None:
+        """Begin another step."""
+        self.gradient_norm = self.rate = None
+        self.updated = []
 
     def take_cycle(self, unfinished: bool = False) -> dict[str, float]:
         """The means over a cycle and the visits so far, by the name that they are logged under, each cycle once.
@@ -156,6 +166,19 @@ class BlockWatch:
         groups = self.engine.optimizer.param_groups
         rates = (group.get("lr") for group in groups if not parameters.isdisjoint(group["params"]))
         return max((float(rate) for rate in rates if rate is not None), default=None)
+
+
+def watches_of(engines: Sequence[HiFT], ratio_every: int) -> list[BlockWatch]:
+    """Watch the updates of all engines of a run.
+
+    Args:
+        engines: have been started.
+        ratio_every: as for `BlockWatch`.
+    """
+    names = iter(short_names([part.name for engine in engines for part in engine.plan.parts]))
+    return [
+        BlockWatch(engine, list(itertools.islice(names, len(engine.plan.parts))), ratio_every) for engine in engines
+    ]
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ class ChangedParameters(L.Callback):
 
     Args:
         path: the file, JSON: a list of steps with `step`, `loss`, and under HiFT `block`, the name of the block that
-            was active (of several optimizers their names), and lists of names: `changed`,
+            was active (of several, where optimizers are stepped by hand, their names), and lists of names: `changed`,
             `changed_in_its_master_only`, `changed_outside_the_block` and `unchanged_in_the_block`.
     """
 
@@ -41,7 +41,7 @@ class ChangedParameters(L.Callback):
         self.steps: list[dict[str, Any]] = []
         self._parameters: dict[str, nn.Parameter] = {}
         self._checksums: dict[str, int] = {}
-        self._blocks: dict[HiFT, Block] = {}
+        self._blocks: dict[HiFT, list[Block]] = {}
         self._global_step = 0
 
     @override
@@ -60,7 +60,7 @@ class ChangedParameters(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if isinstance(trainer.strategy, BlockwiseTraining):
             engine = trainer.strategy.engine_of(optimizer)
-            self._blocks[engine] = engine.block
+            self._blocks.setdefault(engine, []).append(engine.block)
 
     @override
     def on_train_batch_end(
@@ -77,10 +77,12 @@ class ChangedParameters(L.Callback):
             "changed": changed,
         }
         if self._blocks:
-            engine_of = {name: engine for engine, block in self._blocks.items() for name in block.parameters}
+            engine_of = {
+                name: engine for engine, blocks in self._blocks.items() for block in blocks for name in block.parameters
+            }
             in_block = [name for name in engine_of if name not in changed]
             in_master = [name for name in in_block if _master_differs(engine_of[name], self._parameters[name])]
-            step["block"] = ", ".join(block.name for block in self._blocks.values())
+            step["block"] = ", ".join(block.name for blocks in self._blocks.values() for block in blocks)
             step["changed_in_its_master_only"] = in_master
             step["changed_outside_the_block"] = [name for name in changed if name not in engine_of]
             step["unchanged_in_the_block"] = [name for name in in_block if name not in in_master]

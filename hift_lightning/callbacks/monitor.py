@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from hift_lightning.callbacks.block_table import block_table
-from hift_lightning.callbacks.block_watch import BlockWatch
+from hift_lightning.callbacks.block_watch import BlockWatch, watches_of
 from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.measure import ON_DEVICE, ROLES, bytes_by_role
@@ -80,6 +80,7 @@ class HiFTMonitor(L.Callback):
         self.pictures = pictures
         self.update_ratio_every = update_ratio_every
         self._handles: list[RemovableHandle] = []
+        self._ends: list[RemovableHandle] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -88,7 +89,6 @@ class HiFTMonitor(L.Callback):
         self._rotation: dict[str, int] = {}
         self._watches: list[BlockWatch] = []
         self._timeline = Timeline()
-        self._block: int | None = None
         self._losses: list[Tensor] = []
         self._unread_loss: Tensor | None = None
         self._seconds = 0.0
@@ -130,14 +130,13 @@ class HiFTMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._watches:
-            self._watch(trainer)
+            self._watches = watches_of(getattr(trainer.strategy, "engines", []), self.update_ratio_every)
         if self._watches:
             hift = self._watches[0].engine
             pl_module.log_dict(
                 {"hift/block": float(hift.block.index), "hift/cycle": float(hift.cycle)}, prog_bar=True, batch_size=1
             )
             pl_module.log("hift/active_params", float(sum(part.numel for part in hift.active_parts)), batch_size=1)
-            self._block = hift.block.index
         self._batch_began = time.perf_counter()
 
     @override
@@ -151,6 +150,7 @@ class HiFTMonitor(L.Callback):
         self._count_bytes(trainer, pl_module)
         # the device has been waited for just now, in the search for NaN
         self._read_loss()
+        self._watch(trainer)
         if self._watches and not (watch := self._watch_of(optimizer)).fused:
             watch.begin_update(_scale_of_gradients(trainer, optimizer))
 
@@ -213,9 +213,9 @@ class HiFTMonitor(L.Callback):
             self._draw(self.folder)
 
     def _remove_hooks(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._ends):
             handle.remove()
-        self._handles = []
+        self._handles, self._ends = [], []
 
     def _watch(self, trainer: L.Trainer) -> None:
         def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -223,10 +223,10 @@ class HiFTMonitor(L.Callback):
             watch.end_update()
             _log_cycle(trainer, watch.take_cycle(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-        # the strategy has started by now, so these hooks run after its own
-        for engine in getattr(trainer.strategy, "engines", []):
-            self._watches.append(BlockWatch(engine, self.update_ratio_every))
-            self._handles.append(engine.optimizer.register_step_post_hook(end_update))
+        # behind the strategy's own hooks, which are new where it has begun again, as after a search for the rate
+        for handle in self._ends:
+            handle.remove()
+        self._ends = [watch.engine.optimizer.register_step_post_hook(end_update) for watch in self._watches]
 
     def _watch_of(self, optimizer: Optimizer) -> BlockWatch:
         return next(watch for watch in self._watches if watch.engine.optimizer is optimizer)
@@ -257,8 +257,10 @@ class HiFTMonitor(L.Callback):
             if not watch.fused:  # NaN where a step was left out, rather than the norm of the one before
                 norm = math.nan if watch.gradient_norm is None else watch.gradient_norm
                 pl_module.log("hift/grad_norm", norm, batch_size=1)
-        blocks = () if self._block is None else (self._block,)
+        blocks = tuple(self._watches[0].updated) if self._watches else ()
         self._timeline.add(StepRecord(step_before, self._last_step, blocks, self._in_step))
+        for watch in self._watches:
+            watch.end_step()
         self._in_step = {}
         if self._losses:
             self._unread_loss, self._losses = torch.stack(self._losses).mean(), []

@@ -405,3 +405,34 @@ def test_a_folder_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypa
             export(model, folder, tokenizer=Full())
     assert list((tmp_path / "out").iterdir()) == []
     assert not (tmp_path / "new").exists()
+
+
+def test_a_head_of_its_own_is_written_whatever_the_configuration_says_of_it(tmp_path: Path) -> None:
+    untied = saved(tmp_path / "given", tie_word_embeddings=False)
+    numbers = json.loads((tmp_path / "given" / "config.json").read_text())
+    (tmp_path / "given" / "config.json").write_text(json.dumps({**numbers, "tie_word_embeddings": True}))
+    network = causal_lm(None, str(tmp_path / "given"), {})
+    assert torch.equal(network.lm_head.weight, untied.lm_head.weight)
+    export(network, tmp_path / "exported")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert torch.equal(again.lm_head.weight, untied.lm_head.weight)
+    assert torch.equal(again(TOKENS).logits, network.eval()(TOKENS).logits)
+
+
+def test_a_head_that_was_tied_by_hand_is_written_as_tied(tmp_path: Path) -> None:
+    network = causal_lm(None, None, {**LLAMA, "tie_word_embeddings": False}).eval()
+    network.lm_head.weight = network.model.embed_tokens.weight
+    export(network, tmp_path / "exported")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again(TOKENS).logits, network(TOKENS).logits)
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    network = causal_lm(None, None, LLAMA)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), network)
+    with pytest.raises(ConfigurationError, match=r"has 6 weights that its architecture has not.*merge them"):
+        export(network, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()

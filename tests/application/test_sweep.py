@@ -53,6 +53,16 @@ def test_runs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
     assert [run["seed"] for run in read_runs(tmp_path, before)] == ["1", "3"]
 
 
+def test_metrics_that_a_run_has_written_elsewhere_are_read_too(tmp_path: Path) -> None:
+    finished_run(tmp_path, 0, ["seed=0", "output_dir=deeper"], 0.8)
+    (tmp_path / "0" / "deeper").mkdir()
+    (tmp_path / "0" / "metrics.json").rename(tmp_path / "0" / "deeper" / "metrics.json")
+    finished_run(tmp_path, 1, ["seed=1"], 0.7)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "metrics.json").write_text("{}")  # of no run
+    assert [run["seed"] for run in read_runs(tmp_path, before={})] == ["0", "1"]
+
+
 def test_a_sweep_that_leaves_no_overrides_is_refused(tmp_path: Path) -> None:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": None}})
     with pytest.raises(SystemExit, match="`hydra.output_subdir=null` leaves out"):

@@ -9,7 +9,7 @@ from statistics import fmean
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelPruning
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelPruning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins import MixedPrecision
 from rich.console import Console
@@ -314,6 +314,7 @@ def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):
     steps, _ = rows_of(tmp_path)
     assert [math.isnan(float(row["hift/grad_norm"])) for row in steps] == [False, True, False, False]
     assert [monitor._watches[0].records[index].update_ratio.count for index in range(LAYERS)] == [1, 1, 1, 0]
+    assert [record.blocks for record in monitor._timeline.records] == [(0,), (), (1,), (2,)]
 
 
 def test_accumulated_gradients_are_one_update_with_one_loss():
@@ -395,6 +396,63 @@ def test_several_optimizers_have_their_blocks_in_one_table():
     console = Console(record=True, width=80)
     console.print(block_table(monitor._watches, 1, 1, {}))
     assert len([line for line in console.export_text().splitlines() if "1.0e-01" in line]) == 4
+
+
+class InTurns(HiFTManualMixin, L.LightningModule):
+    """Two optimizers: the first steps in even batches, the second twice in odd ones."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.second = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def training_step(self, batch, batch_idx):
+        for _ in range(1 + batch_idx % 2):
+            network = (self.first, self.second)[batch_idx % 2]
+            self.hift_step(network(torch.ones(2, 4)).square().mean(), optimizer=batch_idx % 2)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.first, self.second)]
+
+
+def test_of_several_optimizers_each_has_names_of_its_own_and_a_step_of_another_leaves_no_number(tmp_path):
+    changes = ChangedParameters(tmp_path / "changed.json")
+    monitor = fitted(HiFTStrategy(), steps=4, module=InTurns(), callbacks=[changes], **logging_to(tmp_path))
+    names = [name for watch in monitor._watches for name in watch.names]
+    assert names == ["first.0", "first.1", "second.0", "second.1"]
+    steps, cycles = rows_of(tmp_path)
+    assert [math.isnan(float(row["hift/grad_norm"])) for row in steps] == [False, True, False, True]
+    assert [name for name in cycles[0] if name.startswith("hift_visits/")] == [
+        "hift_visits/00_first.0", "hift_visits/00_second.0", "hift_visits/01_first.1", "hift_visits/01_second.1",
+    ]  # fmt: skip
+    assert [record.blocks for record in monitor._timeline.records] == [(1,), (), (0,), ()]
+    assert not any(step["changed_outside_the_block"] for step in changes.steps)
+    blocks = [step["block"] for step in changes.steps]
+    assert blocks == ["first.1", "second.1, second.0", "first.0", "second.1, second.0"]
+
+
+def test_a_search_for_the_rate_within_the_run_leaves_the_rest_watched(tmp_path):
+    class Later(LearningRateFinder):
+        def on_fit_start(self, *args):
+            pass
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                self.lr_find(trainer, pl_module)
+
+    module = SmallTransformer()
+    module.learning_rate = 0.01
+    monitor = fitted(
+        HiFTStrategy(), steps=LAYERS, module=module, max_epochs=2, enable_checkpointing=True, default_root_dir=tmp_path,
+        callbacks=[Later(num_training_steps=3)], **logging_to(tmp_path),
+    )  # fmt: skip
+    steps, cycles = rows_of(tmp_path)
+    assert len(steps) == 2 * LAYERS
+    assert not any(math.isnan(float(row["hift/grad_norm"])) for row in steps)
+    assert [float(row["hift_visits/00_embedding"]) for row in cycles] == [1, 2]
+    assert [record.gradient_norm.count for record in monitor._watches[0].records.values()] == [2] * LAYERS
 
 
 RANKS = {
