@@ -176,3 +176,15 @@ def test_what_is_wrong_on_a_page_is_found(page, error, tmp_path):
 def test_all_runs_of_a_sweep_are_composed(tmp_path):
     command = ["python", "train.py", "-m", "optimizer=adamw,sgd", "strategy.group_size=1,2,4", "seed=1"]
     assert check_application(command, tmp_path) == 6
+
+
+def test_links_between_pages_hold_in_the_checkout() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *MEASURED]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", page.read_text())]
+    dead = [
+        f"{page.relative_to(ROOT)}: {link}"
+        for page, link in links
+        if not link.startswith("http") and not (page.parent / link).exists()
+    ]
+    assert len(links) > 100
+    assert dead == []

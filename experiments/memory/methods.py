@@ -182,7 +182,7 @@ OURS = {
 _BY_ITSELF = {
     "full AdamW": Method(peer=peers.full),
     "step inside backward": Method(peer=peers.step_in_backward),
-    "LISA": Method(peer=peers.lisa, rotates=True),
+    "LISA": Method(peer=peers.lisa, rotates=True, remark="keeps the moments of every layer that it has drawn"),
     "BAdam": Method(peer=peers.badam, rotates=True, remark="drops a block's moments when it leaves it"),
     "GaLore r32": Method(peer=peers.galore),
     "APOLLO-Mini": Method(peer=peers.apollo_mini),
@@ -202,9 +202,13 @@ PEERS = {
     },
     **{
         f"{name}, bf16{suffix}": Method(
-            peer=_BY_ITSELF[name].peer, bf16=True, checkpointing=bool(suffix), remark=_BY_ITSELF[name].remark
+            peer=_BY_ITSELF[name].peer,
+            bf16=True,
+            checkpointing=bool(suffix),
+            rotates=_BY_ITSELF[name].rotates,
+            remark=_BY_ITSELF[name].remark,
         )
-        for name in ("step inside backward", "LOMO", "LoRA r16")
+        for name in ("step inside backward", "BAdam", "LOMO", "LoRA r16")
         for suffix in ("", ", checkpointing")
     },
 }

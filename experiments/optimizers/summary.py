@@ -28,7 +28,7 @@ def summary(search: Rows, final: Rows, peaks: Rows) -> str:
         f"{CLIP_NORM:g}, on one core. The optimizers are those of the paper, from `torch.optim`, untouched: SGDM is "
         f"SGD with momentum {MOMENTUM:g}. AdamW is that of the page on accuracy; runs that are in its record are not "
         f"done again here. HiFT has its default settings; {in_time} of its steps take as long as {STEPS} of full "
-        "fine-tuning with AdamW.",
+        "fine-tuning with AdamW; with the other optimizers neither was timed.",
         _results(final, peaks, in_time),
         "Test accuracy in points, mean and standard error over "
         f"{len(SEEDS)} seeds; the difference is paired by seed. Peak bytes are counted on the simulated accelerator "
@@ -100,7 +100,7 @@ def _results(final: Rows, peaks: Rows, in_time: int) -> str:
         f"full, {STEPS} steps",
         f"HiFT, {STEPS} steps",
         f"HiFT, {in_time} steps",
-        "over full, in its time",
+        f"over full, {in_time} steps",
         "peak of full, MiB",
         "peak of HiFT, MiB",
         "of full",

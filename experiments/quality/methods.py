@@ -334,7 +334,8 @@ TOP_NO_DROPOUT = "HiFT, one turn, head and top FFN, no dropout"
 TOP_IN_LORAS_TIME = "HiFT, one turn, head and top FFN, no dropout, in LoRA's time"
 TWO_IN_LORAS_TIME = "HiFT, one turn, two layers a block, head and two FFNs, no dropout, in LoRA's time"
 LORA_NO_DROPOUT = "LoRA in that memory, no dropout"
-OTHERS_OF_ALL_WEIGHTS = ("LISA", "BAdam", "GaLore")
+LISA = "LISA"
+OTHERS_OF_ALL_WEIGHTS = (LISA, "BAdam", "GaLore")
 """Other methods that train all weights in less memory than full fine-tuning."""
 MOST_TEXTS = {IN_MEMORY: HIFT, IN_LESS: ONE_TURN, LORA_NO_DROPOUT: TWO_IN_LORAS_TIME}
 """LoRA with the largest batch whose peak of bytes is not above that of the other."""
@@ -367,7 +368,13 @@ CONTESTANTS = {
         320,
         "no momentum; FFN: the feed-forward part of the top layer; streamed through 16 MB",
     ),
-    "LISA": Contestant(lisa(layers=2, period=10), 0, 230, 10, "2 layers, drawn every 10 steps; embeddings always"),
+    LISA: Contestant(
+        lisa(layers=2, period=10),
+        0,
+        230,
+        10,
+        "2 layers, drawn every 10 steps; embeddings always; moments of all that were drawn",
+    ),
     "BAdam": Contestant(badam(period=20), 2, 320, 160, "20 steps a block"),
     "LoRA": Contestant(lora(rank=16), 3, 250, 1, "rank 16"),
     IN_MEMORY: Contestant(lora(rank=16), 3, 290, 1, "rate of LoRA, the largest batch within HiFT's peak", 14, "LoRA"),

@@ -451,7 +451,7 @@ def test_a_search_for_the_rate_within_the_run_leaves_the_rest_watched(tmp_path):
     steps, cycles = rows_of(tmp_path)
     assert len(steps) == 2 * LAYERS
     assert not any(math.isnan(float(row["hift/grad_norm"])) for row in steps)
-    assert [float(row["hift_visits/00_embedding"]) for row in cycles] == [1, 2]
+    assert [float(row["hift_visits/00_embeddings"]) for row in cycles] == [1, 2]
     assert [record.gradient_norm.count for record in monitor._watches[0].records.values()] == [2] * LAYERS
 
 

@@ -403,12 +403,12 @@ def test_a_second_call_of_the_cost_has_nothing_to_time(monkeypatch):
 
 
 def test_every_method_has_the_time_of_full_fine_tuning():
-    """Or as much of it as its FLOPs allow, if they allow less."""
+    """Or about as much of it as its FLOPs allow, if they allow less."""
     for name, row in times().items():
         steps = CONTESTANTS[name].steps_in_time
         time, flops = (steps * float(row[share]) / STEPS for share in ("time_of_full", "flops_of_full"))
         assert time <= 1, name
-        assert time > 0.9 or 0.95 < flops <= 1, name
+        assert time > 0.9 or 0.95 < flops < 1.01, name
 
 
 @pytest.mark.parametrize("method", IN_LORAS_TIME)
