@@ -2,6 +2,7 @@
 
 import atexit
 import csv
+import itertools
 import json
 import sys
 import traceback
@@ -129,9 +130,8 @@ def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
         if before.get(path) == moment:
             continue
         # the metrics of a run may lie below its folder (`output_dir`)
-        settings = next(
-            (found for parent in path.parents if parent != folder.parent for found in parent.glob("*/hydra.yaml")), None
-        )
+        parents = itertools.takewhile(folder.__ne__, path.parents)
+        settings = next((found for parent in parents for found in parent.glob("*/hydra.yaml")), None)
         if settings is None:
             continue
         hydra = OmegaConf.load(settings).hydra
