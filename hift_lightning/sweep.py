@@ -130,7 +130,7 @@ def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
         if before.get(path) == moment:
             continue
         # the metrics of a run may lie below its folder (`output_dir`)
-        parents = itertools.takewhile(folder.__ne__, path.parents)
+        parents = itertools.takewhile(folder.parent.__ne__, path.parents)
         settings = next((found for parent in parents for found in parent.glob("*/hydra.yaml")), None)
         if settings is None:
             continue
