@@ -228,14 +228,23 @@ def _tie(network: nn.Module) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def _shared(model: nn.Module) -> dict[str, str]:
+    """The first name of each weight that has several, by its further ones."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: known for name, weight in named if (known := first.setdefault(id(weight), name)) != name}
+
+
 def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
     """Have transformers save a model of this configuration with these weights; the given one stays as it is."""
-    config = copy.deepcopy(model.config)
-    if (head := model.get_output_embeddings()) is not None:
-        tied = head.weight is model.get_input_embeddings().weight
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
     with torch.device("meta"):
-        shell = type(model)(config)
+        shell = type(model)(copy.deepcopy(model.config))
+        if _shared(shell) != _shared(model):  # a head of its own, or one that is tied, whatever the configuration says
+            config = copy.deepcopy(model.config)
+            text = config.get_text_config()
+            config.tie_word_embeddings = text.tie_word_embeddings = not text.tie_word_embeddings
+            other = type(model)(config)
+            shell = other if _shared(other) == _shared(model) else shell
     if getattr(model, "pooler", None) is None:
         without_pooler(shell)
     if model.can_generate():

@@ -198,7 +198,8 @@ def pretrained_architecture(model_class: Any, pretrained: str, configure: Config
     folder = locate(pretrained, (CONFIG, GENERATION_CONFIG))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _dequantize(pretrained, config)
+        if _dequantize(pretrained, config):
+            del config.quantization_config
         configure(config)
         model = model_class.from_config(config)
         if model.can_generate() and (folder / GENERATION_CONFIG).is_file():
@@ -301,7 +302,7 @@ def _dequantize(pretrained: str, config: Any) -> bool:
         return False
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    method = str(how["quant_method"])
+    method = str(how.get("quant_method"))
     known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
     if known is None or "dequantize" not in inspect.signature(known).parameters:
         raise ConfigurationError(

@@ -428,6 +428,21 @@ def test_a_head_that_was_tied_by_hand_is_written_as_tied(tmp_path: Path) -> None
     assert torch.equal(again(TOKENS).logits, network(TOKENS).logits)
 
 
+def test_a_head_that_is_tied_to_other_weights_than_the_input_s_is_read_again(tmp_path: Path) -> None:
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    small = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        is_decoder=True, add_cross_attention=True,
+    )  # fmt: skip
+    encoder = BertConfig(**{**small.to_dict(), "is_decoder": False, "add_cross_attention": False})
+    network = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(encoder, small))
+    export(network, tmp_path / "exported")
+    again = EncoderDecoderModel.from_pretrained(tmp_path / "exported").state_dict()
+    for name, weight in network.state_dict().items():
+        assert torch.equal(again[name], weight), name
+
+
 def test_adapters_are_refused(tmp_path: Path) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 

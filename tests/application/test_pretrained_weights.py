@@ -180,6 +180,9 @@ def test_quantized_weights_are_refused_and_not_left_untrained(tmp_path: Path, me
     ):
         with pytest.raises(ConfigurationError, match=rf"quantized weights.*{method}.*give a folder"):
             build()
+    configure(tmp_path, quantization_config={"load_in_8bit": True})  # as old files have it
+    with pytest.raises(ConfigurationError, match="quantized weights"):
+        causal_lm(None, str(tmp_path), {})
     assert LLAMA.items() <= pretrained_shape(str(tmp_path)).items()  # may be planned nevertheless
     assert "quantization_config" not in pretrained_shape(str(tmp_path))
 
@@ -207,6 +210,8 @@ def test_weights_that_are_quantized_in_the_files_alone_are_trained(tmp_path: Pat
     loaded = causal_lm(None, str(tmp_path), {}).get_parameter(name)
     assert loaded.dtype == torch.float32
     assert loaded.requires_grad
+    alone = causal_lm(None, str(tmp_path), {}, weights=False)  # whose configuration an export writes
+    assert "quantization_config" not in alone.config.to_dict()
     torch.testing.assert_close(loaded, model.get_parameter(name), atol=0.01, rtol=0.1)
 
 
