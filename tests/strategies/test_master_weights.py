@@ -294,6 +294,7 @@ def test_masters_made_of_weights_that_were_rounded_before_are_warned_of(recwarn,
     last.fit(unread, batches, ckpt_path=tmp_path / "trained.ckpt")  # which has masters
     assert not told()
     trainer_.validate(module := SmallTransformer(), batches)
+    trainer_.fit_loop.max_epochs = 2  # it has trained one
     trainer_.fit(module, batches)
     assert len(told()) == 1
     assert "weights of `SmallTransformer`" in told()[0]
