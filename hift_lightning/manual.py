@@ -94,7 +94,7 @@ class HiFTManualMixin(_Base):
         strategy = self.trainer.strategy
         window.seen += 1
         steps_now = window.seen == window.size or self.trainer.is_last_batch
-        sends_later = not steps_now and isinstance(strategy, ParallelStrategy)
+        sends_later = isinstance(strategy, ParallelStrategy) and not steps_now
         with strategy.block_backward_sync() if sends_later else contextlib.nullcontext():  # type: ignore[attr-defined]
             self.manual_backward(loss / window.size, **({"inputs": trained} if several else {}))
             if several and engine is not None and isinstance(strategy, BlockwiseTraining):

@@ -351,8 +351,8 @@ class HiFT:
 
     def update_after_hooks(self) -> None:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
-        if self._calls is not None:
-            self._calls.go_after_other_hooks()
+        assert self._calls is not None
+        self._calls.go_after_other_hooks()
 
     def pass_on_held_rates(self) -> None:
         """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
@@ -661,24 +661,32 @@ class HiFT:
             self.settle()
 
     def _refuse_broken_weights(self, told: str) -> None:
-        """Raise if an earlier update has made NaN, or inf in fp16, which no step that is left out would mend."""
+        """Raise if an earlier update has made NaN, or inf in fp16, which no step that is left out would mend.
+
+        Args:
+            told: what has been found in this step, for the message.
+
+        Raises:
+            NonfiniteError: if there is such a weight.
+        """
         search = NonfiniteSearch(self._mesh)
+        for name, parameter in self._trained.items():
+            search.look_at(name, local(parameter))
+        if search.first() is None:  # which is all that is waited for where the weights are sound
+            return
         for name, parameter in self._trained.items():
             search.look_at(name, local(parameter))
             found = search.first()
             # in wider dtypes nothing overflows so soon, and a weight may be infinite on purpose
             if found is not None and (found[1] == "NaN" or parameter.dtype == torch.float16):
-                break
-        else:
-            return
-        broken = f"the weights of `{name}` have {found[1]}"
-        self.settle()
-        self.half_updated = f"T{broken[1:]}; load a checkpoint from before."
-        raise NonfiniteError(
-            f"{told[0].upper()}{told[1:]}, because {broken} from an earlier update, and the last checkpoint may have "
-            "it too; go on from one from before, or start anew, with a smaller learning rate, a wider precision, "
-            "`master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 is 0 in fp16)."
-        )
+                self.settle()
+                self.half_updated = f"The weights of `{name}` have {found[1]}; load a checkpoint from before."
+                raise NonfiniteError(
+                    f"{told[0].upper()}{told[1:]}, because the weights of `{name}` have {found[1]} from an earlier "
+                    "update, and the last checkpoint may have it too; go on from one from before, or start anew, with "
+                    "a smaller learning rate, a wider precision, `master_weights=True`, or a larger `eps` of the "
+                    "optimizer (Adam's 1e-8 is 0 in fp16)."
+                )
 
     def _skip(self) -> None:
         """End a step that is left out; the block keeps its turn."""

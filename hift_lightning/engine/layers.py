@@ -25,21 +25,16 @@ parameter is in exactly one layer.
 Rules 2 and 3 are the layout "stacks", rule 4 is "modules"; a layout of one's own (`register_layout`) is asked before.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.registry import Registry
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
 
 _PLACES = ("embeddings", "stem", "head")
 _TOP_WORDS = {"final", "out", "head", "classifier", "logit", "logits"}
@@ -59,7 +54,7 @@ class Layer:
     parameters: tuple[str, ...]
 
 
-Layout: TypeAlias = "Callable[[nn.Module], Sequence[Layer] | None]"
+Layout: TypeAlias = Callable[[nn.Module], Sequence[Layer] | None]
 """A function from a model to its layers, bottom first; `None` where it has nothing to say about this model."""
 
 LAYOUTS: Registry[Layout] = Registry("register_layout")

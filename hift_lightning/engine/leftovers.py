@@ -56,7 +56,7 @@ IN_USE = "in-use"
 
 
 class FolderInUse:
-    """A new folder, with a file in it that is locked as long as this process lives.
+    """A new folder, with a file in it that is locked until it is released or removed, or the process ends.
 
     Args:
         parent: where it is made; folders there with this prefix that are no more in use are removed.

@@ -5,24 +5,19 @@ patterns override what was found, and `always_active`, patterns or a number of l
 of the turns: they are trained in every step, as embeddings and head are in LISA (https://arxiv.org/abs/2403.17919).
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.layers import Layer, class_of, layers_of, names_of_weights
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class Residency:
 
     Parking copies each tensor into a buffer that is allocated once and used again at every later visit. Copies are
     issued on the device's current stream, in the order of the kernels that use them, and nothing waits for them until
-    the host reads the state (:meth:`synchronize`). On a CPU device with ``offload="cpu"`` nothing
-    is copied, unless ``parked_dtype`` is another one.
+    the host reads the state (:meth:`synchronize`). On a CPU device with ``offload="cpu"`` nothing is copied,
+    unless ``parked_dtype`` is another one.
 
     Until a parameter's state is parked again, its last parked state is kept, so a step that fails can be given up
     (:meth:`discard`).

@@ -99,11 +99,11 @@ def sentence_classifier(
     for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
         if value not in known:
             raise ConfigurationError(f"`model.network.{name}={value}` is unknown; give one of {', '.join(known)}.")
-    configure = functools.partial(set_dropout, dropout=dropout)
     if not weights:
         body = architecture(AutoModel, pretrained, config)
         with torch.device("meta"):
             return SentenceClassifier(without_pooler(body), _width(body), num_classes, pooling, head)
+    configure = functools.partial(set_dropout, dropout=dropout)
     if pretrained is None:
         body = random_model(AutoModel, config, configure)
     else:

@@ -112,8 +112,8 @@ class ShardedCheckpoints(SeveralRanks):
         try:
             self.checkpoint_io.save_checkpoint(checkpoint, path)
         except BaseException:
-            if not path.exists():
-                former.rename(path)
+            path.unlink(missing_ok=True)
+            former.rename(path)
             raise
         shutil.rmtree(former, ignore_errors=True)
 

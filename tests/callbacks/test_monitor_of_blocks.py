@@ -371,25 +371,27 @@ def test_under_fused_no_gradient_norm_is_logged(tmp_path):
     assert float(cycles[0]["hift/update_ratio"]) > 0
 
 
+class TwoNetworks(HiFTManualMixin, L.LightningModule):
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.second = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.first, self.second)]
+
+
 def test_several_optimizers_have_their_blocks_in_one_table():
-    class Two(HiFTManualMixin, L.LightningModule):
-        automatic_optimization = False
-
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-            self.second = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-
+    class Both(TwoNetworks):
         def training_step(self, batch, batch_idx):
             for optimizer, network in zip(self.optimizers(), (self.first, self.second), strict=True):
                 optimizer.zero_grad()
                 self.manual_backward(network(torch.ones(2, 4)).square().mean())
                 optimizer.step()
 
-        def configure_optimizers(self):
-            return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.first, self.second)]
-
-    monitor = fitted(HiFTStrategy(), steps=4, module=Two())
+    monitor = fitted(HiFTStrategy(), steps=4, module=Both())
     for watch in monitor._watches:
         assert [record.gradient_norm.count for record in watch.records.values()] == [2, 2]
         assert [record.update_ratio.count for record in watch.records.values()] == [2, 2]
@@ -398,23 +400,13 @@ def test_several_optimizers_have_their_blocks_in_one_table():
     assert len([line for line in console.export_text().splitlines() if "1.0e-01" in line]) == 4
 
 
-class InTurns(HiFTManualMixin, L.LightningModule):
-    """Two optimizers: the first steps in even batches, the second twice in odd ones."""
-
-    automatic_optimization = False
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        self.second = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+class InTurns(TwoNetworks):
+    """The first network's optimizer steps in even batches, the second's twice in odd ones."""
 
     def training_step(self, batch, batch_idx):
         for _ in range(1 + batch_idx % 2):
             network = (self.first, self.second)[batch_idx % 2]
             self.hift_step(network(torch.ones(2, 4)).square().mean(), optimizer=batch_idx % 2)
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.first, self.second)]
 
 
 def test_of_several_optimizers_each_has_names_of_its_own_and_a_step_of_another_leaves_no_number(tmp_path):
