@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from hift_lightning.cache import cache_root, digest_of_file, made_once
 from hift_lightning.data.documents import Split, check_files, read_documents
 from hift_lightning.data.encoding import encoder_of
-from hift_lightning.data.loading import TrainingLoader
+from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.data.packing import PARTS, PackedRows, write_tokens
 from hift_lightning.data.sentences import Part
 from hift_lightning.engine.errors import ConfigurationError
@@ -123,7 +123,7 @@ class TextDataModule(L.LightningDataModule):
         return self._eval_dataloader("test")
 
     def _eval_dataloader(self, part: Part) -> DataLoader[dict[str, torch.Tensor]]:
-        return DataLoader(self.rows[part], batch_size=self.eval_batch_size, num_workers=self.num_workers)
+        return evaluation_loader(self.rows[part], batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
 
 def _check_numbers(

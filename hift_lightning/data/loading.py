@@ -146,3 +146,12 @@ class TrainingLoader:
             )
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]
         self._begun_epoch = order.epoch if "begun" in state_dict else None
+
+
+def evaluation_loader(dataset: Dataset[Any], **arguments: Any) -> DataLoader[Any]:
+    """A DataLoader over whose batches a model is evaluated; arguments as of `DataLoader`.
+
+    A pass over it draws from a generator of its own the number that torch draws for the workers, and not from the one
+    that dropout draws from: a run trains to the same weights however often it is evaluated.
+    """
+    return DataLoader(dataset, generator=torch.Generator(), **arguments)

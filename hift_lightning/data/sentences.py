@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
-from hift_lightning.data.loading import TrainingLoader
+from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
 
@@ -285,7 +285,7 @@ class SentenceDataModule(L.LightningDataModule):
     def _eval_dataloader(self, part: Part) -> EVAL_DATALOADERS:
         # sentences of one length together, so that little is padded; the order does not change a metric
         by_length = sorted(self._tokenised[part], key=lambda row: len(row[0]))
-        return DataLoader(
+        return evaluation_loader(
             by_length,  # type: ignore[arg-type]  # a list is a map-style data set
             batch_size=self.eval_batch_size,
             collate_fn=self.collate,

@@ -94,6 +94,35 @@ def test_from_the_end_of_an_epoch_it_goes_on_with_the_next_order(workers: int, s
     assert part + rest == whole
 
 
+class Draws(Sees):
+    """Notes a number that is drawn in each step, as dropout draws."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.seen.append((batch_idx, torch.rand(1).item()))
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None: ...
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["sentences", "texts"])
+def test_training_draws_the_same_however_often_it_is_evaluated(kind: str, workers: int, tmp_path: Path) -> None:
+    def drawn(evaluated_before: bool, **arguments: Any) -> list[tuple[int, Any]]:
+        L.seed_everything(1, verbose=False)
+        module, data = Draws(), data_of(kind, tmp_path, workers)
+        trainer_ = trainer("hift", max_steps=4, **arguments)
+        if evaluated_before:
+            trainer_.test(module, data)
+        trainer_.fit(module, data)
+        return module.seen
+
+    never = drawn(evaluated_before=False, limit_val_batches=0)
+    assert len(never) == 4
+    assert drawn(evaluated_before=True, val_check_interval=2, limit_val_batches=1) == never
+
+
 def rows(workers: int = 0) -> TrainingLoader:
     data = list(range(40))
     generator = torch.Generator()
