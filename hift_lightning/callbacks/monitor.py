@@ -129,8 +129,7 @@ class HiFTMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._watches:
-            self._watches = watches_of(getattr(trainer.strategy, "engines", []), self.update_ratio_every)
+        self._follow_engines(trainer)
         if self._watches:
             hift = self._watches[0].engine
             pl_module.log_dict(
@@ -150,6 +149,7 @@ class HiFTMonitor(L.Callback):
         self._count_bytes(trainer, pl_module)
         # the device has been waited for just now, in the search for NaN
         self._read_loss()
+        self._follow_engines(trainer)
         self._watch(trainer)
         if self._watches and not (watch := self._watch_of(optimizer)).fused:
             watch.begin_update(_scale_of_gradients(trainer, optimizer))
@@ -216,6 +216,12 @@ class HiFTMonitor(L.Callback):
         for handle in (*self._handles, *self._ends):
             handle.remove()
         self._handles, self._ends = [], []
+
+    def _follow_engines(self, trainer: L.Trainer) -> None:
+        """Watch the strategy's engines, and count anew where they are new, as optimizers made in training are."""
+        engines = getattr(trainer.strategy, "engines", [])
+        if [watch.engine for watch in self._watches] != engines:
+            self._watches = watches_of(engines, self.update_ratio_every)
 
     def _watch(self, trainer: L.Trainer) -> None:
         def end_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

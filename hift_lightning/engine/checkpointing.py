@@ -1,6 +1,7 @@
 """Activation checkpointing of each layer, and never of one below the active block."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -65,9 +66,16 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
         args = tuple(None if _is_cache(value) else value for value in args)
         kwargs = {name: None if name in _CACHES or _is_cache(value) else value for name, value in kwargs.items()}
         norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+        # `checkpoint` would take keyword arguments of its own names for its own
+        function_of_inputs = functools.partial(function, layer, **kwargs)
         if norms and not torch.compiler.is_compiling():  # a compiled layer updates them once by itself
-            kwargs["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(norms))
-        return checkpoint(function, layer, *args, use_reentrant=False, **kwargs)
+            return checkpoint(
+                function_of_inputs,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), _averages_left_alone(norms)),
+            )
+        return checkpoint(function_of_inputs, *args, use_reentrant=False)
 
     return checkpointed
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
 from hift_lightning.engine.state_tensors import flatten_state
 
@@ -21,6 +22,10 @@ ROWS, COLUMNS, STEPS = 8, 16, 3
 
 RATE = 1e-2
 """Learning rate of the trial: at that of the param group, 0 while a warm-up begins, nothing might be seen to move."""
+
+_SCALES = 2.0**-13, 2.0**13, 1.0
+_SCALES_FP16 = 2.0**-5, 2.0**5, 1.0
+"""Gradients are tried at these, since an optimizer may clip what is above some norm."""
 
 MOST_ROWS = 512
 """With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
@@ -80,21 +85,25 @@ def _probe(
         make_state = functools.partial(_state_like, state, like, parked_dtype)
         return _run(optimizer, like, dtype, weights, gradients, make_state)
 
-    def run(*parts: slice) -> list[list[Any]] | None:
-        return attempt([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
+    def run(scale: float, *parts: slice) -> list[list[Any]] | None:
+        return attempt([weights[p] for p in parts], [[gradient[p] * scale for p in parts] for gradient in gradients])
 
     top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
-    together, alone_top, alone_bottom, whole = run(top, bottom), run(top), run(bottom), run(slice(ROWS))
-    if together is None or alone_top is None or alone_bottom is None or whole is None:
-        return Probe(separate=False, elementwise=False, state_bytes=0)
-    alone = [alone_top[0], alone_bottom[0]]
-    separate = all(_equal(a, b) for a, b in zip(together, alone, strict=True))
-    elementwise = (
-        separate
-        and len(whole[0]) == len(alone[0])
-        and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
-    )
-    group = _group_of(optimizer, like)
+    separate = elementwise = True
+    whole = None
+    for scale in _SCALES_FP16 if dtype == torch.float16 else _SCALES:
+        together, alone_top, alone_bottom = run(scale, top, bottom), run(scale, top), run(scale, bottom)
+        whole = run(scale, slice(ROWS))
+        if together is None or alone_top is None or alone_bottom is None or whole is None:
+            return Probe(separate=False, elementwise=False, state_bytes=0)
+        alone = [alone_top[0], alone_bottom[0]]
+        separate &= all(_equal(a, b) for a, b in zip(together, alone, strict=True))
+        elementwise &= (
+            separate
+            and len(whole[0]) == len(alone[0])
+            and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
+        )
+    group = optimizer.param_groups[number_of_group(optimizer, like)]
     rows = min(MOST_ROWS, max(local(p).numel() for p in group["params"]) // COLUMNS)
     rows -= rows % _WHOLE_BLOCKS
     if elementwise and rows > 0:
@@ -103,8 +112,25 @@ def _probe(
         elementwise = after is not None and all(
             leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
         )
+    assert whole is not None
     shaped = [leaf for leaf in whole[0][1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
+
+
+def number_of_group(optimizer: Optimizer, parameter: nn.Parameter) -> int:
+    """Which of the optimizer's param groups has the parameter now.
+
+    Raises:
+        ConfigurationError: if none has.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        if any(p is parameter for p in group["params"]):
+            return number
+    raise ConfigurationError(
+        f"A parameter of shape {tuple(parameter.shape)} is in no param group of the optimizer "
+        f"`{type(optimizer).__name__}` any more, and its block is to be trained; leave the groups' parameters as they "
+        "were when the blocks were cut."
+    )
 
 
 def raw_step(optimizer: Optimizer) -> None:
@@ -136,7 +162,7 @@ def _run(
     make_state: Callable[[Tensor], Any] | None,
 ) -> list[list[Any]] | None:
     """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
-    group = _group_of(optimizer, like)
+    group = optimizer.param_groups[number_of_group(optimizer, like)]
     settings = {key: value for key, value in group.items() if key != "params"}
     if (rate := settings.get("lr")) is not None:
         settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
@@ -158,10 +184,6 @@ def _run(
     return [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
 
 
-def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-
-
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:
     """State of the parameter's shape and device, filled with the first value of each tensor of ``state``."""
 
@@ -180,7 +202,7 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
 
 def _equal(left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
+        _same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -188,5 +210,10 @@ def _equals_parts(whole: Any, top: Any, bottom: Any) -> bool:
     if not isinstance(whole, Tensor):
         return bool(whole == top == bottom)
     if whole.dim() == 0:
-        return torch.equal(whole, top) and torch.equal(whole, bottom)
-    return whole.shape == (ROWS, COLUMNS) and torch.equal(whole, torch.cat([top, bottom]))
+        return _same(whole, top) and _same(whole, bottom)
+    return whole.shape == (ROWS, COLUMNS) and _same(whole, torch.cat([top, bottom]))
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors have the same elements, NaN too, which a trial in 16 bits may come to."""
+    return left.shape == right.shape and bool(((left == right) | ((left != left) & (right != right))).all())

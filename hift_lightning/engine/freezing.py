@@ -5,11 +5,34 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hift_lightning.engine.errors import ConfigurationError
 
 GradientHook = Callable[[Tensor], None]
 """Called with a parameter when its gradient is there."""
+
+_governed = WeakIdKeyDictionary()
+"""Has the parameters of all models that have been frozen here and not been given back yet."""
+
+
+def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Raise if an optimizer holds parameters that are frozen for a training which has not been finished.
+
+    Args:
+        parameters: of the model, by name.
+        optimizer: that shall train them.
+
+    Raises:
+        ConfigurationError: if it does; blocks would be cut of the active ones only.
+    """
+    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    name = next((name for name, p in parameters.items() if p in optimized and p in _governed), None)
+    if name is not None:
+        raise ConfigurationError(
+            f"`{name}` is in the blocks of another HiFT, which has been started and not finished; call its `finish()` "
+            "(or leave its `with`) before a new one is made of the same model."
+        )
 
 
 class Freezing:
@@ -61,6 +84,7 @@ class Freezing:
             parameter.grad = None
         for parameter in self.governed.values():
             parameter.requires_grad_(False)
+            _governed[parameter] = True
 
     def stop(self) -> None:
         """Let every parameter require a gradient if it did before."""
@@ -68,6 +92,7 @@ class Freezing:
         self.deactivate()
         for parameter, required_grad in zip(self.governed.values(), self._required_grad, strict=True):
             parameter.requires_grad_(required_grad)
+            _governed.pop(parameter, None)  # type: ignore[no-untyped-call]
         self._required_grad = None
 
     def activate(
@@ -95,8 +120,8 @@ class Freezing:
             handle.remove()
         self._handles = []
 
-    def refuse_gradients_elsewhere(self, block: str) -> None:
-        """Raise if a parameter has a gradient and is not active, or has come to the optimizer since.
+    def refuse_changes_by_others(self, block: str) -> None:
+        """Raise if a parameter has a gradient and is not active, is active and frozen, or is new to the optimizer.
 
         Args:
             block: name of the active one, for the message.
@@ -109,6 +134,13 @@ class Freezing:
             raise ConfigurationError(
                 f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "
                 "block has them, so every step would train them; give them to it where it is made."
+            )
+        frozen = next((p for p in self._active if not p.requires_grad), None)
+        if frozen is not None:
+            raise ConfigurationError(
+                f"`{self._name_of[frozen]}` is in the active block `{block}` and has been frozen while training, and "
+                "what is frozen so would be trained again at its next turn; freeze it where the model is made "
+                "(`__init__`, `configure_model`), or with `frozen=[...]` patterns."
             )
         active = set(self._active)
         strange = next((p for p in self._watched if p.grad is not None and p not in active), None)

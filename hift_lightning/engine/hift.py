@@ -38,7 +38,7 @@ from hift_lightning.engine.compatibility import (
 )
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
-from hift_lightning.engine.freezing import Freezing, GradientHook
+from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
 from hift_lightning.engine.layers import class_of, modules_of_layers
 from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
@@ -119,13 +119,14 @@ class HiFT:
             layers = partition(model, frozen=settings.frozen).layers
             optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
         refuse_optimizer(optimizer)
+        self._parameters = dict(model.named_parameters())
+        refuse_what_is_frozen_by_another(self._parameters, optimizer)
         if settings.update == "fused" and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
             raise ConfigurationError(
                 "`update='fused'` uses gradients inside backward, before `DistributedDataParallel` averages them; give "
                 "the module that it wraps, with `ranks=Ranks()`, or use `update='streamed'`."
             )
         self.optimizer = optimizer
-        self._parameters = dict(model.named_parameters())
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
         if others and isinstance(settings.always_active, int):
             raise ConfigurationError(
@@ -180,6 +181,7 @@ class HiFT:
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
         self._delayed: list[DelayedLRScheduler] = []
+        self._held_before: list[tuple[int, int | None]] = []  # of a loaded position, for schedulers still to come
         self._has_schedule = False  # that is not delayed
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
@@ -342,8 +344,6 @@ class HiFT:
             if not self.averages_gradients:
                 return
             self._average_gradients(scaled)
-        if not self.will_skip:
-            self._note_reach()
 
     def note_backward(self) -> None:
         """Tell that a backward pass has run of a loss that may be another optimizer's, which its step will show."""
@@ -382,6 +382,8 @@ class HiFT:
         delayed = DelayedLRScheduler(
             scheduler, self.settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped
         )
+        if self._held_before:
+            delayed.resume(*self._held_before.pop(0))
         self._delayed.append(delayed)
         return delayed
 
@@ -391,9 +393,13 @@ class HiFT:
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
         that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
         """
-        trained, master_of = self._trained.values(), self.residency.master
-        gathered = self._shares.gather(trained, master_of) if self._shares else ((p, master_of(p)) for p in trained)
-        masters = {self._name_of[parameter]: master for parameter, master in gathered}
+
+        def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
+            return self.residency.master(parameter), self.residency.dtypes(parameter)
+
+        trained = self._trained.values()
+        gathered = self._shares.gather(trained, kept_of) if self._shares else ((p, kept_of(p)) for p in trained)
+        kept = {self._name_of[parameter]: value for parameter, value in gathered}
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
@@ -401,8 +407,8 @@ class HiFT:
             "lr_cycles": [scheduler.cycle for scheduler in self._delayed],
             **self._plan_record,
             "parameters": self._names_in_groups(),
-            "parked_dtype": self.settings.parked_dtype,
-            "masters": {name: master for name, master in masters.items() if master is not None},
+            "dtypes": {name: dtypes for name, (_, dtypes) in kept.items()},
+            "masters": {name: master for name, (master, _) in kept.items() if master is not None},
             # buckets decide in which order sums over more than two ranks are rounded
             **({} if self.reduction is None else {"gradient_orders": dict(self.reduction.orders)}),
         }
@@ -442,6 +448,7 @@ class HiFT:
         cycles = state_dict["lr_cycles"] if same_plan else [None] * len(held)
         for scheduler, steps, cycle in zip(self._delayed, held, cycles, strict=False):
             scheduler.resume(steps, cycle)
+        self._held_before = list(zip(held, cycles, strict=True))[len(self._delayed) :]
         if self._has_schedule and any(held):
             warnings.warn(
                 f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
@@ -501,12 +508,13 @@ class HiFT:
         if state_dict is not None and self.settings.resume_plan == "same":
             refuse_other_plan(state_dict, self._plan_record)
 
-    def load_optimizer_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
+    def load_optimizer_state_dict(self, state_dict: dict[str, Any], position: dict[str, Any] | None = None) -> None:
         """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
 
         Args:
             state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
-            parked_dtype: the one of the run that saved it (``parked_dtype`` in :meth:`state_dict`).
+            position: what :meth:`state_dict` gave with it, which tells the dtypes that parked state has on the device;
+                without it, state is cast as torch casts what it loads.
 
         Raises:
             ConfigurationError: if it belongs to another optimizer or other parameters.
@@ -514,7 +522,10 @@ class HiFT:
         self.check_state_dict(optimizer_state_dict=state_dict)
         if self._shares is not None:
             state_dict = self._shares.own_part(self.optimizer, state_dict)
-        self.residency.load_state_dict(state_dict, parked_dtype)
+        dtypes = {} if position is None else position["dtypes"]
+        self.residency.load_state_dict(
+            state_dict, {self._parameters[name]: saved for name, saved in dtypes.items() if name in self._parameters}
+        )
 
     def master_state_dict(self) -> dict[str, Any]:
         """The model's state dict, with the fp32 master in place of every weight that has one.
@@ -581,8 +592,9 @@ class HiFT:
         if name in self._step.updated_in_backward:
             raise ConfigurationError(
                 f"`{name}` has a gradient for the second time in one step, and `update='fused'` has used the first one "
-                "inside backward; run one backward pass a step, and keep losses of other optimizers from reaching it "
-                "(`toggle_optimizer`, `hift_step`), or use `update='streamed'`."
+                "inside backward; run one backward pass a step (after one that has failed call `settle()`), and keep "
+                "losses of other optimizers from reaching it (`toggle_optimizer`, `hift_step`), or use "
+                "`update='streamed'`."
             )
         self._step.updated_in_backward.add(name)
         if not self._step.updated:
@@ -704,7 +716,7 @@ class HiFT:
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
-        self._freezing.refuse_gradients_elsewhere(self.block.name)
+        self._freezing.refuse_changes_by_others(self.block.name)
         if self._delayed and self.updates == 0 and self.rotation.cycle_length > 1:
             warn_of_cycle_at_0(self.optimizer, self.settings.lr_update, self.rotation.cycle_length)
         if self.reduction is not None and not self._step.averaged:

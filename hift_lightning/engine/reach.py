@@ -18,7 +18,7 @@ class Reach:
         self._warned_of: set[int] = set()
 
     def note(self, block: Block, reached: bool) -> None:
-        """Take in what a backward pass has shown.
+        """Take in what the backward passes of a step have shown.
 
         Args:
             block: the active one.
@@ -37,7 +37,8 @@ class Reach:
                     "on the parameters that are trained; check that it is computed from them and is not detached."
                 )
             warnings.warn(
-                f"No gradient reached block {block.index} (`{block.name}`): the loss does not depend on its "
-                "parameters, so it is not trained. Keep it out of the rotation with `frozen=[...]` patterns.",
+                f"No gradient reached block {block.index} (`{block.name}`) at its turn: the loss did not depend "
+                "on its parameters. If it never does, the block is not trained; keep it out of the rotation with "
+                "`frozen=[...]` patterns.",
                 stacklevel=3,
             )

@@ -5,8 +5,9 @@ The optimizer's own ``state`` always holds the tensors that count: parked ones a
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
 
 # fp16 is not among them: its smallest number is far above Adam's second moments
 PARKED_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_NONE: Mapping[Tensor, Sequence[str]] = MappingProxyType({})
 
 Place = Callable[[Tensor, torch.dtype], Tensor]
 """Puts a host tensor on the device, in a dtype."""
@@ -121,9 +124,22 @@ class Residency:
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
                     scalars_on_device = _keeps_scalars_on_device(group, parameter)
-                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []), {self.parked_dtype})
+                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []))
 
-    def load_state_dict(self, state_dict: dict[str, Any], parked_dtype: str | None = None) -> None:
+    def dtypes(self, parameter: Tensor) -> list[str]:
+        """Names of the dtypes of a parameter as the optimizer sees it, and of its state's tensors on the device.
+
+        To be saved beside the state, whose parked tensors may be narrower; see :meth:`load_state_dict`.
+        """
+        leaves, _ = flatten_state(self.optimizer.state.get(parameter, {}))
+        known = self._leaves.get(parameter, [])
+        on_device = [
+            known[i].dtype if known and known[i] is not None else getattr(leaf, "dtype", None)  # type: ignore[union-attr]
+            for i, leaf in enumerate(leaves)
+        ]
+        return [str(dtype).removeprefix("torch.") for dtype in (self._stepped_dtype(parameter), *on_device)]
+
+    def load_state_dict(self, state_dict: dict[str, Any], dtypes: Mapping[Tensor, Sequence[str]] = _NONE) -> None:
         """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
 
         :meth:`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's device and dtype,
@@ -133,8 +149,9 @@ class Residency:
 
         Args:
             state_dict: what ``optimizer.state_dict()`` of a like optimizer gave; the present state is dropped.
-            parked_dtype: the one that moments were parked in when it was saved; ``None`` where they were in their own,
-                or in the one that they are parked in here.
+            dtypes: what :meth:`dtypes` gave for each parameter when it was saved. State that had the dtype of its
+                parameter gets that which the parameter has now; other state keeps its own. Of a parameter that is not
+                among them, state is cast as torch would cast it.
 
         Raises:
             ValueError: if the param groups do not match (raised by torch).
@@ -153,9 +170,8 @@ class Residency:
                 known = known_before.pop(parameter, [])
                 if saved_id in state:
                     self.optimizer.state[parameter] = state[saved_id]
-                    narrow = {self.parked_dtype, PARKED_DTYPES[parked_dtype]}
                     scalars_on_device = _keeps_scalars_on_device(group, parameter)
-                    self._adopt(parameter, scalars_on_device, known, narrow, loaded=True)
+                    self._adopt(parameter, scalars_on_device, known, self._dtypes_to_load(parameter, dtypes))
         # an optimizer may keep things under keys that are no parameters
         ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
         self.optimizer.state.update(copy.deepcopy({key: state[key] for key in state.keys() - ids}))
@@ -179,15 +195,33 @@ class Residency:
         }
         return {**state_dict, "state": {id_of.get(key, key): state for key, state in loaded.items()}}
 
+    def _dtypes_to_load(self, parameter: Tensor, saved: Mapping[Tensor, Sequence[str]]) -> list[torch.dtype | None]:
+        """On the device, of the tensors that a loaded state has."""
+        leaves, _ = flatten_state(self.optimizer.state[parameter])
+        quantized = is_quantized(leaves)
+        now = self._stepped_dtype(parameter)
+        then, *on_device = [getattr(torch, name, None) for name in saved.get(parameter, ())] or [None]
+        if len(on_device) != len(leaves):
+            on_device = [getattr(leaf, "dtype", None) for leaf in leaves]
+            casts = type(self.optimizer).load_state_dict is Optimizer.load_state_dict
+            then = None if casts else now
+
+        def dtype_of(leaf: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+            if not isinstance(leaf, Tensor) or dtype is None or quantized or leaf.dim() == 0:
+                return dtype
+            floating = dtype.is_floating_point and now.is_floating_point
+            return now if floating and then in (None, dtype) else dtype
+
+        return [dtype_of(leaf, dtype) for leaf, dtype in zip(leaves, on_device, strict=True)]
+
     def _adopt(
         self,
         parameter: Tensor,
         scalars_on_device: bool,
         known_before: list[_ParkedLeaf | None],
-        narrow: Collection[torch.dtype | None],
-        *,
-        loaded: bool = False,
+        dtypes: Sequence[torch.dtype | None] | None = None,
     ) -> None:
+        loaded = dtypes is not None
         state = self.optimizer.state[parameter]
         leaves, put_together = flatten_state(state)
         quantized = is_quantized(leaves)
@@ -200,10 +234,8 @@ class Residency:
             if not isinstance(leaf, Tensor):
                 continue
             own = ours.get(id(leaf))
-            dtype = leaf.dtype if own is None else own.dtype
+            dtype = (dtypes[i] if dtypes else None) or (leaf.dtype if own is None else own.dtype)
             stays = leaf.dim() == 0 and not scalars_on_device and (scalars_on_host or leaf is step)
-            if own is None and leaf.dtype in narrow and leaf.dim() > 0 and not quantized:
-                dtype = parameter.dtype  # saved as it was parked
             if parameter in self._mastered and not stays and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
@@ -400,6 +432,10 @@ class Residency:
     def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
+
+    def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
+        """Of the parameter as the optimizer sees it."""
+        return torch.float32 if parameter in self._mastered else parameter.dtype
 
     def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""

@@ -60,7 +60,7 @@ class StepCalls:
         self._before()
         # args[0] is the optimizer
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
+        if not callable(closure):  # none, or an argument that only this optimizer knows
             self._begin()
             return None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hift_lightning.engine.elementwise import Probe, probe, raw_step
+from hift_lightning.engine.elementwise import Probe, number_of_group, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
 from hift_lightning.engine.residency import Place, Residency
@@ -69,7 +69,6 @@ class PieceUpdate:
         self.optimizer = optimizer
         self.residency = residency
         self.window = window
-        self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
         self._loading_ms = 0.0
 
@@ -93,7 +92,7 @@ class PieceUpdate:
         Raises:
             ConfigurationError: if it does not treat each element by itself.
         """
-        for parameter in self._group_of:
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
             if mesh_of([parameter]) is not None and not self._probe(parameter).elementwise:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` does not treat each element of a weight by "
@@ -109,13 +108,13 @@ class PieceUpdate:
         trial = self._probe(parameter)
         if not trial.separate:
             raise ConfigurationError(
-                f"The optimizer `{type(self.optimizer).__name__}` does not treat parameters one by one, so stepping "
-                "them so would change the result; use `update='block'`."
+                f"The optimizer `{type(self.optimizer).__name__}` could not be shown to treat parameters one by one, "
+                "and stepping them so might change the result; use `update='block'`."
             )
         if not self.residency.copies(parameter):
             return whole
         half = window // 2
-        fused = bool(self.optimizer.param_groups[self._group_of[parameter]].get("fused"))
+        fused = bool(self.optimizer.param_groups[number_of_group(self.optimizer, parameter)].get("fused"))
         has_rows = parameter.dim() > 0 and local(parameter).numel() > 0
         if not trial.elementwise or not has_rows or (fused and not has_rows_in_memory(local(parameter))):
             if (needed := self._bytes(whole[0])) > window:
@@ -144,7 +143,7 @@ class PieceUpdate:
 
     def _probe(self, parameter: nn.Parameter) -> Probe:
         dtype = torch.float32 if self.residency.has_master(parameter) else parameter.dtype
-        key = (self._group_of[parameter], parameter.device, dtype)
+        key = (number_of_group(self.optimizer, parameter), parameter.device, dtype)
         if key not in self._probes:
             self._probes[key] = probe(self.optimizer, parameter, dtype, self.residency.parked_dtype)
         return self._probes[key]
@@ -198,7 +197,8 @@ class PieceUpdate:
             if state:
                 self.optimizer.state[weights] = state
         try:
-            with self._only([(self._group_of[piece.parameter], weights) for piece, weights, _ in loaded]):
+            groups = [number_of_group(self.optimizer, piece.parameter) for piece, _, _ in loaded]
+            with self._only([(group, weights) for group, (_, weights, _) in zip(groups, loaded, strict=True)]):
                 raw_step(self.optimizer)
         except BaseException:
             for _, weights, _ in loaded:

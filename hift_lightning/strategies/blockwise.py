@@ -285,6 +285,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
+        self._finish()  # optimizers made anew in training are for all parameters, not for the active ones
         super().setup_optimizers(trainer)
         module = self.lightning_module
         assert module is not None

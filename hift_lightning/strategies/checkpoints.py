@@ -206,7 +206,7 @@ class BlockwiseCheckpoints(_Base):
         for engine, position, state in zip(self.engines, positions, states, strict=True):
             if engine.updates == 0:  # and not where a run goes back to where it was, as after a search for the rate
                 _tell_of_other_values(engine.optimizer, state["param_groups"])
-            engine.load_optimizer_state_dict(state, position and position["parked_dtype"])
+            engine.load_optimizer_state_dict(state, position)
             if position is not None:  # otherwise made without HiFT: the rotation begins here
                 engine.load_state_dict(position)
                 if not engine.has_plan_of(position):
@@ -232,10 +232,20 @@ class BlockwiseCheckpoints(_Base):
 
         Args:
             optimizer: one that ``configure_optimizers`` returned, or Lightning's wrapper of it.
+
+        Raises:
+            ConfigurationError: for any other.
         """
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return next(engine for engine in self.engines if engine.optimizer is optimizer)
+        engine = next((engine for engine in self.engines if engine.optimizer is optimizer), None)
+        if engine is None:
+            raise ConfigurationError(
+                f"HiFT has no blocks for the optimizer `{type(optimizer).__name__}`, which is none that "
+                "`configure_optimizers` returned when training began; instead of replacing `trainer.optimizers` call "
+                "`trainer.strategy.setup_optimizers(trainer)`, where `configure_optimizers` returns the new one."
+            )
+        return engine
 
     @property
     def _trainer(self) -> Trainer:

@@ -238,6 +238,55 @@ def test_layers_that_are_frozen_after_the_blocks_were_cut_are_refused():
     assert model.head.weight.requires_grad
 
 
+@pytest.mark.parametrize("update", ["block", "streamed", "fused"])
+def test_layers_that_are_frozen_while_they_have_their_turn_are_refused(update):
+    model = SmallTransformer()
+    with HiFT(model, torch.optim.AdamW(model.parameters()), HiFTSettings(update=update)) as hift:
+        model.head.requires_grad_(False)
+        model.loss(make_batches(1)[0]).backward()
+        with pytest.raises(
+            ConfigurationError, match=r"`head.weight` is in the active block `head` and has been frozen"
+        ):
+            hift.optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ["the same", "another"])
+def test_a_second_hift_on_a_model_that_is_being_trained_is_refused(optimizer):
+    model = SmallTransformer()
+    first = torch.optim.AdamW(model.parameters())
+    hift = HiFT(model, first)
+    hift.start()
+    second = first if optimizer == "the same" else torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigurationError, match=r"`embedding.weight` is in the blocks of another HiFT.*`finish\(\)`"):
+        HiFT(model, second)
+    hift.finish()
+    assert len(HiFT(model, second).plan.blocks) == LAYERS
+
+
+def test_of_two_optimizers_of_one_model_a_hift_is_made_while_the_other_trains():
+    model = SmallTransformer()
+    layers, rest = model.layers.parameters(), [*model.embedding.parameters(), *model.head.parameters()]
+    optimizers = [torch.optim.SGD(parameters, lr=0.1) for parameters in (layers, rest)]
+    with HiFT(model, optimizers[0], others=[optimizers[1]]):
+        assert len(HiFT(model, optimizers[1], others=[optimizers[0]]).plan.blocks) == 2
+
+
+def test_an_optimizer_may_have_other_arguments_than_a_closure():
+    class Scaled(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, scale=1.0):
+            scales.append(scale)
+            super().step()
+
+    scales = []
+    model = SmallTransformer()
+    with HiFT(model, Scaled(model.parameters(), lr=0.1)) as hift:
+        model.loss(make_batches(1)[0]).backward()
+        hift.optimizer.step(0.5)
+        assert hift.updates == 1
+    assert scales == [0.5]
+
+
 class Counting(torch.optim.SGD):
     """Counts its calls in its param group, as apex does."""
 
@@ -393,17 +442,20 @@ def test_state_loaded_by_the_optimizer_itself_while_training_is_what_is_trained_
     assert state_after(load=True) == pytest.approx([90.0] * len(state_after(load=True)), rel=0.01)
 
 
+@pytest.mark.parametrize("delayed", ["before", "after"])
 @pytest.mark.parametrize("lr_update", ["cycle", "cycle_once", "step"])
-def test_a_plain_loop_goes_on_within_a_cycle_with_the_held_rate(lr_update):
+def test_a_plain_loop_goes_on_within_a_cycle_with_the_held_rate(lr_update, delayed):
     batches = make_batches(3 * LAYERS)
     stop = LAYERS + 2
 
-    def start():
+    def start(position=None):
         model = SmallTransformer()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         hift = HiFT(model, optimizer, HiFTSettings(lr_update=lr_update))
         hift.start()
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(batches))
+        if position is not None:
+            hift.load_state_dict(position)
         return model, hift, hift.delay(decay)
 
     def train(model, hift, scheduler, batches):
@@ -420,10 +472,11 @@ def test_a_plain_loop_goes_on_within_a_cycle_with_the_held_rate(lr_update):
     model, hift, scheduler = start()
     rates = train(model, hift, scheduler, batches[:stop])
     saved = copy.deepcopy([each.state_dict() for each in (model, hift.optimizer, hift, scheduler)])
-    model, hift, scheduler = start()
+    model, hift, scheduler = start(saved[2] if delayed == "after" else None)
     model.load_state_dict(saved[0])
     hift.load_optimizer_state_dict(saved[1])
-    hift.load_state_dict(saved[2])
+    if delayed == "before":
+        hift.load_state_dict(saved[2])
     scheduler.load_state_dict(saved[3])
     rates += train(model, hift, scheduler, batches[stop:])
     assert rates == expected

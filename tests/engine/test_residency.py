@@ -100,15 +100,26 @@ def test_a_folder_holds_what_is_parked_wherever_the_process_goes(tmp_path, monke
     assert all(map(residency.is_parked, parameters))
 
 
-def test_loading_keeps_dtype_and_group_settings():
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (None, torch.bfloat16),  # as torch loads it
+        (["float32"] * 4, torch.bfloat16),  # it had the dtype of its weight
+        (["bfloat16", *["float32"] * 3], torch.float32),  # it had a dtype of its own
+    ],
+)
+def test_loading_keeps_group_settings_and_a_dtype_of_its_own(dtypes, expected):
     parameters, optimizer = stepped()
     saved = optimizer.state_dict()
     others = [torch.nn.Parameter(p.detach().bfloat16()) for p in parameters]
     loaded = torch.optim.AdamW(others, lr=9.0)
-    Residency(loaded).load_state_dict(saved)
+    Residency(loaded).load_state_dict(saved, {} if dtypes is None else dict.fromkeys(others, dtypes))
     assert loaded.param_groups[0]["lr"] == 0.1
-    assert loaded.state[others[0]]["exp_avg"].dtype == torch.float32
-    assert torch.equal(loaded.state[others[1]]["exp_avg"], optimizer.state[parameters[1]]["exp_avg"])
+    before = optimizer.state[parameters[1]]
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert loaded.state[others[1]][name].dtype == expected
+        assert torch.equal(loaded.state[others[1]][name], before[name].to(expected))
+    assert loaded.state[others[1]]["step"].dtype == before["step"].dtype
 
 
 def test_loading_into_other_groups_is_refused():

@@ -59,6 +59,32 @@ def test_checkpointing_changes_nothing_but_what_is_kept(any_device):
     assert checkpointed.saved[0] < plain.saved[0] / 2
 
 
+def test_a_checkpointed_layer_is_given_its_own_keyword_arguments():
+    class Layer(nn.Linear):
+        def forward(self, inputs, debug=False, early_stop=None):
+            return super().forward(inputs) * (2 if debug else 1) + (early_stop or 0)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(Layer(4, 4) for _ in range(3))
+
+        def forward(self, inputs):
+            for layer in self.layers:
+                inputs = layer(inputs, debug=True, early_stop=3.0)
+            return inputs
+
+    def gradient(activation_checkpointing):
+        model = Model()
+        settings = HiFTSettings(order="bottom2up", activation_checkpointing=activation_checkpointing)
+        with HiFT(model, torch.optim.SGD(model.parameters(), lr=0.1), settings):
+            model(torch.ones(2, 4)).tanh().sum().backward()
+            return model.layers[0].weight.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 def wrapped(model, **arguments):
     """Modules whose forward is another while they are trained."""
     with HiFT(model, torch.optim.SGD(model.parameters(), lr=0.1), HiFTSettings(**arguments)):

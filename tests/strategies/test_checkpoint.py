@@ -657,6 +657,26 @@ def test_both_directions_go_on_with_all_state(kind, offload, parked_dtype, optim
         assert sum(resumed.losses[-STEPS:]) < sum(stopped_module.losses)
 
 
+RUNS = [
+    ("32-true", {}), ("bf16-true", {}), ("bf16-true", {"master_weights": True}), ("64-true", {}),
+    ("32-true", {"parked_dtype": "bfloat16"}), ("bf16-true", {"parked_dtype": "float32"}),
+    ("bf16-true", {"master_weights": True, "parked_dtype": "bfloat16"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", RUNS, ids=str)
+@pytest.mark.parametrize("before", RUNS, ids=str)
+def test_a_run_goes_on_in_another_precision(before, after, tmp_path):
+    _, stopped = fit(HiFTStrategy(**before[1]), precision=before[0])
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    strategy = HiFTStrategy(**after[1])
+    resumed, _ = fit(strategy, epochs=2, ckpt_path=tmp_path / "stopped.ckpt", precision=after[0])
+    assert len(resumed.losses) == STEPS
+    seen = torch.float32 if "master_weights" in after[1] else next(resumed.parameters()).dtype
+    for parameter in resumed.parameters():
+        assert {state.dtype for state in strategy.hift.residency.load(parameter).values() if state.dim()} == {seen}
+
+
 @pytest.mark.parametrize("kind", ["32-true", "masters"])
 def test_moments_parked_narrow_go_on_in_a_run_that_parks_them_as_they_are(kind, tmp_path):
     arguments = {"precision": "bf16-true" if kind == "masters" else kind}

@@ -1,5 +1,6 @@
 """The 8-bit and 4-bit optimizers of torchao and bitsandbytes, where they are installed, under HiFT."""
 
+import copy
 import importlib
 
 import lightning as L
@@ -109,3 +110,33 @@ def test_a_device_holds_the_codes_of_one_block(make_optimizer, sim_device):
     assert_same(weights, train(offload="none")[0])
     with pytest.raises(ConfigurationError, match="cannot be stepped on parts of a tensor"):
         train(update="streamed", window="2KiB")
+
+
+@pytest.mark.parametrize("parked_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=str)
+def test_state_of_another_dtype_than_its_weight_comes_back_in_it(weights, parked_dtype, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+
+    def start():
+        model = Module(None).to(weights)
+        optimizer = bitsandbytes.optim.AdamW32bit(model.parameters(), lr=1e-2)
+        return model, HiFT(model, optimizer, HiFTSettings(parked_dtype=parked_dtype, offload=tmp_path))
+
+    def train(model, hift, batches):
+        with hift:
+            for batch in batches:
+                model.loss(batch.to(weights)).backward()
+                hift.optimizer.step()
+
+    straight, hift = start()
+    train(straight, hift, batches(2 * BLOCKS + 1))
+    model, hift = start()
+    train(model, hift, batches(2 * BLOCKS + 1)[: BLOCKS + 1])
+    saved = copy.deepcopy([hift.optimizer.state_dict(), hift.state_dict()])
+    before = model
+    model, hift = start()
+    model.load_state_dict(before.state_dict())
+    hift.load_optimizer_state_dict(saved[0], saved[1])
+    hift.load_state_dict(saved[1])
+    train(model, hift, batches(2 * BLOCKS + 1)[BLOCKS + 1 :])
+    assert_same(model.state_dict(), straight.state_dict())

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from hift_lightning import HiFTManualMixin, HiFTStrategy
+from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.engine.errors import ConfigurationError
 from tests.adversarial import Adversarial
 from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
@@ -282,6 +283,53 @@ def test_a_block_without_gradient_does_not_stop_one_of_several_optimizers():
     with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`generator\.3`\)"):
         trainer_.fit(module, loader([torch.randn(2, 4) for _ in range(6)]))
     assert [engine.updates for engine in trainer_.strategy.engines] == [6, 6]
+
+
+@pytest.mark.parametrize("first_alone", [False, True], ids=["both", "every second"])
+def test_what_one_micro_batch_has_reached_the_step_has_reached(first_alone):
+    class ReachedByOne(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if batch_idx % 2 or not first_alone else loss.detach()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="No gradient reached")
+        _, trainer_, steps = fit(module=ReachedByOne(), batches=4 * LAYERS, accumulate_grad_batches=2)
+    assert steps == TOP_DOWN * 2
+    assert trainer_.strategy.hift.updates == 2 * LAYERS
+
+
+class ChangesOptimizers(L.Callback):
+    """Calls a function in the middle of the second cycle."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == LAYERS + 1:
+            self.change(trainer, pl_module)
+
+
+@pytest.mark.parametrize("where", ["trainer", "strategy"])
+@pytest.mark.parametrize("extra", [[], [HiFTMonitor()]], ids=["alone", "monitor"])
+def test_an_optimizer_that_has_been_replaced_is_refused(where, extra):
+    def replace(trainer, module):
+        target = trainer if where == "trainer" else trainer.strategy
+        target.optimizers = [torch.optim.SGD(module.parameters(), lr=0.1)]
+
+    with pytest.raises(ConfigurationError, match=r"no blocks for the optimizer `SGD`.*`trainer\.strategy\.setup_opt"):
+        fit(batches=3 * LAYERS, extra=[ChangesOptimizers(replace), *extra])
+
+
+@pytest.mark.parametrize("extra", [[], [HiFTMonitor()]], ids=["alone", "monitor"])
+@pytest.mark.parametrize("monitor_last", [False, True])
+def test_optimizers_that_are_made_anew_in_training_are_for_all_layers(extra, monitor_last):
+    change = ChangesOptimizers(lambda trainer, module: trainer.strategy.setup_optimizers(trainer))
+    extra = [change, *extra] if monitor_last else [*extra, change]
+    module, trainer_, steps = fit(batches=3 * LAYERS + 1, extra=extra)
+    assert steps == [*TOP_DOWN, TOP_DOWN[0], *TOP_DOWN * 2]
+    assert trainer_.strategy.hift.updates == 2 * LAYERS
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_a_loss_that_depends_on_nothing_is_an_error():

@@ -1,16 +1,19 @@
 """``streamed`` and ``fused`` give what ``block`` gives, bit for bit, through a window of bounded size."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import MixedPrecision
 
-from hift_lightning import HiFTStrategy
+from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.elementwise import probe
 from hift_lightning.engine.errors import ConfigurationError
 from tests import simulated_accelerator as sim
 from tests.adversarial import Adversarial
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
 
@@ -119,6 +122,22 @@ class GlobalNorm(torch.optim.Optimizer):
                 p.sub_(p.grad / norm, alpha=0.1)
 
 
+class ClipsAbove(torch.optim.SGD):
+    """Clips gradients by the norm of all together, if that is above a limit."""
+
+    def __init__(self, params, limit):
+        super().__init__(params, lr=0.1)
+        self.limit = limit
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        torch.nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], self.limit)
+        super().step()
+
+
 class CountsInItsGroup(torch.optim.SGD):
     """Counts its calls in the param group, as some optimizers do."""
 
@@ -132,12 +151,41 @@ class CountsInItsGroup(torch.optim.SGD):
         super().step()
 
 
-@pytest.mark.parametrize("make", [GlobalNorm, lambda p: CountsInItsGroup([{"params": p, "calls": 0}], lr=0.1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        GlobalNorm,
+        lambda p: ClipsAbove(p, 0.01),
+        lambda p: ClipsAbove(p, 10.0),
+        lambda p: ClipsAbove(p, 1000.0),
+        lambda p: CountsInItsGroup([{"params": p, "calls": 0}], lr=0.1),
+    ],
+)
 @pytest.mark.parametrize("arguments", [{"update": "streamed"}, {"update": "fused", "offload": "none"}])
 def test_an_optimizer_that_couples_parameters_is_refused(any_device, make, arguments):
     module = SmallTransformer(lambda parameters: make(list(parameters)))
-    with pytest.raises(ConfigurationError, match="does not treat parameters one by one"):
+    with pytest.raises(ConfigurationError, match="could not be shown to treat parameters one by one"):
         trainer(HiFTStrategy(**arguments), accelerator=any_device.type, devices=1).fit(module, loader(make_batches(1)))
+
+
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+def test_param_groups_are_those_of_the_step(update, tmp_path):
+    def train(**settings):
+        model = SmallTransformer()
+        halves = list(model.layers.parameters()), list(model.head.parameters())
+        optimizer = torch.optim.SGD([{"params": halves[0], "lr": 0.1}, {"params": halves[1], "lr": 0.01}])
+        with HiFT(model, optimizer, HiFTSettings(offload=tmp_path, **settings)) as hift:
+            for step, batch in enumerate(make_batches(9)):
+                if step == 4:  # what was at the lower rate is at the higher one from here on
+                    first, second = optimizer.param_groups
+                    first["params"], second["params"] = second["params"], first["params"]
+                model.loss(batch).backward()
+                hift.optimizer.step()
+        return model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*are in no param group")
+        assert_same(train(update=update).state_dict(), train().state_dict())
 
 
 def test_a_window_that_one_tensor_does_not_fit_is_refused_with_the_size_needed(device):
