@@ -11,12 +11,13 @@ class Adversarial(L.LightningModule):
     Args:
         toggle: whether the loss of one optimizer is kept from the parameters of the other.
         accumulate: batches for one step.
+        clip: the largest norm of gradients; `clip_always` clips after each batch of a step.
     """
 
-    def __init__(self, toggle=False, accumulate=1):
+    def __init__(self, toggle=False, accumulate=1, clip=None, clip_always=False):
         super().__init__()
         self.automatic_optimization = False
-        self.toggle, self.accumulate = toggle, accumulate
+        self.toggle, self.accumulate, self.clip, self.clip_always = toggle, accumulate, clip, clip_always
         generator_state = torch.random.get_rng_state()
         torch.manual_seed(3)
         self.generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -39,7 +40,10 @@ class Adversarial(L.LightningModule):
             elif batch_idx % self.accumulate == 0:
                 optimizer.zero_grad()
             self.manual_backward(next(losses) / self.accumulate)
-            if (batch_idx + 1) % self.accumulate == 0:
+            steps_now = (batch_idx + 1) % self.accumulate == 0
+            if self.clip is not None and (steps_now or self.clip_always):
+                self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
+            if steps_now:
                 optimizer.step()
                 optimizer.zero_grad()
             if self.toggle:

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,8 @@ from hift_lightning.engine.step import Step
 from hift_lightning.engine.step_calls import StepCalls
 from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
 from hift_lightning.engine.update import PieceUpdate
+
+_Value = TypeVar("_Value")
 
 
 class HiFT:
@@ -348,6 +350,19 @@ class HiFT:
     def note_backward(self) -> None:
         """Tell that a backward pass has run of a loss that may be another optimizer's, which its step will show."""
         self._step.backward_ran = True
+        self._step.averaged = False  # what it adds to gradients that were averaged early is of this rank alone
+
+    def average_gradients(self, *, scaled: bool = False) -> None:
+        """Average over the ranks what backward passes have left, if they have not; for who looks at gradients early.
+
+        Args:
+            scaled: as of :meth:`after_backward`.
+
+        Raises:
+            NonfiniteError: as :meth:`after_backward`.
+        """
+        if self.active and self.reduction is not None and not self._step.averaged:
+            self._average_gradients(scaled)
 
     def update_after_hooks(self) -> None:
         """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
@@ -397,9 +412,7 @@ class HiFT:
         def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
             return self.residency.master(parameter), self.residency.dtypes(parameter)
 
-        trained = self._trained.values()
-        gathered = self._shares.gather(trained, kept_of) if self._shares else ((p, kept_of(p)) for p in trained)
-        kept = {self._name_of[parameter]: value for parameter, value in gathered}
+        kept = {self._name_of[parameter]: value for parameter, value in self._gathered(kept_of)}
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
@@ -461,14 +474,13 @@ class HiFT:
         """Take what was saved in 32 bits where loading has rounded it, or has left it for the rounded weight.
 
         Where this run keeps masters and the saved one had fp32 weights, these become masters; and where the saved one
-        had masters and this run has fp32 weights, the masters become weights. Sharded parameters are left as they are.
+        had masters and this run has fp32 weights, the masters become weights.
 
         Args:
-            weights: the saved weights, by name.
-            masters: the saved masters, by name.
+            weights: the saved weights, by name; this rank's rows of those that are sharded.
+            masters: the saved masters, by name, likewise.
         """
-        if self._mesh is None:
-            take_wider(self.residency, self._trained, weights, masters)
+        take_wider(self.residency, self._trained, weights, masters)
 
     def move_to(self, updates: int) -> None:
         """Give the turn to the block that has it after so many updates; nothing else changes."""
@@ -527,15 +539,25 @@ class HiFT:
             state_dict, {self._parameters[name]: saved for name, saved in dtypes.items() if name in self._parameters}
         )
 
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """The parked masters: host tensors, fp32.
+
+        Where parked state is split, all ranks call this together; it has all of them on the first, and on each of the
+        others its share.
+        """
+        self.residency.synchronize()
+        gathered = self._gathered(self.residency.master)
+        return {parameter: master for parameter, master in gathered if master is not None}
+
     def master_state_dict(self) -> dict[str, Any]:
-        """The model's state dict, with the fp32 master in place of every weight that has one.
+        """The model's state dict, with the fp32 master in place of every weight that has one, see :meth:`masters`.
 
         What training would go on from, and so what to export. Masters are host tensors, and all are the tensors
         themselves and no copies, but where weights have been set by something else than a step: then these count. A
         weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A tied weight has the same
         master under each of its names.
         """
-        return state_dict_with_masters(self.model, [self.residency])
+        return state_dict_with_masters(self.model, self.masters())
 
     def report(self) -> Report:
         """What each block is, how often it has been updated, and where its state is now."""
@@ -553,6 +575,11 @@ class HiFT:
     def _keeps(self, parameter: nn.Parameter) -> bool:
         """Whether this rank keeps the parameter's state and updates it."""
         return self._shares is None or self._shares.keeps(parameter)
+
+    def _gathered(self, value_of: Callable[[nn.Parameter], _Value]) -> Iterator[tuple[nn.Parameter, _Value]]:
+        """What is kept of each trained parameter, on the first rank that of all ranks."""
+        trained = self._trained.values()
+        return ((p, value_of(p)) for p in trained) if self._shares is None else self._shares.gather(trained, value_of)
 
     def _names_in_groups(self) -> list[list[str]]:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
@@ -719,9 +746,8 @@ class HiFT:
         self._freezing.refuse_changes_by_others(self.block.name)
         if self._delayed and self.updates == 0 and self.rotation.cycle_length > 1:
             warn_of_cycle_at_0(self.optimizer, self.settings.lr_update, self.rotation.cycle_length)
-        if self.reduction is not None and not self._step.averaged:
-            self._average_gradients(scaled)
-        elif not self._step.searched and not scaled:
+        self.average_gradients(scaled=scaled)
+        if self.reduction is None and not self._step.searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
         if self._step.backward_ran and not self.will_skip:
             self._note_reach()

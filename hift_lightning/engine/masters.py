@@ -1,7 +1,7 @@
 """fp32 master weights of 16-bit weights (the paper's Mixed^Hi): which there are, and what they say of a weight."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,17 +82,16 @@ def take_wider(
     Args:
         residency: where this run's masters are.
         parameters: of this run, by name.
-        weights: the saved ones, by name.
-        masters: the saved ones, by name.
+        weights: the saved ones, by name; this rank's rows of those that are sharded.
+        masters: the saved ones, by name, likewise.
     """
     for name, parameter in parameters.items():
-        wide = weights.get(name)
         if residency.has_master(parameter):
-            if name not in masters and wide is not None and wide.dtype == torch.float32:
+            if name not in masters and (wide := weights.get(name)) is not None and wide.dtype == torch.float32:
                 residency.keep_master(parameter, wide)
         elif name in masters and parameter.dtype == torch.float32:
-            master = masters[name]
-            parameter.data.copy_(master if wide is None else master_of(wide, master))
+            master, wide = masters[name], weights.get(name)
+            local(parameter).data.copy_(master if wide is None else master_of(wide, master))
 
 
 def follow_weights(master: Tensor, weights: Tensor) -> None:
@@ -124,17 +123,17 @@ def master_of(weights: Tensor, master: Tensor) -> Tensor:
     return following
 
 
-def state_dict_with_masters(model: nn.Module, residencies: Sequence[Residency]) -> dict[str, Any]:
+def state_dict_with_masters(model: nn.Module, masters: Mapping[nn.Parameter, Tensor]) -> dict[str, Any]:
     """The model's state dict with masters in place of the weights that have one; see :meth:`HiFT.master_state_dict`.
 
     Args:
         model: whose weights.
-        residencies: those that keep its masters.
+        masters: of its parameters; of this rank's rows of those that are sharded.
     """
     weights = model.state_dict(keep_vars=True)
-    for residency in residencies:
-        residency.synchronize()
-        for name, value in weights.items():
-            master = residency.master(value) if isinstance(value, nn.Parameter) else None
-            weights[name] = value if master is None else master_of(local(value).detach(), master)
-    return {name: value.detach() if isinstance(value, Tensor) else value for name, value in weights.items()}
+    for name, value in weights.items():
+        if isinstance(value, nn.Parameter) and value in masters:
+            weights[name] = master_of(local(value).detach(), masters[value])
+        elif isinstance(value, Tensor):
+            weights[name] = value.detach()
+    return weights

@@ -244,7 +244,10 @@ class GradientReduction:
             assert self._opening is not None
             self._check(self._opening.by_rank())
         bucket = self._buckets[self._begun]
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in bucket.parameters]
+        gradients = [
+            torch.zeros_like(p, memory_format=torch.contiguous_format) if p.grad is None else p.grad.contiguous()
+            for p in bucket.parameters
+        ]
         alone = len(gradients) == 1
         bucket.flat = gradients[0] if alone else torch.cat([gradient.view(-1) for gradient in gradients])
         bucket.flat.div_(self._ranks.size)

@@ -57,8 +57,9 @@ class Shares:
             kept = next((p for p in group["params"] if p in self._keeper and self.keeps(p)), None)
             if kept is not None and not probe(optimizer, kept, kept.dtype).separate:
                 raise ConfigurationError(
-                    f"The optimizer `{type(optimizer).__name__}` does not treat parameters one by one, so ranks that "
-                    "each update a share of them would change the result; use `shard_parked_state=False`."
+                    f"The optimizer `{type(optimizer).__name__}` could not be shown to treat parameters one by one, "
+                    "and ranks that each update a share of them might change the result; use "
+                    "`shard_parked_state=False`."
                 )
 
     def spread(self, parameters: Collection[nn.Parameter]) -> None:

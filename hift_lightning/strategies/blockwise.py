@@ -452,7 +452,11 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         Raises:
             NonfiniteError: see :meth:`HiFT.after_backward`.
         """
-        engine.after_backward(loss, scaled=getattr(self.precision_plugin, "scaler", None) is not None)
+        engine.after_backward(loss, scaled=self._scales_gradients)
+
+    @property
+    def _scales_gradients(self) -> bool:
+        return getattr(self.precision_plugin, "scaler", None) is not None
 
     @override
     def optimizer_step(
@@ -466,12 +470,15 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if not engine.active:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.lightning_module is not None
-        if closure is do_nothing_closure and (engine.will_skip or not engine.may_have_gradients):
-            # by hand, where clipping by value and a GradScaler would fail on no gradients at all
-            engine.pass_turn()
-            return None
-
         self._interrupt.hold()
+        if closure is do_nothing_closure:  # by hand
+            # before a GradScaler looks at them, which would skip the step on some ranks only
+            engine.average_gradients(scaled=self._scales_gradients)
+            if engine.will_skip or not engine.may_have_gradients:
+                # clipping by value and a GradScaler would fail on no gradients at all
+                engine.pass_turn()
+                return None
+
         clip_val = self._trainer.gradient_clip_val
 
         def closure_for_reached_block() -> Any:

@@ -74,7 +74,8 @@ class BlockwiseCheckpoints(_Base):
                 "`master_state_dict()` was called before `Trainer.fit`, and masters are made at the start of it; call "
                 "it later, or `state_dict()` of the module."
             )
-        return state_dict_with_masters(self.lightning_module, [engine.residency for engine in self.engines])
+        masters = {parameter: master for engine in self.engines for parameter, master in engine.masters().items()}
+        return state_dict_with_masters(self.lightning_module, masters)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -43,6 +43,8 @@ class BlockClipping:
     ) -> None:
         own = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         engine = next((each for each in self._engines if each.optimizer is own), None)
+        if engine is not None:  # of several optimizers, whose gradients are averaged at a step otherwise
+            engine.average_gradients(scaled=getattr(self._plugin, "scaler", None) is not None)
         if engine is not None and engine.settings.update == "fused":
             by_value = gradient_clip_algorithm == GradClipAlgorithmType.VALUE
             if clip_val > 0 and not (by_value and engine.clip_value == clip_val):

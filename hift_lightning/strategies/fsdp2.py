@@ -191,10 +191,21 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None
-        for part in _sharded(self.lightning_module)[1:]:
+        module = self.lightning_module
+        assert isinstance(module, FSDPModule)
+        module.reshard()  # after a micro-batch without a backward pass
+        for part in _sharded(module)[1:]:
             part.set_unshard_in_backward(False)
+        self._ranks.send_from(0, module.buffers())
         return super().training_step(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(*args, **kwargs)
+        assert isinstance(self.lightning_module, FSDPModule)
+        # a forward pass that no backward pass follows leaves it whole, and what is whole is frozen as it was then
+        self.lightning_module.reshard()
+        return result
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -298,6 +309,9 @@ def _note_what_backward_needs(module: Module, args: Any, output: Any) -> None:
         leaf.requires_grad if isinstance(leaf, Tensor) else not isinstance(leaf, _PRIMITIVES)
         for leaf in tree_leaves(output)
     )
-    if reached and not isinstance(module, Embedding):  # whose gradient does not depend on its weights
+    looks_up = getattr(module.forward, "__func__", None) is Embedding.forward and "weight" in dict(
+        module.named_parameters(recurse=False)
+    )
+    if reached and not looks_up:  # the gradient of a looked-up row does not depend on weights
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(True)

@@ -189,8 +189,13 @@ class ShardedCheckpoints(SeveralRanks):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        rest = {**checkpoint, "state_dict": {}}
-        super().load_optimizer_state_dict(self._with_shards_changed(rest, self._own_shard, _Later))
+        parameters = dict(self._sharded_parameters())
+
+        def own_rows_of(name: str, whole: Any) -> Any:
+            return self._own_shard(f"state_dict.{name}", whole, parameters[name]) if name in parameters else whole
+
+        changed = self._with_shards_changed({**checkpoint, "state_dict": {}}, self._own_shard, _Later)
+        super().load_optimizer_state_dict({**changed, "state_dict": _Later(checkpoint["state_dict"], own_rows_of)})
 
     def _own_shard(self, name: str, whole: Tensor, parameter: DTensor) -> Tensor:
         if whole.is_meta:

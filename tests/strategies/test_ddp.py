@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from hift_lightning import HiFT, HiFTDDPStrategy, HiFTManualMixin, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError
+from hift_lightning.engine.reduction import Ranks
 from tests.adversarial import Adversarial
 from tests.comparing import assert_same
 from tests.processes import RankError, run
@@ -68,11 +70,10 @@ def fit(case: Case, strategy: Any, batches: Any, module: Any = None, **arguments
     module = module or SmallTransformer(OPTIMIZERS[case.optimizer])
     trainer_ = trainer(
         strategy,
-        precision=case.precision,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
         use_distributed_sampler=False,
-        **{"devices": int(os.environ.get("WORLD_SIZE", 1)), **arguments},
+        **{"precision": case.precision, "devices": int(os.environ.get("WORLD_SIZE", 1)), **arguments},
     )
     trainer_.fit(module, GoesOn(batches))
     return module, trainer_
@@ -113,7 +114,8 @@ def train_cases(names: list[str], folder: Path) -> dict[str, Any]:
         module, trainer_ = fit(case, HiFTDDPStrategy(**settings), share(batches_of(case, dist.get_world_size())))
         engine = trainer_.strategy.hift
         parked = {block.index: block.parked_bytes for block in engine.report().blocks}
-        found[name] = weights(module), engine.reduction.bytes_sent, parked, module.rates
+        wide = {name: value.dtype for name, value in trainer_.strategy.master_state_dict().items()}
+        found[name] = weights(module), engine.reduction.bytes_sent, parked, module.rates, wide
     return found
 
 
@@ -155,6 +157,7 @@ def test_split_state_is_held_once_by_the_ranks_together(on_two_ranks: Any) -> No
 def test_split_masters_are_the_same_and_held_once_by_the_ranks_together(on_two_ranks: Any) -> None:
     whole, split = ([rank[name] for rank in on_two_ranks] for name in ("masters", "split, masters"))
     assert_same(whole[0][0], split[0][0])
+    assert set(whole[0][4].values()) == set(split[0][4].values()) == {torch.float32}
     shares = [sum(rank[2].values()) for rank in split]
     assert sum(shares) == sum(whole[0][2].values())
     assert max(shares) < 0.6 * sum(shares)
@@ -377,7 +380,14 @@ def test_ranks_at_different_updates_are_an_error_on_all_at_once(agreements: Any)
         assert "not at the same step (rank 0: update 5; rank 1: update 9)" in rank["disagreement"]
 
 
-ADVERSARIAL = {"as it is": {}, "toggled": {"toggle": True}, "toggled, 2 batches": {"toggle": True, "accumulate": 2}}
+ADVERSARIAL = {
+    "as it is": {},
+    "toggled": {"toggle": True},
+    "toggled, 2 batches": {"toggle": True, "accumulate": 2},
+    "clipped": {"toggle": True, "clip": 1e-2},
+    "clipped, 2 batches": {"toggle": True, "clip": 1e-2, "accumulate": 2},
+    "clipped always, 2 batches": {"toggle": True, "clip": 1e-2, "clip_always": True, "accumulate": 2},
+}
 
 
 def adversarial_on_two_ranks() -> Any:
@@ -395,6 +405,65 @@ def test_two_optimizers_by_hand_each_take_the_averages_of_their_own_loss() -> No
         one, _ = fit(Case(), HiFTStrategy(), batches, Adversarial(**arguments).double())
         assert_same(first[name], second[name])
         assert_close(first[name], weights(one), 1e-10)
+
+
+class OverflowsOnOneRank(Adversarial):
+    """The loss of rank 1 overflows in the second batch; notes the scale after each."""
+
+    def __init__(self) -> None:
+        super().__init__(toggle=True)
+        self.scales: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch * 1e30 if batch_idx == 1 and dist.get_rank() == 1 else batch, batch_idx)
+        self.scales.append(self.trainer.precision_plugin.scaler.get_scale())
+
+
+def overflow_on_one_rank() -> Any:
+    batches = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(dist.get_rank()))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    module, trainer_ = fit(
+        Case({}, "SGD", "32-true"),
+        HiFTDDPStrategy(),
+        batches,
+        OverflowsOnOneRank(),
+        precision=None,
+        plugins=MixedPrecision("16-mixed", "cpu", scaler),
+    )
+    return weights(module), module.scales, [engine.updates for engine in trainer_.strategy.engines]
+
+
+def test_a_step_by_hand_that_overflows_on_one_rank_is_skipped_on_all() -> None:
+    (first, *rest), (second, *other) = run(overflow_on_one_rank, 2)
+    assert_same(first, second)
+    assert rest == other
+    assert rest[0][0] == 1024.0 > rest[0][1]
+    assert rest[1] == [3, 3]
+
+
+def channels_last_around_a_layer() -> Any:
+    found = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(3)).to(memory_format=memory_format)
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+        with HiFT(layers, optimizer, HiFTSettings(), ranks=Ranks()) as hift:
+            for _ in range(3):
+                hidden = torch.ones(1, 3, 4, 4)
+                for number, layer in enumerate(layers):
+                    hidden = hidden if number == 1 and dist.get_rank() == 1 else layer(hidden)
+                if hidden.requires_grad:
+                    hidden.square().mean().backward()
+                hift.after_backward()
+                optimizer.step()
+            assert hift.updates == 3
+        found.append(weights(layers))
+    return found
+
+
+def test_a_channels_last_layer_that_one_rank_does_not_use_is_averaged() -> None:
+    for plain, channels_last in run(channels_last_around_a_layer, 2):
+        assert_close(channels_last, plain, 1e-6)
 
 
 # --- buffers, manual optimization ------------------------------------------------------------------------------------

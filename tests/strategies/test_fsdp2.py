@@ -89,7 +89,35 @@ class WithoutStack(SmallTransformer):
         return self.head(self.norm(hidden).mean(1))
 
 
-MODELS = {"small": SmallTransformer, "loose": LooseAndTied, "without stack": WithoutStack}
+class WithUnused(LooseAndTied):
+    """Has a layer that takes no part in the loss, so that no backward pass follows when it has its turn."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.extra = nn.Linear(WIDTH, WIDTH)
+
+
+class Unit(nn.Embedding):
+    """The gradient of its rows depends on its weights."""
+
+    def forward(self, tokens):
+        return nn.functional.embedding(tokens, self.weight / self.weight.norm(dim=1, keepdim=True))
+
+
+class WithUnitEmbedding(SmallTransformer):
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        torch.manual_seed(5)
+        self.embedding = Unit(VOCABULARY, WIDTH)
+
+
+MODELS = {
+    "small": SmallTransformer,
+    "loose": LooseAndTied,
+    "without stack": WithoutStack,
+    "unused": WithUnused,
+    "unit embedding": WithUnitEmbedding,
+}
 
 
 def fit(
@@ -101,7 +129,7 @@ def fit(
     )
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message=".*does not have many workers|.*isinstance.treespec|.*blocks will not|.*no `val_"
+            "ignore", message=".*does not have many workers|.*isinstance.treespec|.*blocks will not|.*no `val_|No grad"
         )
         trainer_.fit(module, loader(batches), ckpt_path=ckpt_path)
     return module, trainer_
@@ -151,6 +179,13 @@ CASES = {
     "loose and tied": ({}, {**DOUBLE, "model": "loose"}, 1e-10),
     "loose and tied, sgd": ({}, {"model": "loose", "optimizer": "sgd"}, 1e-6),
     "without a stack": ({}, {**DOUBLE, "model": "without stack"}, 1e-10),
+    "a layer without use": ({"order": "bottom2up"}, {**DOUBLE, "model": "unused"}, 1e-10),
+    "a layer without use, 2 steps": (
+        {"order": "bottom2up", "steps_per_block": 2},
+        {**DOUBLE, "model": "unused"},
+        1e-10,
+    ),
+    "rows depend on weights": ({}, {**DOUBLE, "model": "unit embedding"}, 1e-10),
     "state stays on the device": ({"offload": "none"}, DOUBLE, 1e-10),
     "weights in host memory": ({"offload_params": True}, DOUBLE, 1e-10),
     "computed in bf16": ({"mp_policy": {"param_dtype": "bfloat16", "reduce_dtype": "float32"}}, {}, 5e-2),
@@ -204,6 +239,34 @@ def test_it_equals_one_process_at_the_batch_of_all_ranks(ranks, cases, tmp_path)
             case
         )
         assert all(distance(weights, result[case][0]) == 0 for result in results), case
+
+
+class NotesAverages(SmallTransformer):
+    """Notes BatchNorm's running average before each step."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.batch_norm = nn.BatchNorm1d(WIDTH)
+        self.averages = []
+
+    def forward(self, tokens):
+        self.averages.append(self.batch_norm.running_mean.clone())
+        return self.head(self.batch_norm(self.norm(self.embedding(tokens).mean(1))))
+
+
+MODELS["averages"] = NotesAverages
+
+
+def _gather_averages():
+    module, _ = fit(HiFTFSDP2Strategy(), of_this_rank(make_batches(2 * STEPS)), "averages", devices=2)
+    return module.averages
+
+
+def test_running_averages_are_those_of_the_first_rank_at_each_batch():
+    first, second = run(_gather_averages, 2)
+    assert len(first) == STEPS
+    assert all(map(torch.equal, first, second))
+    assert not torch.equal(first[1], first[2])
 
 
 def _train_in_a_plain_loop():

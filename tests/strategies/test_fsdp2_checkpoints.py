@@ -15,9 +15,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
@@ -405,3 +406,42 @@ def _save_over(folder):
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_other_kind_and_of_a_link(tmp_path):
     assert run(_save_over, 1, tmp_path) == [[True, False, True, True, True, True, ["last.ckpt", "step-1.ckpt"]]]
+
+
+class TakesWeights(Callback):
+    """Takes what training goes on from, and ends it."""
+
+    def on_train_start(self, trainer, pl_module):
+        masters = trainer.strategy.settings.master_weights
+        weights = trainer.strategy.master_state_dict() if masters else pl_module.state_dict()
+        self.weights = {n: v.full_tensor() if isinstance(v, DTensor) else v.clone() for n, v in weights.items()}
+        trainer.should_stop = True
+
+
+def _go_on_in_another_precision(folder, kind):
+    precisions = {"fp32": ("32-true", {}), "masters": ("bf16-true", {"master_weights": True})}
+    batches, found = of_this_rank(make_batches(2 * LAYERS)), {}
+    for before, after in (("fp32", "masters"), ("masters", "fp32")):
+        precision, settings = precisions[before]
+        strategy = HiFTFSDP2Strategy(save_distributed_checkpoint=kind == "folder", **settings)
+        module, trainer_ = fit(strategy, batches, devices=2, precision=precision)
+        saved = strategy.master_state_dict() if settings else module.state_dict()
+        saved = {n: v.full_tensor() if isinstance(v, DTensor) else v.clone() for n, v in saved.items()}
+        path = folder / f"{before}.ckpt"
+        trainer_.save_checkpoint(path)
+        precision, settings = precisions[after]
+        takes = TakesWeights()
+        fit(
+            HiFTFSDP2Strategy(**settings), batches, devices=2, precision=precision, max_epochs=2,
+            callbacks=[takes], ckpt_path=path,
+        )  # fmt: skip
+        found[before] = saved, takes.weights
+    return found
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_was_saved_in_32_bits_comes_back_in_32_bits_in_another_precision(tmp_path, kind):
+    for rank in run(_go_on_in_another_precision, 2, tmp_path, kind):
+        for saved, loaded in rank.values():
+            assert {value.dtype for value in loaded.values()} == {torch.float32}
+            assert_same(loaded, saved)
