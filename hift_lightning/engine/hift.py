@@ -663,7 +663,7 @@ class HiFT:
         self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
 
     def _prefetch_in_backward(self, parameter: Tensor) -> None:
-        self._prefetch.page_in(parameter, sum(p.nbytes for p in self._block_parameters() if p.grad is None))
+        self._prefetch.page_in(parameter)
 
     def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
         self.last_step_skipped = False
@@ -768,6 +768,7 @@ class HiFT:
             ]
             return
         started = time.perf_counter()
+        self._prefetch.update_begins()
         self.residency.page_in(self._block_parameters())
         self._prefetch.join()
         self.page_in_ms = (time.perf_counter() - started) * 1000
@@ -813,7 +814,7 @@ class HiFT:
             self._pieces.take_loading_ms()  # of pieces that are not counted
         if self.reduction is not None:
             self.reduction.give_up()
-        self._prefetch.join()
+        self._prefetch.give_up()
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.discard(self._block_parameters())

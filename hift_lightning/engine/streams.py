@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +10,15 @@ import torch
 def device_module(device: torch.device) -> Any:
     """``torch.cuda`` or the like; ``None`` for the CPU, and where torch has no module for this kind of device."""
     return None if device.type == "cpu" else getattr(torch, device.type, None)
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of a device's memory, by the names of ``torch.cuda.memory_stats``."""
+
+    current: int
+    peak: int
+    allocated: int
+    """All that has been allocated so far, be it free again or not."""
 
 
 class SideStream:
@@ -43,8 +52,9 @@ class SideStream:
         if self._stream is not None:
             self._module.current_stream(self._device).wait_stream(self._stream)
 
-    def spare_bytes(self) -> int:
-        """Bytes between what the device has in use and the most it has had in use; 0 where it keeps no count."""
-        if not hasattr(self._module, "max_memory_allocated"):
-            return 0
-        return int(self._module.max_memory_allocated(self._device) - self._module.memory_allocated(self._device))
+    def memory(self) -> "DeviceMemory | None":
+        """What the device counts of its memory; ``None`` where it keeps no count."""
+        if not hasattr(self._module, "memory_stats"):
+            return None
+        stats = self._module.memory_stats(self._device)
+        return DeviceMemory(*(int(stats.get(f"allocated_bytes.all.{count}", 0)) for count in DeviceMemory._fields))

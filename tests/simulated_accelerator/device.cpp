@@ -43,7 +43,7 @@ constexpr size_t kNoCap = std::numeric_limits<size_t>::max();
 
 // ---- memory ----
 
-// Blocks of host memory with their sizes in bytes, the sum of them and its peak.
+// Blocks of host memory with their sizes in bytes, the sum of them, its peak, and the sum of all there have been.
 class CountedMemory {
  public:
   c10::DataPtr allocate(size_t bytes, c10::DeleterFnPtr deleter) {
@@ -55,6 +55,7 @@ class CountedMemory {
     void* block = c10::alloc_cpu(bytes);
     sizes_.emplace(block, bytes);
     current += bytes;
+    allocated += bytes;
     peak = std::max(peak, current);
     return {block, block, deleter, c10::Device(c10::kCPU)};
   }
@@ -77,7 +78,7 @@ class CountedMemory {
     return data < static_cast<const char*>(block) + bytes;
   }
 
-  size_t current = 0, peak = 0, cap = kNoCap;
+  size_t current = 0, peak = 0, allocated = 0, cap = kNoCap;
 
  private:
   std::mutex mutex_;
@@ -509,6 +510,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("stop_autograd_thread", &Engine::stop_device_thread, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("memory_allocated", [] { return device_memory.current; });
   m.def("max_memory_allocated", [] { return device_memory.peak; });
+  m.def("total_memory_allocated", [] { return device_memory.allocated; });
   m.def("reset_peak_memory_stats", [] { device_memory.peak = device_memory.current; });
   m.def("set_memory_cap", [](std::optional<size_t> bytes) { device_memory.cap = bytes.value_or(kNoCap); });
   m.def("pinned_memory_allocated", [] { return pinned_memory.current; });

@@ -140,4 +140,5 @@ def memory_stats(device: Any = None) -> dict[str, int]:
     return {
         "allocated_bytes.all.current": memory_allocated(),
         "allocated_bytes.all.peak": max_memory_allocated(),
+        "allocated_bytes.all.allocated": native().total_memory_allocated(),
     }
