@@ -163,7 +163,7 @@ class PieceUpdate:
         if not pieces:
             return
         device = pieces[0].parameter.device
-        arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window)
+        arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window, len(pieces))
         loaded = self._load(pieces[0], arena.place(0))
         for i, piece in enumerate(pieces):
             current = loaded
@@ -241,8 +241,8 @@ class _Arena:
     own where the device has streams.
     """
 
-    def __init__(self, residency: Residency, device: torch.device, piece_bytes: int, window: int) -> None:
-        self.holds_two = 2 * piece_bytes <= window
+    def __init__(self, residency: Residency, device: torch.device, piece_bytes: int, window: int, pieces: int) -> None:
+        self.holds_two = pieces > 1 and 2 * piece_bytes <= window
         self._piece_bytes = -(-piece_bytes // _ALIGNMENT) * _ALIGNMENT
         self._memory: Tensor | None = None
         self._side = SideStream(device)

@@ -26,7 +26,7 @@ from hift_lightning.planner.choice import choose
 from hift_lightning.planner.findings import Findings, write_json
 from hift_lightning.planner.gpus import GPUS
 from hift_lightning.planner.picture import draw
-from hift_lightning.planner.planning import StepPlanner
+from hift_lightning.planner.planning import StepPlanner, name_of_precision
 from hift_lightning.planner.ranks import PlannedRanks
 from hift_lightning.planner.result import Plan
 from hift_lightning.planner.tables import print_tables
@@ -149,7 +149,7 @@ class _Run:
         return StepPlanner(
             self.module,
             self.module.blank_batch(batch, self.cfg.data.max_length),
-            str(trainer.precision),
+            name_of_precision(trainer.precision),
             trainer.accumulate_grad_batches,
             trainer.gradient_clip_val,
             trainer.get("gradient_clip_algorithm"),

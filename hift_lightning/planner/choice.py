@@ -35,19 +35,22 @@ def choose(settings: HiFTSettings, budget: int, step: StepPlanner) -> Choice:
     Raises:
         ConfigurationError: if nothing fits; it names the smallest budget that would do.
     """
-    least: int | None = None
+    least: tuple[int, HiFTSettings] | None = None
     for way in _ways(settings, may_fuse=step.why_not_fused is None):
         plan = step.plan(way)
         needed = needed_bytes(plan.peak_bytes)
-        least = needed if least is None else min(least, needed)
+        if least is None or needed < least[0]:
+            least = needed, way
         if needed <= budget:
             return _with_largest_group(way, plan, budget, step)
     assert least is not None
-    enough = -(-least * 100 // GIB) / 100  # rounded up, so that the budget named does fit
+    needed, way = least
+    enough = -(-needed * 100 // GIB) / 100  # rounded up, so that the budget named does fit
     raise ConfigurationError(
-        f"Nothing fits `memory_budget` of {budget / GIB:.2f} GiB with this model and batch: with one layer a block, "
-        f"streamed updates and activation checkpointing a step needs {enough:.2f} GiB; give "
-        f"`memory_budget={enough:.2f}GiB` or more, a smaller batch, shorter rows, or 16-bit weights "
+        f"Nothing fits `memory_budget` of {budget / GIB:.2f} GiB with this model and batch: a step needs at least "
+        f"{enough:.2f} GiB, with one layer a block, update={way.update} and activation_checkpointing="
+        f"{way.activation_checkpointing}; give `memory_budget={enough:.2f}GiB` or more, a smaller `window`, "
+        "a smaller batch, shorter rows, or 16-bit weights "
         "(`precision='bf16-true'`, `master_weights=True`)."
     )
 

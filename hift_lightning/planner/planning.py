@@ -45,6 +45,12 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
+_OTHER_NAMES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def name_of_precision(precision: str | int) -> str:
+    """The full name of what Lightning calls `32`, `16` or `bf16` too."""
+    return _OTHER_NAMES.get(str(precision), str(precision))
 
 
 def plan(
@@ -54,7 +60,7 @@ def plan(
     *,
     devices: int = 1,
     num_nodes: int = 1,
-    precision: str = "32-true",
+    precision: str | int = "32-true",
     accumulate_grad_batches: int = 1,
     gradient_clip_val: float | None = None,
     gradient_clip_algorithm: str | None = None,
@@ -74,8 +80,8 @@ def plan(
         batch: a training batch of one device; its tensors may be on "meta", since only shapes and dtypes count.
         devices: of each machine.
         num_nodes: machines.
-        precision: Lightning's name of it: `32-true`, `bf16-true`, `16-true`, `bf16-mixed` or `16-mixed` (without the
-            scaler).
+        precision: `32-true`, `bf16-true`, `16-true`, `bf16-mixed` or `16-mixed` (without the scaler), or another of
+            Lightning's names for one of them.
         accumulate_grad_batches: batches in a step.
         gradient_clip_val: as for the Trainer.
         gradient_clip_algorithm: as for the Trainer.
@@ -102,7 +108,7 @@ def plan(
     step = StepPlanner(
         module,
         batch,
-        precision,
+        name_of_precision(precision),
         accumulate_grad_batches,
         gradient_clip_val,
         gradient_clip_algorithm,

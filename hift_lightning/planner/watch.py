@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
@@ -89,7 +91,8 @@ class StepWatch(Callback):
         for config in trainer.lr_scheduler_configs:  # rates do not change what a step needs, and more steps are made
             config.interval = "never"
             setattr(config.scheduler, "step", lambda *args, **kwargs: None)  # noqa: B010 (a method, as mypy sees it)
-        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in trainer.optimizers):
+        choosing = filter(_chooses_foreach, trainer.optimizers)
+        for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in choosing):
             if group.get("foreach", True) is None and not group.get("fused") and not isinstance(group["lr"], Tensor):
                 group["foreach"] = True  # what torch takes on CUDA, but not for fake tensors
         self._training_step = pl_module.training_step  # FSDP2 has wrapped it
@@ -107,7 +110,7 @@ class StepWatch(Callback):
         followed = [index for stretch in self._stretches for index in stretch.to_run({})]
         # state that is parked takes no room on the device, so then only blocks that are followed need theirs
         with_state = followed if engine.settings.offload != "none" else self._turns
-        self._due = [*(_Step(i, made_up=True) for i in with_state), *(_Step(i, made_up=False) for i in followed)]
+        self._due = [*(_Step(i, made_up=True) for i in with_state), *self._real_steps(engine, followed)]
 
     @override
     def on_train_batch_start(
@@ -161,12 +164,19 @@ class StepWatch(Callback):
             self._seen[step.block] = self._block_plan(_engine(trainer), pl_module, step.block)
         if not self._due:
             more = [index for stretch in self._stretches for index in stretch.to_run(self._seen)]
-            self._due = [_Step(index, made_up) for index in more for made_up in (True, False)]
+            made_up = [_Step(index, made_up=True) for index in more]
+            self._due = [*made_up, *self._real_steps(_engine(trainer), more)]
             if not more:
                 trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
         self._done += 1
         if self._progress is not None:
             self._progress(self._done, self._done + len(self._due))
+
+    @staticmethod
+    def _real_steps(engine: HiFT | None, blocks: Sequence[int]) -> list[_Step]:
+        # gradients that are used as they are averaged come in the order of the block's visit before
+        in_order = engine is not None and engine.reduction is not None and engine.settings.update == "fused"
+        return [_Step(index, made_up=False) for index in blocks for _ in range(2 if in_order else 1)]
 
     def _check_step(self, trainer: L.Trainer, module: L.LightningModule, outputs: Any) -> None:
         name = type(module).__name__
@@ -215,6 +225,13 @@ class StepWatch(Callback):
 
 def _engine(trainer: L.Trainer) -> HiFT | None:
     return trainer.strategy.hift if isinstance(trainer.strategy, BlockwiseTraining) else None
+
+
+def _chooses_foreach(optimizer: Optimizer) -> bool:
+    """Whether torch takes the `foreach` kernels of this optimizer on CUDA where nothing else is asked for."""
+    # all that do so call this function of torch's; Adafactor is not among them
+    modules = (sys.modules[kind.__module__] for kind in type(optimizer).__mro__ if kind is not Optimizer)
+    return any(hasattr(module, "_default_to_fused_or_foreach") for module in modules)
 
 
 def _kind(module: nn.Module, block: Block) -> list[tuple[torch.Size, torch.dtype]]:

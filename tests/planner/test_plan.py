@@ -20,6 +20,12 @@ def test_a_precision_that_cannot_be_planned_is_named():
         plan(SmallTransformer(), "hift", make_batches(1)[0], precision="64-true")
 
 
+@pytest.mark.parametrize(("short", "name"), [(32, "32-true"), ("bf16", "bf16-mixed"), ("16", "16-mixed")])
+def test_a_precision_has_all_of_lightnings_names(short, name):
+    short, full = (plan(SmallTransformer(), "hift", make_batches(1)[0], precision=each) for each in (short, name))
+    assert short.peak_bytes == full.peak_bytes
+
+
 def test_a_shape_that_depends_on_values_is_told_in_a_sentence():
     class PicksRows(L.LightningModule):
         def __init__(self):

@@ -36,7 +36,7 @@ def rank_0_of_4(monkeypatch):
     dist.destroy_process_group()
 
 
-def counted_peak(strategy, blocks, precision):
+def counted_peak(strategy, blocks, precision, batch):
     module, before, peak = Module("llama"), sim.memory_allocated(), Peak(after=blocks)
     trainer = L.Trainer(
         accelerator="sim",
@@ -54,13 +54,14 @@ def counted_peak(strategy, blocks, precision):
     )
     with parameters_stay_themselves(torch.device("sim")):
         module.to("sim")  # where FSDP2 would put it by `tensor.data = ...`, which this kind of device does not take
-        trainer.fit(module, DataLoader([batch_of("llama")] * (2 * blocks), batch_size=None))
+        trainer.fit(module, DataLoader([batch] * (2 * blocks), batch_size=None))
     return peak.bytes - before
 
 
 CASES = {
     "hift_ddp": (HiFTDDPStrategy, {"bucket_cap_mb": 0.05}),
     "hift_ddp streamed": (HiFTDDPStrategy, {"update": "streamed", "window": "64KiB"}),
+    "hift_ddp fused, most of it weights": (HiFTDDPStrategy, {"update": "fused", "window": "64KiB"}),
     "hift_fsdp2": (HiFTFSDP2Strategy, {}),
     "hift_fsdp2 streamed": (
         HiFTFSDP2Strategy, {"update": "streamed", "window": "64KiB", "activation_checkpointing": True}
@@ -78,10 +79,10 @@ CASES = {
 def test_the_planned_peak_of_a_rank_is_that_on_the_simulated_accelerator(case, request):
     kind, arguments = CASES[case]
     precision = "bf16-true" if "bf16" in case else "32-true"
-    batch = batch_of("llama")
+    batch = batch_of("llama", (1, 4)) if "weights" in case else batch_of("llama")
     planned = plan(Module("llama"), kind(**arguments), batch, devices=2, num_nodes=2, precision=precision)
     request.getfixturevalue("rank_0_of_4")
-    counted = counted_peak(kind(**arguments), len(planned.blocks), precision)
+    counted = counted_peak(kind(**arguments), len(planned.blocks), precision, batch)
     assert planned.peak_bytes == pytest.approx(counted, rel=0.001)
 
 
