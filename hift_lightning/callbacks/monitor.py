@@ -44,10 +44,11 @@ class HiFTMonitor(L.Callback):
     `update="fused"` gradients are used inside backward, so there is no gradient norm.
 
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
-    are there together, and under HiFT again between steps, when the most is parked. Not among them are activations
-    and what `update="streamed"` or `"fused"` has in its window for a moment. The time of a step is that of its
-    batches, without the loading of data, validation and checkpoints. What is kept for the pictures does not grow with
-    the run: after 2,000 steps a point stands for two of them, after 4,000 for four, and so on.
+    are there together, and under HiFT again between steps, when the most is parked. State and masters that are updated
+    in pieces count as the optimizer's state, with all of the window that holds them. Activations are not counted, nor
+    with `update="fused"` the gradient in use. The time of a step is that of its batches, without the loading of data,
+    validation and checkpoints. What is kept for the pictures does not grow with the run: after 2,000 steps a point
+    stands for two of them, after 4,000 for four, and so on.
 
     Args:
         folder: where `block_timeline.png` (under HiFT) and `memory_timeline.png` are written when the table is printed;
@@ -95,6 +96,7 @@ class HiFTMonitor(L.Callback):
         self._steps = 0
         self._batch_began = 0.0
         self._first_step = self._last_step = 0
+        self._before_update: dict[str, int] = {}
         self._has_to_show = False
 
     @property
@@ -120,6 +122,10 @@ class HiFTMonitor(L.Callback):
 
         def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             self._count_bytes(trainer, pl_module)
+            engines = getattr(trainer.strategy, "engines", [])
+            held = sum(engine.held_in_pieces for engine in engines if engine.optimizer is optimizer)
+            if held:
+                self._take_in({**self._before_update, "optimizer_state": held})
 
         # callbacks come before the strategy here, so this hook runs before the strategy's own, which frees the
         # gradients and parks the state
@@ -146,7 +152,7 @@ class HiFTMonitor(L.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        self._count_bytes(trainer, pl_module)
+        self._before_update = self._count_bytes(trainer, pl_module)
         # the device has been waited for just now, in the search for NaN
         self._read_loss()
         self._follow_engines(trainer)
@@ -280,9 +286,9 @@ class HiFTMonitor(L.Callback):
     def _draw(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         watch = self._watches[0] if self._watches else None
-        names, update = ([], "block") if watch is None else (watch.block_names, watch.engine.settings.update)
+        names = [] if watch is None else watch.block_names
         try:
-            pictures = draw(self._timeline.records, names, update, folder)
+            pictures = draw(self._timeline.records, names, folder)
         except ImportError:
             rank_zero_info(
                 "HiFTMonitor draws no pictures, since matplotlib is not installed; they come with "
@@ -291,7 +297,7 @@ class HiFTMonitor(L.Callback):
             return
         print("pictures:", ", ".join(map(os.path.relpath, pictures)))
 
-    def _count_bytes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _count_bytes(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int]:
         engines = getattr(trainer.strategy, "engines", [])
 
         def is_parked(parameter: Tensor) -> bool:
@@ -302,7 +308,12 @@ class HiFTMonitor(L.Callback):
             for role, count in bytes_by_role(pl_module, optimizer, is_parked).items():
                 if position == 0 or role in ("optimizer_state", "parked"):
                     counts[role] += count
-        counts["device"] = counts["weights"] + counts["gradients"] + counts["optimizer_state"]
+        counts["parked"] += sum(engine.residency.master_bytes for engine in engines)
+        self._take_in(counts)
+        return counts
+
+    def _take_in(self, counts: dict[str, int]) -> None:
+        counts["device"] = sum(counts[role] for role in ON_DEVICE)
         self._peak = _most(counts, self._peak)
         self._in_step = _most(counts, self._in_step)
 

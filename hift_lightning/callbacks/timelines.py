@@ -102,19 +102,18 @@ def halved(records: Sequence[StepRecord]) -> list[StepRecord]:
     return [one if other is None else one.joined(other) for one, other in pairs]
 
 
-def draw(records: Sequence[StepRecord], names: Sequence[str], update: str, folder: Path) -> list[Path]:
+def draw(records: Sequence[StepRecord], names: Sequence[str], folder: Path) -> list[Path]:
     """Write `memory_timeline.png` and, for a run under HiFT, `block_timeline.png`; return their paths.
 
     Args:
         records: those of a run, at least one.
         names: of the blocks, from the bottom of the model; none without HiFT.
-        update: how blocks are stepped; the picture tells what is not counted under "streamed" and "fused".
         folder: an existing one.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figures = {MEMORY_PICTURE: memory_timeline(records, update)}
+    figures = {MEMORY_PICTURE: memory_timeline(records)}
     if names:
         figures[BLOCK_PICTURE] = block_timeline(records, names)
     for name, figure in figures.items():
@@ -158,7 +157,7 @@ def block_timeline(records: Sequence[StepRecord], names: Sequence[str]) -> Any:
     return figure
 
 
-def memory_timeline(records: Sequence[StepRecord], update: str) -> Any:
+def memory_timeline(records: Sequence[StepRecord]) -> Any:
     """Make a figure of the bytes of each step by role; arguments as of `draw`.
 
     Raises:
@@ -182,8 +181,7 @@ def memory_timeline(records: Sequence[StepRecord], update: str) -> Any:
     axes.set_ylabel("MiB")
     steps = records[0].steps
     counted = "each step" if steps == 1 else f"the largest of each {steps} steps"
-    moments = "" if update == "block" else f" and what update={update} has on the device inside a step"
-    axes.set_title(f"Bytes of {counted} by role, without activations{moments}")
+    axes.set_title(f"Bytes of {counted} by role, without activations")
     axes.grid(alpha=0.3)
     _draw_steps(axes, records)
     figure.legend(loc="outside lower center", ncols=4)

@@ -260,6 +260,11 @@ class HiFT:
         """Whether backward passes have begun a step that is not made yet; one that is to be left out is one too."""
         return self.has_gradient or self.will_skip
 
+    @property
+    def held_in_pieces(self) -> int:
+        """Most bytes of state and masters that the update in progress has had on the device at one time, in pieces."""
+        return 0 if self._pieces is None else self._pieces.held_bytes
+
     def start(self) -> None:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
@@ -821,3 +826,5 @@ class HiFT:
 
     def _forget_step(self) -> None:
         self._step = Step(NonfiniteSearch(self._mesh))
+        if self._pieces is not None:
+            self._pieces.held_bytes = 0

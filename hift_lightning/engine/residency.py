@@ -271,8 +271,12 @@ class Residency:
     @property
     def parked_bytes(self) -> int:
         """Bytes of all parked state and master weights."""
-        state = sum(self.state_bytes(parameter) for parameter in self._parked)
-        return state + sum(master.tensor.nbytes for master in self._masters.values())
+        return sum(self.state_bytes(parameter) for parameter in self._parked) + self.master_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of all master weights."""
+        return sum(master.tensor.nbytes for master in self._masters.values())
 
     def state_bytes(self, parameter: Tensor) -> int:
         """Bytes of the parameter's optimizer state, wherever it is."""

@@ -21,6 +21,7 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
+from hift_lightning.engine.state_tensors import state_tensors
 from hift_lightning.engine.streams import SideStream
 from hift_lightning.engine.tiers import ALL_ROWS, dense_strides, has_rows_in_memory
 
@@ -71,6 +72,8 @@ class PieceUpdate:
         self.window = window
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
         self._loading_ms = 0.0
+        self.held_bytes = 0
+        """Most bytes of state and masters that were on the device at one time since this was last set to 0."""
 
     def take_loading_ms(self) -> float:
         """Milliseconds that the host has spent on paging in since this was last asked."""
@@ -164,6 +167,7 @@ class PieceUpdate:
             return
         device = pieces[0].parameter.device
         arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window, len(pieces))
+        self.held_bytes = max(self.held_bytes, arena.nbytes)
         loaded = self._load(pieces[0], arena.place(0))
         for i, piece in enumerate(pieces):
             current = loaded
@@ -204,6 +208,7 @@ class PieceUpdate:
             for _, weights, _ in loaded:
                 self.optimizer.state.pop(weights, None)
             raise
+        self._count_held(loaded)
         for piece, weights, _ in loaded:
             parameter = piece.parameter
             weights.grad = None
@@ -214,6 +219,15 @@ class PieceUpdate:
                 self.residency.store(parameter, state, piece.rows, last=piece.last)
             if piece.last:
                 parameter.grad = None
+
+    def _count_held(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
+        held = 0
+        for piece, weights, _ in loaded:
+            held += sum(tensor.nbytes for tensor in state_tensors(self.optimizer.state.get(weights, {})))
+            if self.residency.has_master(piece.parameter):
+                held += weights.nbytes
+        # a CPU computes on what is parked as it is, and has no need of the window
+        self.held_bytes = max(self.held_bytes, held if self.window is None else min(held, self.window))
 
     @contextlib.contextmanager
     def _only(self, members: list[tuple[int, nn.Parameter]]) -> Iterator[None]:
@@ -248,6 +262,11 @@ class _Arena:
         self._side = SideStream(device)
         if device.type != "cpu" and piece_bytes > _SLACK:  # otherwise nothing is copied, or nothing is parked yet
             self._memory = residency.window(self._piece_bytes * (1 + self.holds_two), device)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on the device."""
+        return 0 if self._memory is None else self._memory.nbytes
 
     def place(self, turn: int) -> Place | None:
         """A function that copies host tensors, one after the other, into the part whose turn it is."""

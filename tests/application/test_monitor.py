@@ -16,6 +16,7 @@ from hift_lightning.engine.measure import bytes_by_role
 
 WIDTH, LAYERS = 8, 4
 LAYER_BYTES = 4 * (WIDTH * WIDTH + WIDTH)
+WEIGHT_BYTES = 4 * WIDTH * WIDTH
 COUNTER_BYTES = 4  # of each Adam step counter
 
 
@@ -82,6 +83,28 @@ def test_under_hift_only_the_active_layer_has_gradients_and_moments_on_the_devic
     assert numbers["memory/parked_bytes"] == 2 * everything + LAYERS * counters
     assert numbers["hift/blocks"] == LAYERS
     assert numbers["hift/cycles"] == 2
+
+
+def test_masters_and_state_that_is_updated_in_pieces_are_counted_too(tmp_path: Path) -> None:
+    masters = HiFTStrategy(master_weights=True)
+    numbers = fitted(tmp_path, masters, max_steps=2 * LAYERS, precision="bf16-true")[0].numbers
+    weights, counters = LAYERS * LAYER_BYTES / 2, 2 * COUNTER_BYTES
+    assert numbers["memory/peak_weights_bytes"] == weights
+    assert numbers["memory/peak_optimizer_state_bytes"] == 3 * LAYER_BYTES + counters  # two moments and the master
+    assert numbers["memory/peak_device_bytes"] == weights + 3.5 * LAYER_BYTES + counters
+    assert numbers["memory/parked_bytes"] == 3 * LAYERS * LAYER_BYTES + LAYERS * counters
+
+
+@pytest.mark.parametrize(("window", "held"), [("1MiB", 2 * WEIGHT_BYTES + COUNTER_BYTES), (64, 64)])
+@pytest.mark.parametrize("update", ["streamed", "fused"])
+def test_of_state_that_goes_through_a_window_so_much_counts(
+    update: Any, window: Any, held: int, tmp_path: Path
+) -> None:
+    strategy = HiFTStrategy(update=update, window=window)
+    numbers = fitted(tmp_path, strategy, max_steps=2 * LAYERS)[0].numbers
+    assert numbers["memory/peak_optimizer_state_bytes"] == held
+    gradients = LAYER_BYTES if update == "streamed" else 0
+    assert numbers["memory/peak_device_bytes"] == LAYERS * LAYER_BYTES + gradients + held
 
 
 def test_block_and_cycle_of_each_step_are_logged(tmp_path: Path) -> None:

@@ -130,17 +130,11 @@ def test_the_loss_is_that_of_each_step_and_a_mean_over_a_cycle():
 
 
 def test_bytes_of_each_role_are_stacked_and_parked_ones_apart():
-    axes = memory_timeline(steps(3, blocks=2), "block").axes[0]
+    axes = memory_timeline(steps(3, blocks=2)).axes[0]
     tops = [collection.get_paths()[0].vertices[:, 1].max() for collection in axes.collections]
     assert tops == [8, 9, 11]
     (parked,) = axes.lines
     assert list(parked.get_ydata()) == [1, 2, 2, 2]
-
-
-@pytest.mark.parametrize(("update", "told"), [("block", False), ("streamed", True), ("fused", True)])
-def test_the_picture_tells_what_is_not_counted(update, told):
-    title = memory_timeline(steps(3, blocks=2), update).axes[0].get_title()
-    assert (f"what update={update} has on the device inside a step" in title) == told
 
 
 def test_without_matplotlib_a_message_names_the_command_that_brings_it(tmp_path, no_matplotlib, caplog):
