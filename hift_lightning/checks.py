@@ -16,6 +16,7 @@ WITH_MASTERS = ("bf16-true", "16-true")
 _LARGEST_SEED = 2**32 - 1
 # Lightning has its own in their place
 _MAY_BE_NULL = ("strategy", "logger")
+_WITH_SWITCHES = ("strategy", "trainer", "callbacks", "logger", "optimizer", "scheduler")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
 # what a module measures begins with one of these
 PARTS = ("train", "val", "test")
@@ -34,6 +35,14 @@ def check_configuration(cfg: DictConfig) -> None:
     for group in ("model", "data", "optimizer", "trainer", "callbacks", *_MAY_BE_NULL):
         if cfg.get(group) is None and not (group in _MAY_BE_NULL and group in cfg.keys()):  # noqa: SIM118
             raise ConfigurationError(f"`{group}` must be given; `python train.py --help` tells the choices.")
+    for key in ("seed", "evaluate", "learning_rate", "objective", "output_dir", "ckpt_path"):
+        if key not in cfg.keys():  # noqa: SIM118
+            raise ConfigurationError(f"`{key}` must be given; leave `~{key}` out of the command.")
+    for key in ("output_dir", "ckpt_path"):
+        if not isinstance(cfg[key], str) and (key, cfg[key]) != ("ckpt_path", None):
+            raise ConfigurationError(f"`{key}={_shown(cfg[key])}` is not possible; give a path.")
+    for group in _WITH_SWITCHES:
+        _check_switches(group, cfg.get(group))
     _check_that_data_fit_the_model(cfg)
     _check_that_the_strategy_is_one(cfg.get("strategy"))
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -58,8 +67,10 @@ def check_configuration(cfg: DictConfig) -> None:
             "validation."
         )
     clip = cfg.trainer.get("gradient_clip_val")
-    if clip is not None and not _is_number(clip):
-        raise ConfigurationError(f"`trainer.gradient_clip_val={clip}` is not possible; give a number, or `null`.")
+    if clip is not None and not (_is_number(clip) and clip >= 0):
+        raise ConfigurationError(
+            f"`trainer.gradient_clip_val={clip}` is not possible; give a number above 0, or `null`."
+        )
     if not isinstance(cfg.evaluate, bool):
         raise ConfigurationError(f"`evaluate={cfg.evaluate}` is not possible; give `true` or `false`.")
     nothing = next((key for key in _LENGTHS if cfg.trainer.get(key) == 0), None)
@@ -74,7 +85,7 @@ def check_configuration(cfg: DictConfig) -> None:
             f"`trainer.precision={cfg.trainer.precision}` has not; give `trainer.precision=bf16-true` or `16-true`, or "
             "leave `strategy.master_weights` out."
         )
-    if not _is_number(cfg.learning_rate) or not cfg.learning_rate > 0:
+    if not _is_number(cfg.learning_rate) or not 0 < cfg.learning_rate < float("inf"):
         raise ConfigurationError(f"`learning_rate={cfg.learning_rate}` is not possible; give a number above 0.")
     if cfg.ckpt_path is not None:
         _check_checkpoint(Path(cfg.ckpt_path))
@@ -213,8 +224,8 @@ def _check_that_the_strategy_is_one(strategy: Any) -> None:
 def _check_checkpoint(path: Path) -> None:
     if not path.exists():
         raise ConfigurationError(
-            f"The checkpoint `ckpt_path={path}` does not exist; give the path of one, or `ckpt_path=null` to start "
-            "anew."
+            f"The checkpoint `ckpt_path={path}` does not exist; give the path of one (a run names its own at its end), "
+            "or `ckpt_path=null` to start anew."
         )
     if path.is_dir() and not (path / META).is_file():
         checkpoints = sorted(path.rglob("*.ckpt"), key=lambda found: found.stat().st_mtime)
@@ -229,6 +240,21 @@ def _check_whole_number(key: str, value: Any, at_least: int, at_most: int | None
     if not whole or value < at_least or (at_most is not None and value > at_most):
         possible = f"from {at_least} on" if at_most is None else f"from {at_least} to {at_most}"
         raise ConfigurationError(f"`{key}={value}` is not possible; give a whole number {possible}.")
+
+
+def _check_switches(key: str, value: Any) -> None:
+    """Refuse words that other programs read as a switch, and Hydra as text, which would count as true."""
+    if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+        raise ConfigurationError(f"`{key}={value}` is a word here and no switch; give `true` or `false`.")
+    if OmegaConf.is_config(value):
+        keys = value.keys() if OmegaConf.is_dict(value) else range(len(value))
+        for inner in keys:
+            if not OmegaConf.is_missing(value, inner):
+                _check_switches(f"{key}.{inner}", value[inner])
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _is_number(value: Any) -> bool:

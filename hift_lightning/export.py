@@ -28,12 +28,11 @@ from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import master_of
 from hift_lightning.engine.settings import parse_bytes
-from hift_lightning.models.sentence_classifier import SentenceClassifier, without_pooler
+from hift_lightning.models.sentence_classifier import HEAD_FILE, SentenceClassifier, without_pooler
 from hift_lightning.report import one_sentence_errors
 from hift_lightning.targets import CONVERTED, NETWORKS, TOKENIZERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEAD_FILE = "head.safetensors"
 SHARD_SIZE = "5GB"
 
 # the module's attribute that the network is

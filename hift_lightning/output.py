@@ -1,6 +1,10 @@
-"""Whether folders can be written to, found out before any long work."""
+"""Whether folders can be written to, and by this run alone, found out before any long work."""
 
+import contextlib
+import fcntl
+import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,35 @@ def check_writable(key: str, folder: str | Path) -> None:
         raise ConfigurationError(
             f"`{key}={folder}` cannot be written to ({error.strerror}); give a folder that can, with room on its disk."
         ) from error
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Hold a run's output folder, so that no second one writes into it; a process that is killed lets it go.
+
+    Args:
+        folder: an existing one.
+
+    Raises:
+        ConfigurationError: another process holds it.
+    """
+    path = Path(folder) / ".running"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigurationError(
+                f"Another run, process {file.read()}, writes to `output_dir={folder}`; wait for its end, or give "
+                "`hydra.run.dir=...`."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 class OutputFolder(Callback):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import resource
 import sys
@@ -77,7 +78,8 @@ def peak_rss_bytes() -> int:
 def write_metrics(metrics: Mapping[str, float], folder: str | Path) -> Path:
     """Write `metrics.json` into `folder` and return its path."""
     path = Path(folder) / METRICS_FILE
-    path.write_text(json.dumps(metrics, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+    path.write_text(json.dumps(numbers, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
@@ -131,7 +133,7 @@ def saved_checkpoints(trainer: L.Trainer) -> dict[Path, int]:
         path: path.stat().st_mtime_ns
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
-        for path in Path(callback.dirpath).glob("*.ckpt")
+        for path in Path(callback.dirpath).rglob("*.ckpt")  # a name may have folders in it
     }
 
 
@@ -191,7 +193,9 @@ def _end_with(sentence: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def failure_names_checkpoint(trainer: L.Trainer, last: Callable[[], Path | None]) -> Iterator[None]:
+def failure_names_checkpoint(
+    trainer: L.Trainer, last: Callable[[], Path | None], ckpt_path: str | None
+) -> Iterator[None]:
     """Let whatever ends a run before its time tell where the last checkpoint is.
 
     Ctrl-C and SIGTERM end the process with a sentence. An error stays what it is and tells it below its own message.
@@ -199,6 +203,7 @@ def failure_names_checkpoint(trainer: L.Trainer, last: Callable[[], Path | None]
     Args:
         trainer: whose run it is.
         last: tells the last checkpoint, if there is one.
+        ckpt_path: what the run goes on from, which may be what it cannot go on from.
     """
     try:
         yield
@@ -209,7 +214,7 @@ def failure_names_checkpoint(trainer: L.Trainer, last: Callable[[], Path | None]
         sys.exit(f"Interrupted; {_way_on(last())}")
     except Exception as error:
         mendable = isinstance(error, (ConfigurationError, MisconfigurationException))
-        if trainer.interrupted and not (mendable and last() is None):
+        if trainer.interrupted and not (mendable and last() in (None, ckpt_path and Path(ckpt_path))):
             told = _way_on(last())
             tell(error, f"{told[0].upper()}{told[1:]}")
         raise

@@ -1,5 +1,7 @@
 """The training application: test, fine-tune, test again, and tell what it took."""
 
+import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Collection
@@ -12,9 +14,13 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
+from typing_extensions import override
 
 from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.checkpoint_io import refuse_folder
@@ -29,7 +35,7 @@ from hift_lightning.data import SentenceDataModule, TextDataModule
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.optimization import check_optimizer
-from hift_lightning.output import check_writable
+from hift_lightning.output import alone_in, check_writable
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
 from hift_lightning.report import (
@@ -43,6 +49,7 @@ from hift_lightning.report import (
     write_metrics,
 )
 from hift_lightning.strategies.blockwise import BlockwiseTraining
+from hift_lightning.strategies.refusals import needs_gradients, not_with_fused
 from hift_lightning.targets import check_command, check_targets, trusted_by_the_user
 
 CONFIG_PATH, CONFIG_NAME = "pkg://hift_lightning.conf", "train"
@@ -69,11 +76,12 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     check_writable("output_dir", cfg.output_dir)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
 
+    begins = _Begins()
     # what is quick to build comes first, so that a value which cannot work ends the run before weights are there
     trainer = instantiate(
         cfg.trainer,
         strategy=_built(cfg.strategy),
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback is not None],
+        callbacks=[begins, *(instantiate(callback) for callback in cfg.callbacks.values() if callback is not None)],
         logger=_built(cfg.logger),
         **({} if cfg.evaluate else {"limit_val_batches": 0}),
     )
@@ -82,6 +90,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
         _check_folders(trainer)
+    _check_fused(trainer)
     check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
@@ -93,7 +102,10 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         _choose_group_size(cfg, trainer, _build_module(cfg, trainer, network))
 
     last = partial(last_checkpoint, trainer, saved_checkpoints(trainer), cfg.ckpt_path)
-    with PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer, last):
+    alone = alone_in(cfg.output_dir) if trainer.is_global_zero else contextlib.nullcontext()
+    with alone, PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer, last, cfg.ckpt_path):
+        if trainer.is_global_zero:
+            _set_earlier_logs_aside(trainer)
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
@@ -106,6 +118,12 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
                 module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
         end_on_sigterm(trainer)
+        if cfg.ckpt_path is not None and not begins.has_begun:
+            rank_zero_warn(
+                f"Nothing was left to train: `ckpt_path={cfg.ckpt_path}` is of step {trainer.global_step} and has "
+                f"{trainer.current_epoch} epochs behind it; give more than `trainer.max_steps={trainer.max_steps}` and "
+                f"`trainer.max_epochs={trainer.max_epochs}`."
+            )
         train_loss = trainer.callback_metrics.get("train/loss")
         if cfg.evaluate:
             after = trainer.validate(module, data, verbose=False)
@@ -124,12 +142,22 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     return metrics
 
 
+class _Begins(Callback):
+    """Notes whether a batch has been trained on."""
+
+    has_begun = False
+
+    @override
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.has_begun = True
+
+
 def main() -> None:
     """Run the application on the command line's arguments."""
     sys.argv += no_folder_of_its_own(os.environ)
     with one_sentence_errors():
         check_command(sys.argv[1:], run, CONFIG_PATH, CONFIG_NAME)
-    run()
+        run()
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=CONFIG_NAME)
@@ -191,6 +219,36 @@ def _check_folders(trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if logger.save_dir is not None:
             check_writable("logger.save_dir", logger.save_dir)
+    offload = trainer.strategy.settings.offload if isinstance(trainer.strategy, BlockwiseTraining) else "none"
+    if Path(offload).is_dir():
+        check_writable("strategy.offload", offload)
+
+
+def _check_fused(trainer: L.Trainer) -> None:
+    """Tell what the strategy would refuse after the test before training."""
+    if not isinstance(trainer.strategy, BlockwiseTraining) or trainer.strategy.settings.update != "fused":
+        return
+    why = needs_gradients(
+        trainer.gradient_clip_val,
+        trainer.gradient_clip_algorithm,
+        trainer.accumulate_grad_batches,
+        scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
+    )
+    if why is not None:
+        raise ConfigurationError(f"{not_with_fused(why)} `trainer.gradient_clip_val=null` clips nothing.")
+
+
+def _set_earlier_logs_aside(trainer: L.Trainer) -> None:
+    """Keep the logs of an earlier run in this folder, which Lightning's logger would delete."""
+    for logger in trainer.loggers:
+        if not isinstance(logger, CSVLogger) or logger.log_dir == logger.save_dir:
+            continue
+        folder = Path(logger.log_dir)
+        if (folder / CSVExperimentWriter.NAME_METRICS_FILE).exists():
+            numbers = itertools.count(1)
+            folder.rename(
+                next(aside for n in numbers if not (aside := folder.with_name(f"{folder.name}-{n}")).exists())
+            )
 
 
 def _check_validation_interval(trainer: L.Trainer, data: L.LightningDataModule) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from rich.console import Console
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +23,7 @@ from hift_lightning.callbacks.block_watch import BlockWatch, watches_of
 from hift_lightning.callbacks.timelines import StepRecord, Timeline, draw
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.measure import ON_DEVICE, ROLES, bytes_by_role
+from hift_lightning.engine.settings import check_switch
 
 
 class HiFTMonitor(L.Callback):
@@ -72,7 +73,9 @@ class HiFTMonitor(L.Callback):
             )
         if pictures and folder is None:
             raise ConfigurationError("`pictures=True` of `HiFTMonitor` has no place to draw to; give `folder`.")
-        if update_ratio_every < 0:
+        if pictures is not None:
+            check_switch("pictures", pictures)
+        if not isinstance(update_ratio_every, int) or update_ratio_every < 0:
             raise ConfigurationError(
                 f"`update_ratio_every={update_ratio_every}` of `HiFTMonitor` is not possible; give 1 to measure in "
                 "each cycle, more to do so less often, or 0 for never."
@@ -216,7 +219,10 @@ class HiFTMonitor(L.Callback):
                 console.print(block_table(self._watches, self.update_ratio_every, trainer.world_size, self._peak))
             print(table.get(), end="")  # above a progress bar of rich, which a console of its own would write over
         if self.folder is not None and self.pictures is not False and self._timeline.records:
-            self._draw(self.folder)
+            try:
+                self._draw(self.folder)
+            except OSError as error:  # the training is done, and is not to be lost for a picture
+                rank_zero_warn(f"HiFTMonitor could not write its pictures to `{self.folder}` ({error.strerror}).")
 
     def _remove_hooks(self) -> None:
         for handle in (*self._handles, *self._ends):

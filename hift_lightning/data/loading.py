@@ -25,7 +25,7 @@ class EpochOrder(Sampler[list[int]]):
     def __init__(self, batches: Sampler[list[int]], generator: torch.Generator, seed: int) -> None:
         self._batches = batches
         self._generator = generator
-        self._seed = seed
+        self.seed = seed
         self.epoch = 0
         self.first = 0
         """The batch that the next pass begins with."""
@@ -50,9 +50,9 @@ class EpochOrder(Sampler[list[int]]):
     def begin(self) -> int:
         """Make ready for a pass, and return the batch that it begins with."""
         self.given, self.first = self.first, 0
-        seed = self._seed
+        seed = self.seed
         if self.epoch:
-            seed = int.from_bytes(hashlib.sha256(f"{self._seed} {self.epoch}".encode()).digest()[:4], "big")
+            seed = int.from_bytes(hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()[:4], "big")
         self._generator.manual_seed(seed)
         return self.given
 
@@ -125,11 +125,11 @@ class TrainingLoader:
         """The epoch, and the batches of it that have been handed out, on all ranks together.
 
         It has `begun` too, where the first of them is being fetched, and torch has drawn its number for the pass; and
-        `of`, the batches of a whole epoch.
+        `of`, the batches of a whole epoch; and `seed`, that of the order.
         """
         order = self.batch_sampler
         begun = self._fetches_first or self._begun_epoch == order.epoch
-        position = {"epoch": order.epoch, "batches": order.given, "of": order.batches_in_epoch}
+        position = {"epoch": order.epoch, "batches": order.given, "of": order.batches_in_epoch, "seed": order.seed}
         return {**position, "begun": 1} if begun else position
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -142,6 +142,13 @@ class TrainingLoader:
                 f"The checkpoint is from batch {state_dict['batches']} of an epoch of {before}, and the data make "
                 f"{now} now (another `batch_size`, or other data), so some are seen twice in this epoch or not at all; "
                 "go on with the same, or from a checkpoint of the end of an epoch.",
+                stacklevel=2,
+            )
+        elif 0 < state_dict["batches"] < before and (seed := state_dict.get("seed", order.seed)) != order.seed:
+            warnings.warn(
+                f"The checkpoint is from within an epoch whose order was made with seed {seed}, and that of this run "
+                f"is {order.seed}, so some of the data are seen twice in this epoch or not at all; go on with the same "
+                "seed, or from a checkpoint of the end of an epoch.",
                 stacklevel=2,
             )
         order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]

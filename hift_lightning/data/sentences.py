@@ -3,13 +3,14 @@
 import hashlib
 import importlib.resources
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
@@ -42,9 +43,8 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigurationError(
-            f"The data file `{path}` does not exist; give `data.path` the path of a tab-separated file."
-        )
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigurationError(f"The data file `{path}` {what}; give `data.path` the path of a tab-separated file.")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -90,12 +90,31 @@ def _parse(line: str, place: str, rated: bool, num_classes: int) -> LabelledSent
     if rated and not (number < 0 or number > 0):
         raise ConfigurationError(f"{place}: the rating `{value}` is neither below nor above 0; remove the row.")
     label = int(number > 0) if rated else int(number)
-    if not 0 <= label < num_classes:
+    if label < 0:
+        raise ConfigurationError(
+            f"{place}: class `{label}` is below 0, and classes are counted from 0; mend the row, or write `rating` in "
+            "the header where numbers below and above 0 are two classes."
+        )
+    if label >= num_classes:
         raise ConfigurationError(
             f"{place}: class `{label}` is out of range for `data.num_classes={num_classes}` "
             f"(0 to {num_classes - 1}); raise `data.num_classes` or mend the row."
         )
     return sentence.strip(), label
+
+
+def _check_classes(path: str, num_classes: int, trained: Collection[int]) -> None:
+    if len(trained) == 1:
+        raise ConfigurationError(
+            f"All sentences of `{path}` for training are of class {next(iter(trained))}, so there is nothing to learn; "
+            "give a file with two classes or more."
+        )
+    missing = sorted(set(range(num_classes)).difference(trained))
+    if missing:
+        rank_zero_warn(
+            f"No sentence of `{path}` for training is of class {', '.join(map(str, missing[:5]))}"
+            f"{', …' if len(missing) > 5 else ''}; classes are counted from 0 to `data.num_classes` - 1."
+        )
 
 
 def normalised(sentence: str) -> str:
@@ -229,6 +248,7 @@ class SentenceDataModule(L.LightningDataModule):
                     f"No sentence of `{path}` falls to the {part} part; give more data or another "
                     "`data.test_fraction` and `data.validation_fraction`."
                 )
+        _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
         self._tokenised: dict[Part, list[TokenisedSentence]] = {}
 
     def setup(self, stage: str) -> None:

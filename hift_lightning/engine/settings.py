@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.partition import check_always_active, check_patterns
@@ -101,6 +102,8 @@ class HiFTSettings:
                 "`nonfinite='raise'`."
             )
         parse_bytes("window", self.window)
+        for name in ("activation_checkpointing", "master_weights"):
+            check_switch(name, getattr(self, name))
 
     @property
     def layers_per_block(self) -> int:
@@ -131,6 +134,20 @@ class HiFTSettings:
 def _check_choice(argument: str, value: str, what: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ConfigurationError(f"`{argument}={value!r}` is not {what}; choose one of {', '.join(choices)}.")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise unless a value is ``True`` or ``False``: any other, such as the word "no", might count as true.
+
+    Args:
+        name: of the argument, for the message.
+        value: the value.
+
+    Raises:
+        ConfigurationError: if it is not.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"`{name}={value!r}` is no switch; give `True` or `False` (in YAML `true`, `false`).")
 
 
 def parse_bytes(name: str, value: str | int) -> int:

@@ -241,7 +241,10 @@ class _FileBuffer(Buffer):
             os.posix_fallocate(descriptor, 0, max(self._nbytes, 1))
         except OSError as error:
             raise ParkedStateError(
-                error.errno, f"no room for {self._nbytes:,} bytes of parked state: {error.strerror}", str(path)
+                error.errno,
+                f"no room for {self._nbytes:,} bytes of parked state: {error.strerror}; give `offload` a folder on a "
+                "disk with more",
+                str(path),
             ) from error
         finally:
             os.close(descriptor)

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -16,6 +18,8 @@ Pooling = Literal["mean", "first", "last"]
 Head = Literal["linear", "mlp"]
 POOLINGS = ("mean", "first", "last")
 HEADS = ("linear", "mlp")
+HEAD_FILE = "head.safetensors"
+"""Where `hift-export` writes the head, beside the body."""
 
 
 class SentenceClassifier(nn.Module):
@@ -74,7 +78,7 @@ def sentence_classifier(
     weights: bool = True,
     dropout: float | None = None,
 ) -> SentenceClassifier:
-    """Build a `SentenceClassifier` on pretrained or random weights; the head is new in either case.
+    """Build a `SentenceClassifier` on pretrained or random weights, with a new head or that of an export of one.
 
     Args:
         tokenizer: the tokenizer whose tokens the model will see; `None` where it will see none.
@@ -113,8 +117,34 @@ def sentence_classifier(
     without_pooler(body)
     body.config.use_cache = False
     keep_constants(body)
+    network = SentenceClassifier(body, _width(body), num_classes, pooling, head, body.dtype)
+    if pretrained is not None:
+        _take_head(network, pretrained)
     # transformers hands out pretrained models in evaluation mode, without dropout
-    return SentenceClassifier(body, _width(body), num_classes, pooling, head, body.dtype).train()
+    return network.train()
+
+
+def _take_head(network: SentenceClassifier, pretrained: str) -> None:
+    """Take the head that `hift-export` has written beside the body, if it fits."""
+    path = Path(pretrained) / HEAD_FILE
+    if not path.is_file():
+        return
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        pooling = (file.metadata() or {}).get("pooling")
+    shapes, own = (
+        {name: tuple(each.shape) for name, each in head.items()} for head in (saved, network.head.state_dict())
+    )
+    if (shapes, pooling) == (own, network.pooling):
+        network.head.load_state_dict(saved)
+        rank_zero_info(f"The head is that of `{path}`.")
+        return
+    rank_zero_warn(
+        f"A new head is trained: that in `{path}` has weights of the shapes {shapes} and pooling={pooling}, and this "
+        f"run's has {own} and pooling={network.pooling}."
+    )
 
 
 def _width(body: Any) -> int:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
+from hift_lightning.engine.settings import check_switch
 from hift_lightning.strategies.blockwise import BlockwiseTraining, averaging_later
 from hift_lightning.strategies.refusals import refuse_arguments_of_ddp
 from hift_lightning.strategies.several_ranks import SeveralRanks
@@ -45,6 +46,7 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
 
     def __init__(self, *, shard_parked_state: bool = False, bucket_cap_mb: float = 25, **arguments: Any) -> None:
         refuse_arguments_of_ddp(arguments)
+        check_switch("shard_parked_state", shard_parked_state)
         if bucket_cap_mb <= 0:
             raise ConfigurationError(f"`bucket_cap_mb={bucket_cap_mb}` must be above 0, in MiB; 25 is usual.")
         super().__init__(**arguments)

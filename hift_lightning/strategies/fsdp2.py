@@ -26,6 +26,7 @@ from typing_extensions import override
 from hift_lightning.engine.errors import ConfigurationError, tell
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.pinned import can_pin
+from hift_lightning.engine.settings import check_switch
 from hift_lightning.strategies.blockwise import BlockwiseTraining
 from hift_lightning.strategies.refusals import refuse_callbacks_that_average
 from hift_lightning.strategies.sharded_checkpoints import ShardedCheckpoints
@@ -103,6 +104,11 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
                 "`group_size='auto'` plans for one device with the whole model on it, and `hift_fsdp2` shards it; give "
                 "`group_size` a number."
             )
+        for name, value in (
+            ("offload_params", offload_params),
+            ("save_distributed_checkpoint", save_distributed_checkpoint),
+        ):
+            check_switch(name, value)
         self._mp_policy = parse_mp_policy(mp_policy)
         self._offload_params = offload_params
         self._whole = whole

@@ -226,6 +226,16 @@ def test_of_a_classifier_body_head_and_pooling_are_exported(run_of_classifier: P
         assert torch.allclose(head((hidden * mask).sum(1) / mask.sum(1)), network.eval()(**inputs), atol=1e-6)
 
 
+def test_of_an_export_a_classifier_takes_the_head_too(run_of_classifier: Path, tmp_path: Path, caplog: Any) -> None:
+    export_run(run_of_classifier, tmp_path / "out", torch.float32)
+    network = sentence_classifier(None, str(tmp_path / "out"), 2, "mean", {})
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight, masters_of(run_of_classifier)[name]), name
+    for other in ({"num_classes": 3, "pooling": "mean"}, {"num_classes": 2, "pooling": "first"}):
+        with pytest.warns(match=r"A new head is trained: that in .*head\.safetensors` has weights of the shapes"):
+            sentence_classifier(None, str(tmp_path / "out"), config={}, **other)  # type: ignore[arg-type]
+
+
 def test_the_command_runs_as_a_module_and_tells_where_it_wrote(run_of_tied: Path, tmp_path: Path) -> None:
     (checkpoint,) = (run_of_tied / "checkpoints").iterdir()
     command = [sys.executable, "-m", "hift_lightning.export", str(checkpoint), "out", "--dtype", "float16"]

@@ -135,7 +135,7 @@ def test_batches_that_workers_have_prepared_are_not_counted() -> None:
     batches = iter(loader)
     for _ in range(3):
         next(batches)
-    assert loader.state_dict() == {"epoch": 0, "batches": 3, "of": len(loader)}
+    assert loader.state_dict() == {"epoch": 0, "batches": 3, "of": len(loader), "seed": 5}
 
 
 def test_a_state_from_within_an_epoch_of_other_batches_is_warned_of() -> None:
@@ -146,6 +146,15 @@ def test_a_state_from_within_an_epoch_of_other_batches_is_warned_of() -> None:
         warnings.simplefilter("error")
         for batches in (0, 5):  # the beginning and the end of an epoch
             loader.load_state_dict({"epoch": 1, "batches": batches, "of": 5})
+
+
+def test_a_state_from_within_an_epoch_of_another_order_is_warned_of() -> None:
+    loader = rows()
+    with pytest.warns(match="an epoch whose order was made with seed 7, and that of this run is 5"):
+        loader.load_state_dict({"epoch": 1, "batches": 3, "of": len(loader), "seed": 7})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader.load_state_dict({"epoch": 1, "batches": 0, "of": len(loader), "seed": 7})
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)])

@@ -72,7 +72,7 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
         ("label\tsentence\n0\tfine\ttwo tabs\n", ["line 2"]),
         ("label\tsentence\n0\t  \n", ["line 2"]),
         ("label\tsentence\n1.5\tfine\n", ["line 2", "`1.5`", "whole number"]),
-        ("label\tsentence\n-1\tfine\n", ["line 2", "`-1`", "out of range", "data.num_classes=2"]),
+        ("label\tsentence\n-1\tfine\n", ["line 2", "`-1` is below 0", "`rating` in the header"]),
         ("label\tsentence\n2\tfine\n", ["line 2", "`2`", "out of range", "data.num_classes=2"]),
         ("rating\tsentence\nhigh\tfine\n", ["line 2", "`high`"]),
         ("rating\tsentence\nnan\tfine\n", ["line 2", "`nan`"]),
@@ -176,3 +176,20 @@ def test_sentences_are_tokenised_once() -> None:
     before = data._tokenised
     data.setup("test")
     assert data._tokenised is before
+
+
+def of_classes(folder: Path, classes: int, sentences: int = 60) -> str:
+    rows = "".join(f"{number % classes}\tsentence number {number}\n" for number in range(sentences))
+    return str(written(folder, f"label\tsentence\n{rows}"))
+
+
+def test_sentences_of_one_class_are_refused_and_a_class_without_sentences_is_warned_of(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"All sentences of .* for training are of class 0"):
+        data_module(path=of_classes(tmp_path, 1))
+    with pytest.warns(match=r"No sentence of .* for training is of class 2, 3; classes are counted from 0"):
+        data_module(path=of_classes(tmp_path, 2), num_classes=4)
+
+
+def test_a_folder_in_the_place_of_the_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"is a folder; give `data\.path` the path of a"):
+        read_sentences(tmp_path, 2)

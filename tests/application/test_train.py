@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import json
+import math
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hift_lightning.output import alone_in
+from hift_lightning.report import write_metrics
 from tests.application.running import TINY, run_application, start_application
 
 ROW_WITHOUT_TAB = "label\tsentence\n0\tfine\nno tab here\n"
@@ -201,3 +205,28 @@ def test_a_sweep_leaves_one_table_and_one_picture(tmp_path: Path) -> None:
     assert float(one["memory/peak_device_bytes"]) < float(two["memory/peak_device_bytes"])
     assert (tmp_path / "swept" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "sweep.csv" in run.stdout
+
+
+def test_an_output_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        run = run_application(tmp_path, *TINY, "hydra.run.dir=.")
+    assert run.returncode == 1
+    told = run.stderr.strip().splitlines()[-1]
+    assert told.startswith(f"Another run, process {os.getpid()}, writes to `output_dir=")
+    assert "hydra.run.dir=..." in told
+    with alone_in(tmp_path):  # nothing is left of it
+        pass
+    assert not [path for path in tmp_path.iterdir() if path.name == ".running"]
+
+
+def test_fused_with_clipping_by_norm_is_told_before_the_test(tmp_path: Path) -> None:
+    run = run_application(tmp_path, *TINY, "strategy.update=fused")
+    assert run.returncode == 1
+    assert "clips by norm" in run.stderr
+    assert "`trainer.gradient_clip_val=null`" in run.stderr
+    assert "Testing" not in run.stdout
+
+
+def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
+    path = write_metrics({"test/accuracy": 0.5, "train/loss": math.nan}, tmp_path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"test/accuracy": 0.5, "train/loss": None}

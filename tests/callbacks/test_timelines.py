@@ -144,6 +144,15 @@ def test_without_matplotlib_a_message_names_the_command_that_brings_it(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+def test_pictures_that_cannot_be_written_do_not_end_a_run(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hift_lightning.callbacks.monitor.draw", full)
+    with pytest.warns(match="could not write its pictures to .*No space left on device"):
+        fitted(HiFTMonitor(tmp_path), HiFTStrategy())
+
+
 def test_pictures_that_are_asked_for_and_cannot_be_drawn_are_an_error(tmp_path, no_matplotlib):
     with pytest.raises(ConfigurationError, match=r"needs matplotlib, .*`pip install matplotlib`"):
         HiFTMonitor(tmp_path, pictures=True)
