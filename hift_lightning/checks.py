@@ -16,7 +16,7 @@ WITH_MASTERS = ("bf16-true", "16-true")
 _LARGEST_SEED = 2**32 - 1
 # Lightning has its own in their place
 _MAY_BE_NULL = ("strategy", "logger")
-_WITH_SWITCHES = ("strategy", "trainer", "callbacks", "logger", "optimizer", "scheduler")
+_WITH_SWITCHES = ("strategy", "trainer", "callbacks", "optimizer", "scheduler")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
 # what a module measures begins with one of these
 PARTS = ("train", "val", "test")
@@ -69,7 +69,7 @@ def check_configuration(cfg: DictConfig) -> None:
     clip = cfg.trainer.get("gradient_clip_val")
     if clip is not None and not (_is_number(clip) and clip >= 0):
         raise ConfigurationError(
-            f"`trainer.gradient_clip_val={clip}` is not possible; give a number above 0, or `null`."
+            f"`trainer.gradient_clip_val={clip}` is not possible; give a number from 0 on, or `null`."
         )
     if not isinstance(cfg.evaluate, bool):
         raise ConfigurationError(f"`evaluate={cfg.evaluate}` is not possible; give `true` or `false`.")
@@ -249,7 +249,7 @@ def _check_switches(key: str, value: Any) -> None:
     if OmegaConf.is_config(value):
         keys = value.keys() if OmegaConf.is_dict(value) else range(len(value))
         for inner in keys:
-            if not OmegaConf.is_missing(value, inner):
+            if not OmegaConf.is_missing(value, inner) and not OmegaConf.is_interpolation(value, inner):
                 _check_switches(f"{key}.{inner}", value[inner])
 
 

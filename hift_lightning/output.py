@@ -37,7 +37,7 @@ def check_writable(key: str, folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def alone_in(folder: str | Path) -> Iterator[None]:
-    """Hold a run's output folder, so that no second one writes into it; a process that is killed lets it go.
+    """Hold a run's output folder, so that no second one writes into it; a process that has ended holds it no more.
 
     Args:
         folder: an existing one.
@@ -53,8 +53,10 @@ def alone_in(folder: str | Path) -> Iterator[None]:
             file.seek(0)
             raise ConfigurationError(
                 f"Another run, process {file.read()}, writes to `output_dir={folder}`; wait for its end, or give "
-                "`hydra.run.dir=...`."
+                "another folder (`hydra.run.dir=...`)."
             ) from error
+        except OSError:
+            pass  # a file system of several machines may have no locks
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

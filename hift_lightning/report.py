@@ -133,7 +133,8 @@ def saved_checkpoints(trainer: L.Trainer) -> dict[Path, int]:
         path: path.stat().st_mtime_ns
         for callback in trainer.checkpoint_callbacks
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None
-        for path in Path(callback.dirpath).rglob("*.ckpt")  # a name may have folders in it
+        # a name that has folders in it is looked for in them
+        for path in Path(callback.dirpath).glob("**/*.ckpt" if "/" in (callback.filename or "") else "*.ckpt")
     }
 
 

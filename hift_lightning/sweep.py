@@ -136,7 +136,9 @@ def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
             continue
         hydra = OmegaConf.load(settings).hydra
         overrides = dict(override.lstrip("+~").partition("=")[::2] for override in hydra.overrides.task)
-        runs.append((hydra.job.num, {**overrides, **json.loads(path.read_text(encoding="utf-8"))}))
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        numbers = {name: value for name, value in measured.items() if value is not None}  # as what is NaN is written
+        runs.append((hydra.job.num, {**overrides, **numbers}))
     return [row for _, row in sorted(runs, key=lambda run: int(run[0]))]
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVExperimentWriter
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
@@ -118,7 +119,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
                 module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
         end_on_sigterm(trainer)
-        if cfg.ckpt_path is not None and not begins.has_begun:
+        trained_here = not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        if cfg.ckpt_path is not None and trained_here and not begins.has_begun:
             rank_zero_warn(
                 f"Nothing was left to train: `ckpt_path={cfg.ckpt_path}` is of step {trainer.global_step} and has "
                 f"{trainer.current_epoch} epochs behind it; give more than `trainer.max_steps={trainer.max_steps}` and "
@@ -143,9 +145,14 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
 
 
 class _Begins(Callback):
-    """Notes whether a batch has been trained on."""
+    """Notes whether a batch has been trained on, and has data go on where the checkpoint was under every strategy."""
 
     has_begun = False
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning has not done so where a schedule has asked for the number of steps, for which data were set up
+        trainer.fit_loop._load_combined_loader_states()
 
     @override
     def on_train_batch_start(self, *args: Any) -> None:
@@ -235,20 +242,17 @@ def _check_fused(trainer: L.Trainer) -> None:
         scaled=getattr(trainer.precision_plugin, "scaler", None) is not None,
     )
     if why is not None:
-        raise ConfigurationError(f"{not_with_fused(why)} `trainer.gradient_clip_val=null` clips nothing.")
+        raise ConfigurationError(not_with_fused(why))
 
 
 def _set_earlier_logs_aside(trainer: L.Trainer) -> None:
-    """Keep the logs of an earlier run in this folder, which Lightning's logger would delete."""
+    """Keep what an earlier run in this folder has logged, which Lightning's logger would delete."""
     for logger in trainer.loggers:
-        if not isinstance(logger, CSVLogger) or logger.log_dir == logger.save_dir:
-            continue
-        folder = Path(logger.log_dir)
-        if (folder / CSVExperimentWriter.NAME_METRICS_FILE).exists():
-            numbers = itertools.count(1)
-            folder.rename(
-                next(aside for n in numbers if not (aside := folder.with_name(f"{folder.name}-{n}")).exists())
-            )
+        if isinstance(logger, CSVLogger):
+            log = Path(logger.log_dir) / CSVExperimentWriter.NAME_METRICS_FILE
+            if log.exists():
+                asides = (log.with_stem(f"{log.stem}-{number}") for number in itertools.count(1))
+                log.rename(next(aside for aside in asides if not aside.exists()))
 
 
 def _check_validation_interval(trainer: L.Trainer, data: L.LightningDataModule) -> None:

@@ -187,7 +187,10 @@ class HiFTMonitor(L.Callback):
     @override
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # here, and not in `on_train_end`, since the strategy has parked everything by now
-        self._show(trainer)
+        try:
+            self._show(trainer)
+        except OSError as error:  # the training is done, and is not to be lost for a picture
+            rank_zero_warn(f"HiFTMonitor could not write its pictures to `{self.folder}` ({error.strerror}).")
 
     @override
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -219,10 +222,7 @@ class HiFTMonitor(L.Callback):
                 console.print(block_table(self._watches, self.update_ratio_every, trainer.world_size, self._peak))
             print(table.get(), end="")  # above a progress bar of rich, which a console of its own would write over
         if self.folder is not None and self.pictures is not False and self._timeline.records:
-            try:
-                self._draw(self.folder)
-            except OSError as error:  # the training is done, and is not to be lost for a picture
-                rank_zero_warn(f"HiFTMonitor could not write its pictures to `{self.folder}` ({error.strerror}).")
+            self._draw(self.folder)
 
     def _remove_hooks(self) -> None:
         for handle in (*self._handles, *self._ends):

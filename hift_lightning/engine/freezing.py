@@ -1,19 +1,19 @@
 """Which parameters require a gradient: those of the active block and no others, while training goes on."""
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from hift_lightning.engine.errors import ConfigurationError
 
 GradientHook = Callable[[Tensor], None]
 """Called with a parameter when its gradient is there."""
 
-_governed = WeakIdKeyDictionary()
-"""Has the parameters of all models that have been frozen here and not been given back yet."""
+_started: "weakref.WeakSet[Freezing]" = weakref.WeakSet()
+"""Those that have been started and not stopped, of all models."""
 
 
 def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
@@ -27,7 +27,8 @@ def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], opt
         ConfigurationError: if it does; blocks would be cut of the active ones only.
     """
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    name = next((name for name, p in parameters.items() if p in optimized and p in _governed), None)
+    frozen = {p for freezing in _started for p in freezing.governed.values() if not p.requires_grad}
+    name = next((name for name, p in parameters.items() if p in optimized and p in frozen), None)
     if name is not None:
         raise ConfigurationError(
             f"`{name}` is in the blocks of another HiFT, which has been started and not finished; call its `finish()` "
@@ -47,6 +48,7 @@ class Freezing:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, others: Sequence[Optimizer]
     ) -> None:
+        self._alone = not others
         left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
         self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
         """What is frozen and activated, by name."""
@@ -84,7 +86,7 @@ class Freezing:
             parameter.grad = None
         for parameter in self.governed.values():
             parameter.requires_grad_(False)
-            _governed[parameter] = True
+        _started.add(self)
 
     def stop(self) -> None:
         """Let every parameter require a gradient if it did before."""
@@ -92,7 +94,7 @@ class Freezing:
         self.deactivate()
         for parameter, required_grad in zip(self.governed.values(), self._required_grad, strict=True):
             parameter.requires_grad_(required_grad)
-            _governed.pop(parameter, None)  # type: ignore[no-untyped-call]
+        _started.discard(self)
         self._required_grad = None
 
     def activate(
@@ -135,8 +137,8 @@ class Freezing:
                 f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "
                 "block has them, so every step would train them; give them to it where it is made."
             )
-        frozen = next((p for p in self._active if not p.requires_grad), None)
-        if frozen is not None:
+        frozen = next((p for p in self._active if not p.requires_grad and p.grad is None), None)
+        if frozen is not None and self._alone:  # of several optimizers one may be kept from the loss of another
             raise ConfigurationError(
                 f"`{self._name_of[frozen]}` is in the active block `{block}` and has been frozen while training, and "
                 "what is frozen so would be trained again at its next turn; freeze it where the model is made "

@@ -349,6 +349,7 @@ class HiFT:
             if loss is not None:
                 self._step.nonfinite_loss = self._step.nonfinite_loss or kind_of_loss(loss, scaled)
             if not self.averages_gradients:
+                self._step.averaged = False  # as in `note_backward`
                 return
             self._average_gradients(scaled)
 
@@ -807,6 +808,7 @@ class HiFT:
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
+        self._held_before.clear()
         self.updates += 1
         self._activate()
 

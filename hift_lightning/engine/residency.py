@@ -202,7 +202,9 @@ class Residency:
         now = self._stepped_dtype(parameter)
         then, *on_device = [getattr(torch, name, None) for name in saved.get(parameter, ())] or [None]
         if len(on_device) != len(leaves):
-            on_device = [getattr(leaf, "dtype", None) for leaf in leaves]
+            on_device = [
+                self._own_dtype(parameter, leaf, quantized) if isinstance(leaf, Tensor) else None for leaf in leaves
+            ]
             casts = type(self.optimizer).load_state_dict is Optimizer.load_state_dict
             then = None if casts else now
 
@@ -234,7 +236,8 @@ class Residency:
             if not isinstance(leaf, Tensor):
                 continue
             own = ours.get(id(leaf))
-            dtype = (dtypes[i] if dtypes else None) or (leaf.dtype if own is None else own.dtype)
+            dtype = dtypes[i] if dtypes else None
+            dtype = dtype or (self._own_dtype(parameter, leaf, quantized) if own is None else own.dtype)
             stays = leaf.dim() == 0 and not scalars_on_device and (scalars_on_host or leaf is step)
             if parameter in self._mastered and not stays and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
@@ -436,6 +439,11 @@ class Residency:
     def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
+
+    def _own_dtype(self, parameter: Tensor, leaf: Tensor, quantized: bool) -> torch.dtype:
+        """On the device, of a state tensor that nothing is known of: it may have been parked by another residency."""
+        narrow = leaf.dtype == self.parked_dtype and leaf.dim() > 0 and not quantized
+        return self._stepped_dtype(parameter) if narrow and parameter.dtype.is_floating_point else leaf.dtype
 
     def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """Of the parameter as the optimizer sees it."""

@@ -129,11 +129,14 @@ def _take_head(network: SentenceClassifier, pretrained: str) -> None:
     path = Path(pretrained) / HEAD_FILE
     if not path.is_file():
         return
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-        pooling = (file.metadata() or {}).get("pooling")
+    try:
+        with safe_open(path, "pt") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            pooling = (file.metadata() or {}).get("pooling")
+    except SafetensorError as error:
+        raise ConfigurationError(f"`{path}` is broken ({error}); export the model anew, or remove the file.") from error
     shapes, own = (
         {name: tuple(each.shape) for name, each in head.items()} for head in (saved, network.head.state_dict())
     )

@@ -427,17 +427,18 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         training = [engine for engine in self.engines if engine.active]
+        several = len(training) > 1 and "inputs" not in kwargs  # whose loss it is, is known at a step
         if not closure_loss.requires_grad and training:
             # no parameter of the active block took part in the loss, so there is nothing to go back through
             loss = closure_loss.detach()
-        elif len(training) > 1 and "inputs" not in kwargs:
-            # whose loss this is will be known at an optimizer's step, so that is when gradients are averaged
+        elif several:
             with averaging_later(training):
                 loss = super().backward(closure_loss, optimizer, *args, **kwargs)
-            for engine in training:
-                engine.note_backward()
         else:
             loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+        if several:
+            for engine in training:
+                engine.note_backward()
         if len(training) == 1:
             self.after_backward(training[0], closure_loss)
         return loss

@@ -85,7 +85,8 @@ def not_with_fused(what: str) -> str:
     """The sentence that refuses it with `update="fused"`."""
     return (
         f"`update='fused'` frees each gradient inside backward, and {what}, which needs all of them after it; use "
-        "`update='streamed'`, or clip by value without accumulation in fp32 or bf16."
+        "`update='streamed'`, or clip by value or not at all (`gradient_clip_val=None`), without accumulation, in fp32 "
+        "or bf16."
     )
 
 

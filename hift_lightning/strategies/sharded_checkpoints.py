@@ -194,8 +194,14 @@ class ShardedCheckpoints(SeveralRanks):
         def own_rows_of(name: str, whole: Any) -> Any:
             return self._own_shard(f"state_dict.{name}", whole, parameters[name]) if name in parameters else whole
 
+        def own_rows_of_whole(name: str, whole: Any) -> Any:
+            return own_rows(whole, parameters[name]) if name in parameters else whole
+
         changed = self._with_shards_changed({**checkpoint, "state_dict": {}}, self._own_shard, _Later)
-        super().load_optimizer_state_dict({**changed, "state_dict": _Later(checkpoint["state_dict"], own_rows_of)})
+        changed["state_dict"] = _Later(checkpoint["state_dict"], own_rows_of)
+        if "current_model_state" in checkpoint:  # of another strategy, under which weights were averaged
+            changed["current_model_state"] = _Later(checkpoint["current_model_state"], own_rows_of_whole)
+        super().load_optimizer_state_dict(changed)
 
     def _own_shard(self, name: str, whole: Tensor, parameter: DTensor) -> Tensor:
         if whole.is_meta:

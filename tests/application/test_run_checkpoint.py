@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.application.running import TINY, run_application
+from tests.comparing import assert_same
 
 QUIET = [*TINY, "logger=none", "evaluate=false", "objective=train/loss", "scheduler=constant"]
 EVERY_5 = "callbacks.checkpoint.every_n_train_steps=5"
@@ -49,30 +51,72 @@ def test_a_run_goes_on_from_its_end_as_from_the_end_of_a_pass(tmp_path: Path) ->
         assert torch.equal(weight, weights["end"][name]), name
 
 
+NO_DROPOUT = [
+    "model.network.config.hidden_dropout_prob=0.0",
+    "model.network.config.attention_probs_dropout_prob=0.0",
+]
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
 @pytest.mark.parametrize("strategy", ["hift", "full"])
 def test_a_run_that_max_steps_ended_within_a_pass_goes_on_in_it_and_its_log_is_kept(
-    tmp_path: Path, strategy: str
+    tmp_path: Path, strategy: str, scheduler: str
 ) -> None:
-    chosen = [f"strategy={strategy}", "logger=csv", "trainer.log_every_n_steps=1"]
-    assert steps_saved(tmp_path, *chosen, "trainer.max_steps=5") == [5]
+    chosen = [
+        *NO_DROPOUT, f"strategy={strategy}", f"scheduler={scheduler}", "logger=csv", "trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+    if scheduler == "constant":
+        assert steps_saved(tmp_path, *chosen, "trainer.max_steps=5") == [5]
+    else:  # whose length is that of the whole run
+        every = ["callbacks.checkpoint.every_n_train_steps=5", "callbacks.checkpoint.save_top_k=-1"]
+        assert steps_saved(tmp_path, *chosen, *every) == [5, 8]
     overrides = [*QUIET, *chosen, "hydra.run.dir=here", "ckpt_path=here/checkpoints/step-5.ckpt"]
     on = run_application(tmp_path, *overrides)
     assert on.returncode == 0, on.stderr
     assert json.loads((tmp_path / "here" / "metrics.json").read_text())["steps"] == 8
-    for log, steps in (("log-1", ["0", "1", "2", "3", "4"]), ("log", ["5", "6", "7"])):
-        with (tmp_path / "here" / log / "metrics.csv").open() as file:
+    first = ["0", "1", "2", "3", "4"] if scheduler == "constant" else [str(step) for step in range(8)]
+    for log, steps in (("metrics-1.csv", first), ("metrics.csv", ["5", "6", "7"])):
+        with (tmp_path / "here" / "log" / log).open() as file:
             logged = [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
         assert logged == steps
-    again = run_application(tmp_path, *overrides[:-1], "ckpt_path=here/checkpoints/step-8.ckpt")
+    whole = run_application(tmp_path, *QUIET, *chosen, "hydra.run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    newest = max((tmp_path / "here" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert_same(weights_in(newest), weights_in(tmp_path / "whole" / "checkpoints" / "step-8.ckpt"))
+
+
+def weights_in(path: Path) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return weights
+
+
+def test_a_run_without_anything_left_to_train_says_so(tmp_path: Path) -> None:
+    assert steps_saved(tmp_path) == [8]
+    again = run_application(tmp_path, *QUIET, "hydra.run.dir=again", "ckpt_path=here/checkpoints/step-8.ckpt")
     assert again.returncode == 0, again.stderr
     assert "Nothing was left to train: `ckpt_path=here/checkpoints/step-8.ckpt` is of step 8" in again.stderr
 
 
-def test_what_a_monitor_never_saw_is_saved_at_the_end(tmp_path: Path) -> None:
-    run = run_application(
-        tmp_path, *TINY, "logger=none", "+callbacks.checkpoint.monitor=val/loss", "trainer.val_check_interval=1000",
-        "trainer.check_val_every_n_epoch=null", "hydra.run.dir=here",
-    )  # fmt: skip
+def test_where_a_monitor_has_saved_nothing_the_end_is_and_nothing_of_its_own_makes_room(tmp_path: Path) -> None:
+    chosen = [
+        *TINY, "logger=none", "hydra.run.dir=here", "scheduler=constant", "+callbacks.checkpoint.monitor=val/loss",
+        "callbacks.checkpoint.save_on_train_epoch_end=null", "trainer.check_val_every_n_epoch=null",
+    ]  # fmt: skip
+    run = run_application(tmp_path, *chosen, "trainer.val_check_interval=1000")
     assert run.returncode == 0, run.stderr
-    assert "`monitor=val/loss` was never measured" in run.stderr
-    assert [path.name for path in (tmp_path / "here" / "checkpoints").iterdir()] == ["step-8.ckpt"]
+    assert "No checkpoint was saved by `monitor=val/loss` in the whole run" in run.stderr
+    checkpoints = tmp_path / "here" / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-8.ckpt"]
+    shutil.rmtree(checkpoints)
+    chosen += ["+callbacks.checkpoint.save_last=true", "+callbacks.checkpoint.mode=max"]  # the first is the best
+    run = run_application(tmp_path, *chosen, "trainer.val_check_interval=4")
+    assert run.returncode == 0, run.stderr
+    best = {path.name for path in checkpoints.iterdir()}
+    assert len(best) == 2
+    on = run_application(
+        tmp_path, *chosen, "trainer.val_check_interval=1000", "trainer.max_epochs=2",
+        "ckpt_path=here/checkpoints/last.ckpt",
+    )  # fmt: skip
+    assert on.returncode == 0, on.stderr
+    assert {path.name for path in checkpoints.iterdir()} == best
+    assert "No checkpoint was saved by" not in on.stderr

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import subprocess
 import sys
 import warnings
@@ -17,6 +18,7 @@ from hift_lightning import HiFTStrategy
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
+from tests.adversarial import Adversarial
 from tests.comparing import assert_same
 from tests.reference_loop import reference_loop, turns_of
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
@@ -261,6 +263,67 @@ def test_a_second_hift_on_a_model_that_is_being_trained_is_refused(optimizer):
         HiFT(model, second)
     hift.finish()
     assert len(HiFT(model, second).plan.blocks) == LAYERS
+
+
+def test_what_a_hift_that_is_gone_has_left_can_be_trained_again():
+    model = SmallTransformer()
+
+    def start():
+        HiFT(model, torch.optim.AdamW(model.parameters())).start()
+
+    start()
+    gc.collect()
+    model.requires_grad_(True)
+    assert len(HiFT(model, torch.optim.AdamW(model.parameters())).plan.blocks) == LAYERS
+
+
+def test_a_model_can_be_moved_while_it_trains():
+    model = SmallTransformer()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with HiFT(model, torch.optim.SGD(model.parameters(), lr=0.1)):
+            model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert model.head.weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("update", ["block", "streamed"])
+def test_state_that_one_hift_has_parked_in_bf16_another_takes_as_it_was(update):
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        with HiFT(model, optimizer, HiFTSettings(update=update, parked_dtype="bfloat16")) as hift:
+            for batch in make_batches(2 * LAYERS):
+                model.loss(batch).backward()
+                optimizer.step()
+            assert hift.residency.load(model.head.weight)["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kept_from", ["toggle_optimizer", "by hand"])
+def test_one_of_several_optimizers_is_stepped_while_its_weights_are_kept_from_the_loss_of_the_other(kept_from):
+    class StepsBoth(Adversarial):
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            losses = list(self.losses(batch))
+            self.manual_backward(losses[1])
+            if kept_from == "toggle_optimizer":
+                self.toggle_optimizer(first)
+            else:
+                before = [p.requires_grad for p in self.discriminator.parameters()]
+                self.discriminator.requires_grad_(False)
+            self.manual_backward(losses[0])
+            first.step()
+            second.step()
+            if kept_from == "toggle_optimizer":
+                self.untoggle_optimizer(first)
+            else:
+                for parameter, required_grad in zip(self.discriminator.parameters(), before, strict=True):
+                    parameter.requires_grad_(required_grad)
+
+    trainer_ = trainer(HiFTStrategy(group_size=99))
+    trainer_.fit(StepsBoth(), loader(list(torch.randn(4, 6, 4))))
+    assert [engine.updates for engine in trainer_.strategy.engines] == [4, 4]
 
 
 def test_of_two_optimizers_of_one_model_a_hift_is_made_while_the_other_trains():

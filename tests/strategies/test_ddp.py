@@ -1,5 +1,6 @@
 """`strategy="hift_ddp"`: several ranks train the model that one process with all their batches trains."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -439,6 +440,45 @@ def test_a_step_by_hand_that_overflows_on_one_rank_is_skipped_on_all() -> None:
     assert rest == other
     assert rest[0][0] == 1024.0 > rest[0][1]
     assert rest[1] == [3, 3]
+
+
+class ClipsEachMicroBatch(SmallTransformer):
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        last = batch_idx % 2 == 1
+        with contextlib.nullcontext() if last else self.trainer.strategy.block_backward_sync():
+            self.manual_backward(super().training_step(batch, batch_idx))
+        self.clip_gradients(self.optimizers(), gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
+        if last:
+            self.optimizers().step()
+
+
+class LossWithoutGradientOnOneRank(Adversarial):
+    """Clips the first optimizer's gradients, and goes back through another loss before its step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        losses = list(self.losses(batch))
+        self.manual_backward(losses[0], retain_graph=True)
+        self.clip_gradients(first, gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
+        self.manual_backward(losses[1] if dist.get_rank() == 0 else losses[1].detach())
+        first.step()
+        second.step()
+
+
+def clip_early() -> Any:
+    each, _ = fit(Case(), HiFTDDPStrategy(), share(batches_of(Case(), 2)), ClipsEachMicroBatch())
+    batches = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(dist.get_rank()))
+    other, trainer_ = fit(Case(), HiFTDDPStrategy(), batches, LossWithoutGradientOnOneRank().double())
+    return weights(each), weights(other), [engine.updates for engine in trainer_.strategy.engines]
+
+
+def test_gradients_that_are_clipped_early_are_averaged_again_with_what_comes_later() -> None:
+    (each, other, updates), second = run(clip_early, 2)
+    assert_same(each, second[0])
+    assert_same(other, second[1])
+    assert updates == second[2] == [4, 4]
 
 
 def channels_last_around_a_layer() -> Any:

@@ -15,7 +15,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -445,3 +445,20 @@ def test_what_was_saved_in_32_bits_comes_back_in_32_bits_in_another_precision(tm
         for saved, loaded in rank.values():
             assert {value.dtype for value in loaded.values()} == {torch.float32}
             assert_same(loaded, saved)
+
+
+def _go_on_from_averages(folder):
+    batches = of_this_rank(make_batches(2 * LAYERS))
+    strategy = HiFTFSDP2Strategy(master_weights=True)
+    module, _ = fit(
+        strategy, batches, devices=2, precision="bf16-true", max_epochs=2, ckpt_path=folder / "averages.ckpt"
+    )
+    return strategy.hift.updates, len(module.losses)
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_averaged_weights(tmp_path):
+    averaging = WeightAveraging(avg_fn=lambda averaged, new, count: (averaged + new) / 2)
+    _, trainer_ = fit(HiFTStrategy(), make_batches(LAYERS), callbacks=[averaging])
+    trainer_.save_checkpoint(tmp_path / "averages.ckpt")
+    assert "current_model_state" in torch.load(tmp_path / "averages.ckpt", weights_only=True)
+    assert run(_go_on_from_averages, 2, tmp_path) == [(2 * LAYERS, LAYERS)] * 2
