@@ -52,8 +52,8 @@ def test_a_run_goes_on_from_its_end_as_from_the_end_of_a_pass(tmp_path: Path) ->
 
 
 NO_DROPOUT = [
-    "model.network.config.hidden_dropout_prob=0.0",
-    "model.network.config.attention_probs_dropout_prob=0.0",
+    "+model.network.config.hidden_dropout_prob=0.0",
+    "+model.network.config.attention_probs_dropout_prob=0.0",
 ]
 
 
@@ -92,7 +92,8 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_without_anything_left_to_train_says_so(tmp_path: Path) -> None:
     assert steps_saved(tmp_path) == [8]
-    again = run_application(tmp_path, *QUIET, "hydra.run.dir=again", "ckpt_path=here/checkpoints/step-8.ckpt")
+    overrides = ["logger=none", "scheduler=constant", "hydra.run.dir=again", "ckpt_path=here/checkpoints/step-8.ckpt"]
+    again = run_application(tmp_path, *TINY, *overrides)
     assert again.returncode == 0, again.stderr
     assert "Nothing was left to train: `ckpt_path=here/checkpoints/step-8.ckpt` is of step 8" in again.stderr
 
