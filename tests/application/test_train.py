@@ -223,7 +223,7 @@ def test_fused_with_clipping_by_norm_is_told_before_the_test(tmp_path: Path) -> 
     run = run_application(tmp_path, *TINY, "strategy.update=fused")
     assert run.returncode == 1
     assert "clips by norm" in run.stderr
-    assert "`trainer.gradient_clip_val=null`" in run.stderr
+    assert "or not at all (`gradient_clip_val=None`)" in run.stderr
     assert "Testing" not in run.stdout
 
 
