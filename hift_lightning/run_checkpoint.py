@@ -39,6 +39,14 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
         super().on_train_end(trainer, pl_module)
 
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save; the application tells at its end what was saved, and Lightning would tell it of what was not too."""
+        if self._should_save_on_exception(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_checkpoint(trainer, self.format_checkpoint_name(candidates))
+            self._save_last_checkpoint(trainer, candidates)
+
     def _saves_end(self, trainer: L.Trainer) -> bool:
         wanted = self._save_on_train_epoch_end is not False and self.save_top_k != 0
         return wanted and not self._should_skip_saving_checkpoint(trainer)

@@ -6,7 +6,7 @@ import itertools
 import json
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class SweepTable(Callback):
         self.horizontal = horizontal
         self._folder = Path()
         self._before: dict[Path, int] = {}
+        self._failed: list[Row] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which runs are this sweep's, and see to it that they are shown in any case."""
@@ -72,7 +73,7 @@ class SweepTable(Callback):
                     "`hydra.output_subdir=null` leaves out what the table of a sweep is made from; do not set it."
                 )
         self._folder = Path(config.hydra.sweep.dir).absolute()
-        self._before = written_metrics(self._folder)
+        self._before, self._failed = written_metrics(self._folder), []
         atexit.register(self._show)  # Hydra tells nobody of the end where a run has failed
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -81,6 +82,7 @@ class SweepTable(Callback):
             return
         if job_return.status == JobStatus.FAILED:
             _tell_failure(job_return)
+            self._failed.append(_overrides(config.hydra.overrides.task))
         write_table(read_runs(self._folder, self._before), self._folder / TABLE_FILE)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -93,11 +95,12 @@ class SweepTable(Callback):
         if not runs:
             return
         write_table(runs, folder / TABLE_FILE)
-        print_table(runs)
+        names = varied([*runs, *self._failed])  # where one run alone has ended well, nothing differs among these
+        print_table(runs, names)
         print(f"table: {shown(folder / TABLE_FILE)}")
         try:
             vertical = next((name for name in self.vertical if any(name in run for run in runs)), self.vertical[0])
-            draw(runs, vertical, self.horizontal, folder / PICTURE_FILE)
+            draw(runs, names, vertical, self.horizontal, folder / PICTURE_FILE)
         except ImportError:
             print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
         else:
@@ -135,11 +138,15 @@ def read_runs(folder: Path, before: Mapping[Path, int]) -> list[Row]:
         if settings is None:
             continue
         hydra = OmegaConf.load(settings).hydra
-        overrides = dict(override.lstrip("+~").partition("=")[::2] for override in hydra.overrides.task)
+        overrides = _overrides(hydra.overrides.task)
         measured = json.loads(path.read_text(encoding="utf-8"))
         numbers = {name: value for name, value in measured.items() if value is not None}  # as what is NaN is written
         runs.append((hydra.job.num, {**overrides, **numbers}))
     return [row for _, row in sorted(runs, key=lambda run: int(run[0]))]
+
+
+def _overrides(task: Iterable[str]) -> Row:
+    return dict(override.lstrip("+~").partition("=")[::2] for override in task)
 
 
 def write_table(runs: Sequence[Row], path: Path) -> None:
@@ -150,20 +157,20 @@ def write_table(runs: Sequence[Row], path: Path) -> None:
         writer.writerows(runs)
 
 
-def print_table(runs: Sequence[Row]) -> None:
-    """Print what differs between the runs and their main numbers."""
+def print_table(runs: Sequence[Row], names: Sequence[str]) -> None:
+    """Print of each run the overrides of these names, and its main numbers."""
     shown = [row for row in ROWS if row[0] in PRINTED and any(row[0] in run for run in runs)]
     table = Table()
-    for name in (*map(_last_part, varied(runs)), *(words for _, words, _ in shown)):
+    for name in (*map(_last_part, names), *(words for _, words, _ in shown)):
         table.add_column(escape(name))
     for run in runs:
         numbers = [written(run[name], kind) if name in run else "" for name, _, kind in shown]
-        table.add_row(*(escape(str(run.get(key, ""))) for key in varied(runs)), *numbers)
+        table.add_row(*(escape(str(run.get(key, ""))) for key in names), *numbers)
     Console().print(table)
 
 
-def draw(runs: Sequence[Row], vertical: str, horizontal: str, path: Path) -> None:
-    """Draw one point per run, labelled with the overrides that differ between runs.
+def draw(runs: Sequence[Row], names: Sequence[str], vertical: str, horizontal: str, path: Path) -> None:
+    """Draw one point per run, labelled with the overrides of these names.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -175,7 +182,7 @@ def draw(runs: Sequence[Row], vertical: str, horizontal: str, path: Path) -> Non
     for run in runs:
         if vertical in run and horizontal in run:
             point = (_scaled(horizontal, run[horizontal]), _scaled(vertical, run[vertical]))
-            label = ", ".join(f"{_last_part(key)}={run.get(key, '')}" for key in varied(runs))
+            label = ", ".join(f"{_last_part(key)}={run.get(key, '')}" for key in names)
             axes.plot(*point, marker="o", color="tab:blue")
             axes.annotate(label, point, xytext=(0, 7), textcoords="offset points", ha="center")
     axes.margins(x=0.25, y=0.2)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
 from hift_lightning.callbacks import HiFTMonitor
-from hift_lightning.checkpoint_io import refuse_folder
+from hift_lightning.checkpoint_io import StreamingCheckpointIO, refuse_folder
 from hift_lightning.checks import (
     check_configuration,
     check_objective,
@@ -88,6 +88,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     )
     if cfg.ckpt_path is not None and not isinstance(trainer.strategy, ModelParallelStrategy):
         refuse_folder(Path(cfg.ckpt_path))
+        if isinstance(trainer.strategy, BlockwiseTraining):
+            StreamingCheckpointIO.check(cfg.ckpt_path, contents=False)
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
         _check_folders(trainer)

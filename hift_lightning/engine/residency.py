@@ -385,7 +385,7 @@ class Residency:
         if len(known) != len(leaves):
             known = self._leaves[parameter] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor) or not self._leaves_with(leaf, parameter):
+            if not isinstance(leaf, Tensor) or not self._departs_with(leaf, parameter):
                 continue
             split = rows != ALL_ROWS and leaf.dim() > 0
             whole = local(parameter) if split else leaf  # of whose rows those of the state are
@@ -436,7 +436,7 @@ class Residency:
         in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
         return self.offload != "none" and not in_place
 
-    def _leaves_with(self, leaf: Tensor, parameter: Tensor) -> bool:
+    def _departs_with(self, leaf: Tensor, parameter: Tensor) -> bool:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)
 

@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from hift_lightning.sweep import SweepTable, read_runs, varied, written_metrics
 
 
-def finished_run(folder: Path, number: int, overrides: list[str], accuracy: float) -> None:
+def finished_run(folder: Path, number: int, overrides: list[str], accuracy: float | None) -> None:
     job = folder / str(number)
     (job / ".hydra").mkdir(parents=True)
     hydra = {"hydra": {"job": {"num": number}, "overrides": {"task": overrides}}}
@@ -27,6 +29,11 @@ def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out
     runs = read_runs(tmp_path, before={})
     assert [run["a"] for run in runs] == ["y", "x=1"]
     assert varied(runs) == ["a"]
+
+
+def test_a_number_that_a_run_could_not_measure_is_left_out(tmp_path: Path) -> None:
+    finished_run(tmp_path, 0, ["learning_rate=200"], None)
+    assert "test/accuracy" not in read_runs(tmp_path, before={})[0]
 
 
 def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_install(
@@ -67,3 +74,24 @@ def test_a_sweep_that_leaves_no_overrides_is_refused(tmp_path: Path) -> None:
     config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": None}})
     with pytest.raises(SystemExit, match="`hydra.output_subdir=null` leaves out"):
         SweepTable("test/accuracy", "memory/peak_device_bytes").on_multirun_start(config)
+
+
+def test_the_one_run_that_has_ended_well_is_told_with_what_the_failed_one_differed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = SweepTable(["test/accuracy"], "memory/peak_device_bytes")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": ".hydra"}})
+    table.on_multirun_start(config)
+    finished_run(tmp_path, 0, ["strategy.group_size=2", "seed=1"], 0.8)
+    of_job = OmegaConf.create(
+        {"hydra": {"mode": "MULTIRUN", "overrides": {"task": ["strategy.group_size=99", "seed=1"]}}}
+    )
+    failed = JobReturn(status=JobStatus.FAILED)
+    failed.return_value = ValueError("no")
+    of_job.hydra.mode = RunMode.MULTIRUN
+    table.on_job_end(of_job, failed)
+    table.on_multirun_end(config)
+    told = capsys.readouterr().out
+    assert "group_size" in told
+    assert "│ 2 " in told
+    assert "seed" not in told

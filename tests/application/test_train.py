@@ -230,3 +230,16 @@ def test_fused_with_clipping_by_norm_is_told_before_the_test(tmp_path: Path) -> 
 def test_numbers_that_are_none_are_null(tmp_path: Path) -> None:
     path = write_metrics({"test/accuracy": 0.5, "train/loss": math.nan}, tmp_path)
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"test/accuracy": 0.5, "train/loss": None}
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b"PK\x03\x04 cut short"])
+def test_a_file_that_is_no_checkpoint_is_told_before_the_test_and_not_named_as_a_way_on(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "some.ckpt").write_bytes(content)
+    run = run_application(tmp_path, *TINY, "ckpt_path=some.ckpt")
+    assert run.returncode == 1
+    assert re.search(r"`some\.ckpt` is no(t whole| checkpoint)", run.stderr)
+    assert "Traceback" not in run.stderr
+    assert "go on with" not in run.stderr
+    assert "Testing" not in run.stdout
