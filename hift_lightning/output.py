@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,12 @@ def alone_in(folder: str | Path) -> Iterator[None]:
                 f"Another run, process {file.read()}, writes to `output_dir={folder}`; wait for its end, or give "
                 "another folder (`hydra.run.dir=...`)."
             ) from error
-        except OSError:
-            pass  # a file system of several machines may have no locks
+        except OSError as error:  # as on some file systems of several machines
+            warnings.warn(
+                f"`output_dir={folder}` cannot be locked ({error.strerror}), so a second run in it would not be "
+                "refused; give each run a folder of its own.",
+                stacklevel=3,
+            )
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -88,21 +88,25 @@ def _probe(
     def run(scale: float, *parts: slice) -> list[list[Any]] | None:
         return attempt([weights[p] for p in parts], [[gradient[p] * scale for p in parts] for gradient in gradients])
 
-    top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
-    separate = elementwise = True
-    whole = None
-    for scale in _SCALES_FP16 if dtype == torch.float16 else _SCALES:
+    def at(scale: float) -> tuple[bool, bool, list[Any]] | None:
+        """Whether it is separate and elementwise, and what the whole has come to."""
+        top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
         together, alone_top, alone_bottom = run(scale, top, bottom), run(scale, top), run(scale, bottom)
         whole = run(scale, slice(ROWS))
         if together is None or alone_top is None or alone_bottom is None or whole is None:
-            return Probe(separate=False, elementwise=False, state_bytes=0)
+            return None
         alone = [alone_top[0], alone_bottom[0]]
-        separate &= all(_equal(a, b) for a, b in zip(together, alone, strict=True))
-        elementwise &= (
-            separate
-            and len(whole[0]) == len(alone[0])
-            and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
-        )
+        separate = all(_equal(a, b) for a, b in zip(together, alone, strict=True))
+        same_leaves = len(whole[0]) == len(alone[0])
+        parts = same_leaves and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
+        return separate, separate and parts, whole[0]
+
+    tried = []
+    for scale in _SCALES_FP16 if dtype == torch.float16 else _SCALES:
+        if (found := at(scale)) is None:
+            return Probe(separate=False, elementwise=False, state_bytes=0)
+        tried.append(found)
+    separate, elementwise = (all(answers) for answers in list(zip(*tried, strict=True))[:2])
     group = optimizer.param_groups[number_of_group(optimizer, like)]
     rows = min(MOST_ROWS, max(local(p).numel() for p in group["params"]) // COLUMNS)
     rows -= rows % _WHOLE_BLOCKS
@@ -112,8 +116,8 @@ def _probe(
         elementwise = after is not None and all(
             leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
         )
-    assert whole is not None
-    shaped = [leaf for leaf in whole[0][1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    _, _, whole = tried[-1]
+    shaped = [leaf for leaf in whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
     return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
 
 

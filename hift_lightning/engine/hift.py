@@ -610,7 +610,7 @@ class HiFT:
 
     def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
         if self._pieces is None and self._prefetch.applies_to(parameter):
-            yield self._prefetch_in_backward
+            yield self._prefetch.page_in
         if self.reduction is not None:
             yield self._average_in_backward
         elif self.settings.update == "fused":
@@ -667,9 +667,6 @@ class HiFT:
     def _note_reach(self) -> None:
         gradients = (self._parameters[name].grad for name in self.block.own_parameters)
         self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
-
-    def _prefetch_in_backward(self, parameter: Tensor) -> None:
-        self._prefetch.page_in(parameter)
 
     def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
         self.last_step_skipped = False

@@ -133,9 +133,11 @@ class Residency:
         """
         leaves, _ = flatten_state(self.optimizer.state.get(parameter, {}))
         known = self._leaves.get(parameter, [])
+        if len(known) != len(leaves):  # an optimizer may add tensors to state that it computes on where it is parked
+            known = [None for _ in leaves]
         on_device = [
-            known[i].dtype if known and known[i] is not None else getattr(leaf, "dtype", None)  # type: ignore[union-attr]
-            for i, leaf in enumerate(leaves)
+            getattr(leaf, "dtype", None) if parked is None else parked.dtype
+            for leaf, parked in zip(leaves, known, strict=True)
         ]
         return [str(dtype).removeprefix("torch.") for dtype in (self._stepped_dtype(parameter), *on_device)]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR_ALIAS_CONVERSION
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision, Precision
@@ -45,12 +46,11 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
 }
-_OTHER_NAMES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
 
 
 def name_of_precision(precision: str | int) -> str:
     """The full name of what Lightning calls `32`, `16` or `bf16` too."""
-    return _OTHER_NAMES.get(str(precision), str(precision))
+    return _PRECISION_INPUT_STR_ALIAS_CONVERSION.get(str(precision), str(precision))
 
 
 def plan(

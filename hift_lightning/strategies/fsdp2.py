@@ -315,9 +315,12 @@ def _note_what_backward_needs(module: Module, args: Any, output: Any) -> None:
         leaf.requires_grad if isinstance(leaf, Tensor) else not isinstance(leaf, _PRIMITIVES)
         for leaf in tree_leaves(output)
     )
-    looks_up = getattr(module.forward, "__func__", None) is Embedding.forward and "weight" in dict(
-        module.named_parameters(recurse=False)
-    )
-    if reached and not looks_up:  # the gradient of a looked-up row does not depend on weights
+    if reached and not _looks_up(module):
         assert isinstance(module, FSDPModule)
         module.set_unshard_in_backward(True)
+
+
+def _looks_up(module: Module) -> bool:
+    """Whether it gives out rows of its weights as they are, so that their gradients do not depend on weights."""
+    plain = getattr(module.forward, "__func__", None) is Embedding.forward
+    return plain and any(name == "weight" for name, _ in module.named_parameters(recurse=False))

@@ -243,3 +243,12 @@ def test_a_file_that_is_no_checkpoint_is_told_before_the_test_and_not_named_as_a
     assert "Traceback" not in run.stderr
     assert "go on with" not in run.stderr
     assert "Testing" not in run.stdout
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("hift_lightning.output.fcntl.flock", unsupported)
+    with pytest.warns(match=r"cannot be locked \(Operation not supported\)"), alone_in(tmp_path):
+        pass

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from hift_lightning import HiFT, HiFTStrategy
+from hift_lightning import HiFTStrategy
+from hift_lightning.engine.prefetch import StatePrefetch
 from tests import simulated_accelerator as sim
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 from tests.strategies.test_optimizers import OPTIMIZERS
@@ -266,7 +267,7 @@ def test_state_is_prefetched_in_backward_only_where_the_peak_stays_as_it_is(devi
 
     def peaks_of(prefetches, monkeypatch):
         if not prefetches:
-            monkeypatch.setattr(HiFT, "_prefetch_in_backward", lambda self, parameter: None)
+            monkeypatch.setattr(StatePrefetch, "page_in", lambda self, parameter: None)
         module = Peaks(depth=4)
         fit(device, module, make_batches(3 * 6, size=64), HiFTStrategy(order="bottom2up"))
         return module
