@@ -1,7 +1,8 @@
-"""Whether folders can be written to, and by this run alone, found out before any long work."""
+"""The folders of a run: whether it can write to them, and alone, found out before any long work; what stays in them."""
 
 import contextlib
 import fcntl
+import itertools
 import os
 import tempfile
 import warnings
@@ -9,11 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from hydra.experimental.callback import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVExperimentWriter
 from omegaconf import DictConfig
 
+from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.report import one_sentence_errors
+from hift_lightning.strategies.blockwise import BlockwiseTraining
 
 
 def check_writable(key: str, folder: str | Path) -> None:
@@ -34,6 +41,28 @@ def check_writable(key: str, folder: str | Path) -> None:
         raise ConfigurationError(
             f"`{key}={folder}` cannot be written to ({error.strerror}); give a folder that can, with room on its disk."
         ) from error
+
+
+def check_folders(trainer: L.Trainer) -> None:
+    """Find out before any long work whether checkpoints, pictures, logs and parked state can be written.
+
+    Args:
+        trainer: knows where they go.
+
+    Raises:
+        ConfigurationError: one of the folders cannot be made or written to.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+            check_writable("callbacks.checkpoint.dirpath", callback.dirpath)
+        if isinstance(callback, HiFTMonitor) and callback.folder is not None:
+            check_writable("callbacks.monitor.folder", callback.folder)
+    for logger in trainer.loggers:
+        if logger.save_dir is not None:
+            check_writable("logger.save_dir", logger.save_dir)
+    offload = trainer.strategy.settings.offload if isinstance(trainer.strategy, BlockwiseTraining) else "none"
+    if Path(offload).is_dir():
+        check_writable("strategy.offload", offload)
 
 
 @contextlib.contextmanager
@@ -69,6 +98,16 @@ def alone_in(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def set_earlier_logs_aside(trainer: L.Trainer) -> None:
+    """Keep what an earlier run in this folder has logged, which Lightning's logger would delete."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            log = Path(logger.log_dir) / CSVExperimentWriter.NAME_METRICS_FILE
+            if log.exists():
+                asides = (log.with_stem(f"{log.stem}-{number}") for number in itertools.count(1))
+                log.rename(next(aside for aside in asides if not aside.exists()))
 
 
 class OutputFolder(Callback):

@@ -1,7 +1,6 @@
 """The training application: test, fine-tune, test again, and tell what it took."""
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Collection
@@ -14,16 +13,13 @@ import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVExperimentWriter
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
-from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.checkpoint_io import StreamingCheckpointIO, refuse_folder
 from hift_lightning.checks import (
     check_configuration,
@@ -36,7 +32,7 @@ from hift_lightning.data import SentenceDataModule, TextDataModule
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.optimization import check_optimizer
-from hift_lightning.output import alone_in, check_writable
+from hift_lightning.output import alone_in, check_folders, check_writable, set_earlier_logs_aside
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
 from hift_lightning.report import (
@@ -92,7 +88,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
             StreamingCheckpointIO.check(cfg.ckpt_path, contents=False)
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
-        _check_folders(trainer)
+        check_folders(trainer)
     _check_fused(trainer)
     check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
@@ -108,7 +104,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     alone = alone_in(cfg.output_dir) if trainer.is_global_zero else contextlib.nullcontext()
     with alone, PeakAnonymousMemory() as memory, failure_names_checkpoint(trainer, last, cfg.ckpt_path):
         if trainer.is_global_zero:
-            _set_earlier_logs_aside(trainer)
+            set_earlier_logs_aside(trainer)
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
@@ -218,21 +214,6 @@ def _build_module(cfg: DictConfig, trainer: L.Trainer, network: Any) -> L.Lightn
     return module
 
 
-def _check_folders(trainer: L.Trainer) -> None:
-    """Find out before any long work whether checkpoints and logs can be written."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-            check_writable("callbacks.checkpoint.dirpath", callback.dirpath)
-        if isinstance(callback, HiFTMonitor) and callback.folder is not None:
-            check_writable("callbacks.monitor.folder", callback.folder)
-    for logger in trainer.loggers:
-        if logger.save_dir is not None:
-            check_writable("logger.save_dir", logger.save_dir)
-    offload = trainer.strategy.settings.offload if isinstance(trainer.strategy, BlockwiseTraining) else "none"
-    if Path(offload).is_dir():
-        check_writable("strategy.offload", offload)
-
-
 def _check_fused(trainer: L.Trainer) -> None:
     """Tell what the strategy would refuse after the test before training."""
     if not isinstance(trainer.strategy, BlockwiseTraining) or trainer.strategy.settings.update != "fused":
@@ -245,16 +226,6 @@ def _check_fused(trainer: L.Trainer) -> None:
     )
     if why is not None:
         raise ConfigurationError(not_with_fused(why))
-
-
-def _set_earlier_logs_aside(trainer: L.Trainer) -> None:
-    """Keep what an earlier run in this folder has logged, which Lightning's logger would delete."""
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger):
-            log = Path(logger.log_dir) / CSVExperimentWriter.NAME_METRICS_FILE
-            if log.exists():
-                asides = (log.with_stem(f"{log.stem}-{number}") for number in itertools.count(1))
-                log.rename(next(aside for aside in asides if not aside.exists()))
 
 
 def _check_validation_interval(trainer: L.Trainer, data: L.LightningDataModule) -> None:
