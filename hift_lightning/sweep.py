@@ -72,6 +72,7 @@ class SweepTable(Callback):
                 raise ConfigurationError(
                     "`hydra.output_subdir=null` leaves out what the table of a sweep is made from; do not set it."
                 )
+            _refuse_one_folder_for_all(config)
         self._folder = Path(config.hydra.sweep.dir).absolute()
         self._before, self._failed = written_metrics(self._folder), []
         atexit.register(self._show)  # Hydra tells nobody of the end where a run has failed
@@ -105,6 +106,18 @@ class SweepTable(Callback):
             print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
         else:
             print(f"picture: {shown(folder / PICTURE_FILE)}")
+
+
+def _refuse_one_folder_for_all(config: DictConfig) -> None:
+    unresolved: Any = OmegaConf.to_container(config, resolve=False)
+    folder = unresolved.get("output_dir")
+    if not isinstance(folder, str) or "${" in folder:  # what is no path is told by the runs
+        return
+    if not config.hydra.job.chdir or Path(folder).is_absolute():
+        raise ConfigurationError(
+            f"`output_dir={folder}` is one folder for all runs of a sweep, each of which would write over the one "
+            "before; give `hydra.sweep.dir` instead, in which each run has a folder of its own."
+        )
 
 
 def _tell_failure(job_return: JobReturn) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from hift_lightning.sweep import SweepTable, read_runs, varied, written_metrics
 
@@ -20,6 +20,16 @@ def finished_run(folder: Path, number: int, overrides: list[str], accuracy: floa
     OmegaConf.save(OmegaConf.create(hydra), job / ".hydra" / "hydra.yaml")
     numbers = {"test/accuracy": accuracy, "memory/peak_device_bytes": number * 2**20}
     (job / "metrics.json").write_text(json.dumps(numbers))
+
+
+def sweep_in(
+    folder: Path,
+    output_subdir: str | None = ".hydra",
+    output_dir: str = "${hydra:runtime.output_dir}",
+    chdir: bool = False,
+) -> DictConfig:
+    hydra = {"sweep": {"dir": str(folder)}, "output_subdir": output_subdir, "job": {"chdir": chdir}}
+    return OmegaConf.create({"output_dir": output_dir, "hydra": hydra})
 
 
 def test_runs_are_read_in_the_order_of_the_jobs_and_unfinished_ones_are_left_out(tmp_path: Path) -> None:
@@ -40,7 +50,7 @@ def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_instal
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": ".hydra"}})
+    config = sweep_in(tmp_path)
     table = SweepTable("test/accuracy", "memory/peak_device_bytes")
     table.on_multirun_start(config)
     finished_run(tmp_path, 0, ["seed=1"], 0.8)
@@ -71,16 +81,25 @@ def test_metrics_that_a_run_has_written_elsewhere_are_read_too(tmp_path: Path) -
 
 
 def test_a_sweep_that_leaves_no_overrides_is_refused(tmp_path: Path) -> None:
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": None}})
+    config = sweep_in(tmp_path, output_subdir=None)
     with pytest.raises(SystemExit, match="`hydra.output_subdir=null` leaves out"):
         SweepTable("test/accuracy", "memory/peak_device_bytes").on_multirun_start(config)
+
+
+def test_one_folder_for_all_runs_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    table = SweepTable("test/accuracy", "memory/peak_device_bytes")
+    for config in (sweep_in(tmp_path, output_dir="here"), sweep_in(tmp_path, output_dir="/here", chdir=True)):
+        with pytest.raises(SystemExit, match="is one folder for all runs of a sweep.*`hydra.sweep.dir`"):
+            table.on_multirun_start(config)
+    for config in (sweep_in(tmp_path, output_dir="here/${seed}"), sweep_in(tmp_path, output_dir="here", chdir=True)):
+        table.on_multirun_start(config)
 
 
 def test_the_one_run_that_has_ended_well_is_told_with_what_the_failed_one_differed_in(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = SweepTable(["test/accuracy"], "memory/peak_device_bytes")
-    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "output_subdir": ".hydra"}})
+    config = sweep_in(tmp_path)
     table.on_multirun_start(config)
     finished_run(tmp_path, 0, ["strategy.group_size=2", "seed=1"], 0.8)
     of_job = OmegaConf.create(
