@@ -40,7 +40,7 @@ from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
 from hift_lightning.engine.layers import class_of, modules_of_layers
-from hift_lightning.engine.lr import DelayedLRScheduler, warn_of_cycle_at_0
+from hift_lightning.engine.lr import DelayedSchedulers, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
@@ -182,9 +182,7 @@ class HiFT:
             )
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
-        self._delayed: list[DelayedLRScheduler] = []
-        self._held_before: list[tuple[int, int | None]] = []  # of a loaded position, for schedulers still to come
-        self._has_schedule = False  # that is not delayed
+        self._schedulers = DelayedSchedulers(settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped)
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
         self._calls: StepCalls | None = None
@@ -377,8 +375,7 @@ class HiFT:
 
     def pass_on_held_rates(self) -> None:
         """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
-        for scheduler in self._delayed:
-            scheduler.pass_on()
+        self._schedulers.pass_on()
 
     def pass_turn(self) -> None:
         """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
@@ -397,16 +394,7 @@ class HiFT:
         Returns:
             A :class:`~hift_lightning.engine.lr.DelayedLRScheduler`, or the scheduler itself for ``step``.
         """
-        if self.settings.lr_update == "step":
-            self._has_schedule = True
-            return scheduler
-        delayed = DelayedLRScheduler(
-            scheduler, self.settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped
-        )
-        if self._held_before:
-            delayed.resume(*self._held_before.pop(0))
-        self._delayed.append(delayed)
-        return delayed
+        return self._schedulers.delay(scheduler)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the rotation, the plan and the masters: primitives and tensors only.
@@ -422,8 +410,7 @@ class HiFT:
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
-            "held_lr_steps": [scheduler.held_steps for scheduler in self._delayed],
-            "lr_cycles": [scheduler.cycle for scheduler in self._delayed],
+            **self._schedulers.state_dict(),
             **self._plan_record,
             "parameters": self._names_in_groups(),
             "dtypes": {name: dtypes for name, (_, dtypes) in kept.items()},
@@ -462,19 +449,7 @@ class HiFT:
             kept = {name: parameter for name, parameter in self._trained.items() if self._keeps(parameter)}
             load_masters(self.residency, kept, state_dict["masters"])
         self.move_to(state_dict["updates"] if same_plan else 0)
-        # like Lightning, which leaves a scheduler as it is that a checkpoint knows nothing of
-        held = state_dict["held_lr_steps"]
-        cycles = state_dict["lr_cycles"] if same_plan else [None] * len(held)
-        for scheduler, steps, cycle in zip(self._delayed, held, cycles, strict=False):
-            scheduler.resume(steps, cycle)
-        self._held_before = list(zip(held, cycles, strict=True))[len(self._delayed) :]
-        if self._has_schedule and any(held):
-            warnings.warn(
-                f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
-                f"`lr_update='step'` the schedule goes on {max(held)} steps behind; go on with "
-                "the `lr_update` that it was made with, or from a checkpoint of the end of a cycle.",
-                stacklevel=2,
-            )
+        self._schedulers.load_state_dict(state_dict, same_cycles=same_plan)
 
     def take_wider(self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
         """Take what was saved in 32 bits where loading has rounded it, or has left it for the rounded weight.
@@ -747,7 +722,7 @@ class HiFT:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
         scaled = getattr(self.optimizer, "found_inf", None) is not None
         self._freezing.refuse_changes_by_others(self.block.name)
-        if self._delayed and self.updates == 0 and self.rotation.cycle_length > 1:
+        if self._schedulers and self.updates == 0 and self.rotation.cycle_length > 1:
             warn_of_cycle_at_0(self.optimizer, self.settings.lr_update, self.rotation.cycle_length)
         self.average_gradients(scaled=scaled)
         if self.reduction is None and not self._step.searched and not scaled:
@@ -805,7 +780,7 @@ class HiFT:
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
-        self._held_before.clear()
+        self._schedulers.update_ends()
         self.updates += 1
         self._activate()
 

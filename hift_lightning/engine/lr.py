@@ -108,3 +108,72 @@ class DelayedLRScheduler:
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # so that `isinstance` sees the scheduler, as with `weakref.proxy`
         return self._scheduler.__class__
+
+
+class DelayedSchedulers:
+    """The schedulers of one optimizer, each stepped once per optimizer step, and what a checkpoint keeps of them.
+
+    Args:
+        lr_update: see :class:`~hift_lightning.engine.settings.HiFTSettings`.
+        cycles: gives the number of whole cycles performed so far.
+        skipped: tells whether the last optimizer step was left out.
+    """
+
+    def __init__(self, lr_update: str, cycles: Callable[[], int], skipped: Callable[[], bool]) -> None:
+        self._lr_update = lr_update
+        self._cycles = cycles
+        self._skipped = skipped
+        self._delayed: list[DelayedLRScheduler] = []
+        self._loaded: list[tuple[int, int | None]] = []  # of a checkpoint, for schedulers still to come
+        self._has_undelayed = False
+
+    def __bool__(self) -> bool:
+        return bool(self._delayed)
+
+    def delay(self, scheduler: Any) -> Any:
+        """Give the scheduler to step: a :class:`DelayedLRScheduler`, or itself where ``lr_update`` is ``step``."""
+        if self._lr_update == "step":
+            self._has_undelayed = True
+            return scheduler
+        delayed = DelayedLRScheduler(scheduler, self._lr_update, self._cycles, self._skipped)
+        if self._loaded:
+            delayed.resume(*self._loaded.pop(0))
+        self._delayed.append(delayed)
+        return delayed
+
+    def pass_on(self) -> None:
+        """Let the rate change if a cycle has ended; at the latest an update does so itself."""
+        for scheduler in self._delayed:
+            scheduler.pass_on()
+
+    def update_ends(self) -> None:
+        """Forget what was loaded: a scheduler that comes after an update begins anew."""
+        self._loaded.clear()
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """The steps that are held, and the cycle of which they are."""
+        return {
+            "held_lr_steps": [scheduler.held_steps for scheduler in self._delayed],
+            "lr_cycles": [scheduler.cycle for scheduler in self._delayed],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, same_cycles: bool) -> None:
+        """Go on where a run was saved; a scheduler that it did not have is left as it is, as Lightning does.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave; other keys are passed over.
+            same_cycles: whether cycles are counted as they were; otherwise the steps are held for the present one.
+        """
+        held = state_dict["held_lr_steps"]
+        cycles = state_dict["lr_cycles"] if same_cycles else [None] * len(held)
+        saved = list(zip(held, cycles, strict=True))
+        for scheduler, one in zip(self._delayed, saved, strict=False):
+            scheduler.resume(*one)
+        self._loaded = saved[len(self._delayed) :]
+        if self._has_undelayed and any(held):
+            warnings.warn(
+                f"The checkpoint is from within a cycle, through which the learning rate was held, and with "
+                f"`lr_update='step'` the schedule goes on {max(held)} steps behind; go on with "
+                "the `lr_update` that it was made with, or from a checkpoint of the end of a cycle.",
+                stacklevel=3,
+            )
