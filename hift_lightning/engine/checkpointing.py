@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
@@ -12,9 +13,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from hift_lightning.engine.layers import class_of, modules_of_layers
+
 _CACHES = ("past_key_value", "past_key_values")
 """Arguments of transformers' layers that a second forward would fill again; they are left out, as transformers does.
 Its newer versions give them other names, and know them by their class."""
+
+
+def layers_to_checkpoint(model: nn.Module) -> list[str]:
+    """Paths of the modules that are layers of a stack; a warning tells if there is none.
+
+    Frozen layers and those that are always active are among them: backward goes through them as through the rest.
+    """
+    names = modules_of_layers(model)
+    if not names:
+        warnings.warn(
+            "`activation_checkpointing=True` computes layers of a stack anew, and "
+            f"`{class_of(model).__name__}` has no stack of modules; leave it out.",
+            stacklevel=4,
+        )
+    return names
 
 
 class ActivationCheckpointing:

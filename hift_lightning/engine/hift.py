@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from hift_lightning.engine.checkpointing import ActivationCheckpointing
+from hift_lightning.engine.checkpointing import ActivationCheckpointing, layers_to_checkpoint
 from hift_lightning.engine.compatibility import (
     check_optimizer,
     is_same_plan,
@@ -39,10 +39,9 @@ from hift_lightning.engine.compatibility import (
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
-from hift_lightning.engine.layers import class_of, modules_of_layers
 from hift_lightning.engine.lr import DelayedSchedulers, warn_of_cycle_at_0
 from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
-from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, kind_of_loss
+from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.prefetch import StatePrefetch
@@ -197,16 +196,9 @@ class HiFT:
         self._plan_number = number_of_plan(self._plan_record)
 
     def _layers_to_checkpoint(self, others: Sequence[Optimizer]) -> list[str]:
-        """Frozen layers and those that are always active too: backward goes through them as through the rest."""
         if not self.settings.activation_checkpointing:
             return []
-        names = modules_of_layers(self.model)
-        if not names:
-            warnings.warn(
-                "`activation_checkpointing=True` computes layers of a stack anew, and "
-                f"`{class_of(self.model).__name__}` has no stack of modules; leave it out.",
-                stacklevel=3,
-            )
+        names = layers_to_checkpoint(self.model)
         if not others:
             return names
         own = set(self._trained.values())  # each engine sees to the layers of its optimizer
@@ -686,24 +678,16 @@ class HiFT:
         Raises:
             NonfiniteError: if there is such a weight.
         """
-        search = NonfiniteSearch(self._mesh)
-        for name, parameter in self._trained.items():
-            search.look_at(name, local(parameter))
-        if search.first() is None:  # which is all that is waited for where the weights are sound
+        if (broken := broken_weight(self._trained, self._mesh)) is None:
             return
-        for name, parameter in self._trained.items():
-            search.look_at(name, local(parameter))
-            found = search.first()
-            # in wider dtypes nothing overflows so soon, and a weight may be infinite on purpose
-            if found is not None and (found[1] == "NaN" or parameter.dtype == torch.float16):
-                self.settle()
-                self.half_updated = f"The weights of `{name}` have {found[1]}; load a checkpoint from before."
-                raise NonfiniteError(
-                    f"{told[0].upper()}{told[1:]}, because the weights of `{name}` have {found[1]} from an earlier "
-                    "update, and the last checkpoint may have it too; go on from one from before, or start anew, with "
-                    "a smaller learning rate, a wider precision, `master_weights=True`, or a larger `eps` of the "
-                    "optimizer (Adam's 1e-8 is 0 in fp16)."
-                )
+        name, kind = broken
+        self.settle()
+        self.half_updated = f"The weights of `{name}` have {kind}; load a checkpoint from before."
+        raise NonfiniteError(
+            f"{told[0].upper()}{told[1:]}, because the weights of `{name}` have {kind} from an earlier update, and the "
+            "last checkpoint may have it too; go on from one from before, or start anew, with a smaller learning rate, "
+            "a wider precision, `master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 is 0 in fp16)."
+        )
 
     def _skip(self) -> None:
         """End a step that is left out; the block keeps its turn."""

@@ -1,12 +1,15 @@
 """NaN and inf in the loss or in gradients: found before the optimizer uses them."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from hift_lightning.engine.shards import local
 
 LOSS = ""
 """Name of the loss, which no parameter can have."""
@@ -85,3 +88,28 @@ def kind_of_loss(loss: Tensor, scaled: bool) -> str | None:
     search.look_at_loss(loss, scaled)
     found = search.first()
     return None if found is None else found[1]
+
+
+def broken_weight(weights: Mapping[str, Tensor], mesh: DeviceMesh | None = None) -> tuple[str, str] | None:
+    """Find the first weight that an update has broken: it has NaN, or inf in fp16.
+
+    In wider dtypes nothing overflows so soon, and a weight may be infinite on purpose.
+
+    Args:
+        weights: by name.
+        mesh: see :class:`NonfiniteSearch`.
+
+    Returns:
+        Its name and ``"NaN"`` or ``"inf"``; ``None`` if all are sound, which takes one synchronization to find out.
+    """
+    search = NonfiniteSearch(mesh)
+    for name, weight in weights.items():
+        search.look_at(name, local(weight))
+    if search.first() is None:
+        return None
+    for name, weight in weights.items():
+        search.look_at(name, local(weight))
+        found = search.first()
+        if found is not None and (found[1] == "NaN" or weight.dtype == torch.float16):
+            return found
+    return None
