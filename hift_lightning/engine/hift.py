@@ -14,12 +14,13 @@ A step that a GradScaler skips never reaches the optimizer, so the block keeps i
 Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", https://arxiv.org/abs/2401.15207
 """
 
+import itertools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,6 @@ from hift_lightning.engine.step import Step
 from hift_lightning.engine.step_calls import StepCalls
 from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
 from hift_lightning.engine.update import PieceUpdate
-
-_Value = TypeVar("_Value")
 
 
 class HiFT:
@@ -143,16 +142,14 @@ class HiFT:
             trainable=names_in_optimizer(self._parameters, optimizer),
         )
         self._set_rotation(total_steps)
-        self._shares: Shares | None = None
-        if share_with is not None and share_with.size > 1:
-            blocks = [[self._parameters[name] for name in part.own_parameters] for part in self.plan.parts]
-            self._shares = Shares(share_with, blocks)
-            for parameter in (p for parameters in blocks for p in parameters if not self._keeps(p)):
-                optimizer.state.pop(parameter, None)  # Adagrad builds it in its constructor
-        self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
         self._trained = {name: self._parameters[name] for part in self.plan.parts for name in part.own_parameters}
+        self.shares = Shares(share_with, map(self.parameters_of, self.plan.parts))
+        """Which of the ranks that split parked state keeps that of which parameter."""
+        for parameter in itertools.filterfalse(self.shares.keeps, self._trained.values()):
+            optimizer.state.pop(parameter, None)  # Adagrad builds it in its constructor
+        self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
         if settings.master_weights:
-            make_masters(self.residency, filter(self._keeps, self._trained.values()))
+            make_masters(self.residency, filter(self.shares.keeps, self._trained.values()))
         self._mesh = mesh_of(self._trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
@@ -260,8 +257,7 @@ class HiFT:
         if self.active:
             return
         check_masters(self._trained.values(), self.settings.master_weights)
-        if self._shares is not None:
-            self._shares.check_optimizer(self.optimizer)
+        self.shares.check_optimizer(self.optimizer)
         self._freezing.start(self._trained)
         self._calls = StepCalls(
             self.optimizer,
@@ -398,7 +394,9 @@ class HiFT:
         def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
             return self.residency.master(parameter), self.residency.dtypes(parameter)
 
-        kept = {self._name_of[parameter]: value for parameter, value in self._gathered(kept_of)}
+        kept = {
+            self._name_of[parameter]: value for parameter, value in self.shares.gather(self._trained.values(), kept_of)
+        }
         return {
             "updates": self.updates,
             "skipped_steps": self.skipped_steps,
@@ -410,14 +408,6 @@ class HiFT:
             # buckets decide in which order sums over more than two ranks are rounded
             **({} if self.reduction is None else {"gradient_orders": dict(self.reduction.orders)}),
         }
-
-    def gather_optimizer_state(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Make an optimizer's state dict whole on the first of the ranks among whom parked state is split.
-
-        Args:
-            state_dict: what ``optimizer.state_dict()`` gave; all ranks call this together.
-        """
-        return state_dict if self._shares is None else self._shares.gather_state(self.optimizer, state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position; masters are copied, a tensor at a time.
@@ -437,9 +427,7 @@ class HiFT:
         if self.reduction is not None and same_plan:
             self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
         self.half_updated = None
-        if self.settings.master_weights:
-            kept = {name: parameter for name, parameter in self._trained.items() if self._keeps(parameter)}
-            load_masters(self.residency, kept, state_dict["masters"])
+        load_masters(self.residency, self._trained, state_dict["masters"])
         self.move_to(state_dict["updates"] if same_plan else 0)
         self._schedulers.load_state_dict(state_dict, same_cycles=same_plan)
 
@@ -505,8 +493,7 @@ class HiFT:
             ConfigurationError: if it belongs to another optimizer or other parameters.
         """
         self.check_state_dict(optimizer_state_dict=state_dict)
-        if self._shares is not None:
-            state_dict = self._shares.own_part(self.optimizer, state_dict)
+        state_dict = self.shares.own_part(self.optimizer, state_dict)
         dtypes = {} if position is None else position["dtypes"]
         self.residency.load_state_dict(
             state_dict, {self._parameters[name]: saved for name, saved in dtypes.items() if name in self._parameters}
@@ -519,7 +506,7 @@ class HiFT:
         others its share.
         """
         self.residency.synchronize()
-        gathered = self._gathered(self.residency.master)
+        gathered = self.shares.gather(self._trained.values(), self.residency.master)
         return {parameter: master for parameter, master in gathered if master is not None}
 
     def master_state_dict(self) -> dict[str, Any]:
@@ -545,20 +532,11 @@ class HiFT:
     ) -> None:
         self.finish()
 
-    def _keeps(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank keeps the parameter's state and updates it."""
-        return self._shares is None or self._shares.keeps(parameter)
-
-    def _gathered(self, value_of: Callable[[nn.Parameter], _Value]) -> Iterator[tuple[nn.Parameter, _Value]]:
-        """What is kept of each trained parameter, on the first rank that of all ranks."""
-        trained = self._trained.values()
-        return ((p, value_of(p)) for p in trained) if self._shares is None else self._shares.gather(trained, value_of)
-
     def _names_in_groups(self) -> list[list[str]]:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
 
-    def _block_parameters(self) -> Iterable[nn.Parameter]:
-        return (self._parameters[name] for name in self.block.parameters)
+    def _block_parameters(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self.block.parameters]
 
     def _make_piece_update(self) -> PieceUpdate | None:
         """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
@@ -571,8 +549,7 @@ class HiFT:
 
     def _activate(self) -> None:
         if self.reduction is not None:
-            parameters = list(self._block_parameters())
-            self.reduction.expect(self.block.index, parameters, self.updates, self._plan_number)
+            self.reduction.expect(self.block.index, self._block_parameters(), self.updates, self._plan_number)
         self._freezing.activate(self._block_parameters(), self._hooks_of)
 
     def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
@@ -605,7 +582,7 @@ class HiFT:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
         self._step.updated = True
         self._step.reached_in_backward |= name not in self.block.always_active
-        if self._keeps(parameter):
+        if self.shares.keeps(parameter):
             self._pieces.step([parameter])
         else:
             parameter.grad = None
@@ -716,7 +693,7 @@ class HiFT:
         if not self.has_gradient:
             return
         for parameter in self._block_parameters():
-            if not self._keeps(parameter):
+            if not self.shares.keeps(parameter):
                 parameter.grad = None
         if self._pieces is not None:
             self._note_versions()
@@ -757,8 +734,7 @@ class HiFT:
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.park(self._trained.values())  # some optimizers build all state in their first step
-        if self._shares is not None:
-            self._shares.spread(list(self._block_parameters()))
+        self.shares.spread(self._block_parameters())
         if self._pieces is not None:
             self.page_in_ms = self._pieces.take_loading_ms()
         self._forget_step()

@@ -60,11 +60,13 @@ def load_masters(residency: Residency, parameters: Mapping[str, nn.Parameter], s
 
     Args:
         residency: where they are kept.
-        parameters: by name.
+        parameters: by name; those that are stepped without a master are passed over.
         saved: by name; they are copied, a tensor at a time. Of a weight without one (not updated yet, or there were no
             masters) the weight is all there is.
     """
     for name, parameter in parameters.items():
+        if not residency.has_master(parameter):
+            continue
         if name in saved:
             residency.keep_master(parameter, saved[name])
         else:

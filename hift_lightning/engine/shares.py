@@ -25,25 +25,26 @@ class Shares:
     block's state is spread as evenly as its parameters' sizes let it, and the sum over blocks more so.
 
     Args:
-        ranks: of one machine; all have the same blocks.
+        ranks: of one machine; all have the same blocks. ``None``: nothing is split, and this process keeps all.
         blocks: the parameters of each.
     """
 
-    def __init__(self, ranks: Ranks, blocks: Iterable[Sequence[nn.Parameter]]) -> None:
+    def __init__(self, ranks: Ranks | None, blocks: Iterable[Sequence[nn.Parameter]]) -> None:
         self._ranks = ranks
+        self._rank, self._size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
         self._keeper: dict[nn.Parameter, int] = {}
-        kept = [0] * ranks.size
+        kept = [0] * self._size
         for parameters in blocks:
-            in_block = [0] * ranks.size
+            in_block = [0] * self._size
             for parameter in sorted(parameters, key=lambda p: -p.numel()):
-                keeper = min(range(ranks.size), key=lambda rank: (in_block[rank], kept[rank]))
+                keeper = min(range(self._size), key=lambda rank: (in_block[rank], kept[rank]))
                 self._keeper[parameter] = keeper
                 in_block[keeper] += parameter.numel()
                 kept[keeper] += parameter.numel()
 
     def keeps(self, parameter: nn.Parameter) -> bool:
         """Whether the state of a parameter is kept, and the parameter updated, by this rank."""
-        return self._keeper[parameter] == self._ranks.rank
+        return self._keeper[parameter] == self._rank
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise unless the optimizer comes to the same when ranks step a share of the parameters each.
@@ -53,6 +54,8 @@ class Shares:
         Raises:
             ConfigurationError: if it does not treat parameters one by one.
         """
+        if self._size == 1:
+            return
         for group in optimizer.param_groups:
             kept = next((p for p in group["params"] if p in self._keeper and self.keeps(p)), None)
             if kept is not None and not probe(optimizer, kept, kept.dtype).separate:
@@ -64,7 +67,10 @@ class Shares:
 
     def spread(self, parameters: Collection[nn.Parameter]) -> None:
         """Give all ranks the weights of the ranks that have updated them; called by all of them together."""
-        for rank in range(self._ranks.size):
+        if self._size == 1:
+            return
+        assert self._ranks is not None
+        for rank in range(self._size):
             self._ranks.send_from(rank, [p.detach() for p in parameters if self._keeper[p] == rank])
 
     def gather(
@@ -79,7 +85,7 @@ class Shares:
         Yields:
             On the first rank every parameter with its value; on the others those of their own share.
         """
-        group, rank = self._ranks.telling, self._ranks.rank
+        rank, group = self._rank, None if self._ranks is None else self._ranks.telling
         for parameter in parameters:
             keeper = self._keeper[parameter]
             if keeper == rank:

@@ -117,6 +117,6 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
         super()._complete(checkpoint)
         if "optimizer_states" in checkpoint:  # not with `save_weights_only`
             checkpoint["optimizer_states"] = [
-                engine.gather_optimizer_state(state)
+                engine.shares.gather_state(engine.optimizer, state)
                 for engine, state in zip(self.engines, checkpoint["optimizer_states"], strict=True)
             ]
