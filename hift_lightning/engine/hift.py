@@ -18,7 +18,7 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -41,7 +41,7 @@ from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
 from hift_lightning.engine.lr import DelayedSchedulers, warn_of_cycle_at_0
-from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters, take_wider
+from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
 from hift_lightning.engine.partition import Block, partition
@@ -142,15 +142,16 @@ class HiFT:
             trainable=names_in_optimizer(self._parameters, optimizer),
         )
         self._set_rotation(total_steps)
-        self._trained = {name: self._parameters[name] for part in self.plan.parts for name in part.own_parameters}
+        self.trained = {name: self._parameters[name] for part in self.plan.parts for name in part.own_parameters}
+        """What the optimizer trains, by name."""
         self.shares = Shares(share_with, map(self.parameters_of, self.plan.parts))
         """Which of the ranks that split parked state keeps that of which parameter."""
-        for parameter in itertools.filterfalse(self.shares.keeps, self._trained.values()):
+        for parameter in itertools.filterfalse(self.shares.keeps, self.trained.values()):
             optimizer.state.pop(parameter, None)  # Adagrad builds it in its constructor
         self.residency = Residency(optimizer, settings.offload, settings.parked_dtype)
         if settings.master_weights:
-            make_masters(self.residency, filter(self.shares.keeps, self._trained.values()))
-        self._mesh = mesh_of(self._trained.values())
+            make_masters(self.residency, filter(self.shares.keeps, self.trained.values()))
+        self._mesh = mesh_of(self.trained.values())
         self._pieces = self._make_piece_update()
         self._prefetch = StatePrefetch(self.residency)
         self._checkpointing = ActivationCheckpointing(model, self._layers_to_checkpoint(others))
@@ -167,7 +168,7 @@ class HiFT:
         self.page_in_ms = 0.0
         """Milliseconds that the host spent on paging in the state of the last update; its copies may take longer."""
         self._freezing = Freezing(self._parameters, optimizer, others)
-        forgotten = self._freezing.governed.keys() - self._trained.keys()
+        forgotten = self._freezing.governed.keys() - self.trained.keys()
         warn_of_unoptimized(model, forgotten, settings.frozen)
         warn_of_compiled_blocks(model, self.plan)
         self.reduction: GradientReduction | None = None
@@ -198,8 +199,19 @@ class HiFT:
         names = layers_to_checkpoint(self.model)
         if not others:
             return names
-        own = set(self._trained.values())  # each engine sees to the layers of its optimizer
+        own = set(self.trained.values())  # each engine sees to the layers of its optimizer
         return [name for name in names if not own.isdisjoint(self.model.get_submodule(name).parameters())]
+
+    def _make_piece_update(self) -> PieceUpdate | None:
+        """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
+        if self.settings.update == "block" and not self.settings.master_weights and self._mesh is None:
+            return None
+        window = None if self.settings.update == "block" else parse_bytes("window", self.settings.window)
+        pieces = PieceUpdate(self.optimizer, self.residency, window)
+        pieces.check_shards()
+        return pieces
+
+    # --- what is trained ----------------------------------------------------------------------------------------------
 
     @property
     def block(self) -> Block:
@@ -221,44 +233,32 @@ class HiFT:
         """Whole cycles performed."""
         return self.rotation.cycle_at(self.updates)
 
+    def _block_parameters(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self.block.parameters]
+
+    # --- start and end ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.finish()
+
     @property
     def active(self) -> bool:
         """Whether training has been started and not finished."""
         return self._freezing.started
 
-    @property
-    def has_gradient(self) -> bool:
-        """Whether any parameter of the active block has a gradient."""
-        return any(p.grad is not None for p in self._block_parameters())
-
-    @property
-    def may_have_gradients(self) -> bool:
-        """Whether there may be something to update: here, updated already in backward, or still to come from ranks."""
-        to_come = self.reduction is not None and not self._step.averaged
-        return self.has_gradient or self._step.updated or to_come
-
-    @property
-    def will_skip(self) -> bool:
-        """Whether the step in progress is to be left out because of NaN or inf."""
-        return self._step.left_out_because is not None
-
-    @property
-    def within_step(self) -> bool:
-        """Whether backward passes have begun a step that is not made yet; one that is to be left out is one too."""
-        return self.has_gradient or self.will_skip
-
-    @property
-    def held_in_pieces(self) -> int:
-        """Most bytes of state and masters that the update in progress has had on the device at one time, in pieces."""
-        return 0 if self._pieces is None else self._pieces.held_bytes
-
     def start(self) -> None:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
-        check_masters(self._trained.values(), self.settings.master_weights)
+        check_masters(self.trained.values(), self.settings.master_weights)
         self.shares.check_optimizer(self.optimizer)
-        self._freezing.start(self._trained)
+        self._freezing.start(self.trained)
         self._calls = StepCalls(
             self.optimizer,
             before=self.pass_on_held_rates,
@@ -285,31 +285,20 @@ class HiFT:
         self._calls = self._load_hook = None
         self.residency.synchronize()
 
-    def settle(self) -> None:
-        """Give up a step that has not been completed: free the gradients, and take the last parked state again.
+    def _activate(self) -> None:
+        if self.reduction is not None:
+            self.reduction.expect(self.block.index, self._block_parameters(), self.updates, self._plan_number)
+        self._freezing.activate(self._block_parameters(), self._hooks_of)
 
-        The block keeps its turn. Call it in a plain loop when a step has failed (out of memory) and training goes on.
-        :meth:`finish`, and leaving ``with HiFT(...)``, do so too. If weights have been touched, the error that is being
-        handled tells their names from then on.
-        """
-        begun = f"Block `{self.block.name}` was being updated: "
-        if touched := self.touched():
-            self.half_updated = (
-                f"{begun}the weights of {', '.join(touched)} have changed and their optimizer state is not that of "
-                "these weights; load the last checkpoint."
-            )
-            if (error := sys.exc_info()[1]) is not None:
-                memory = isinstance(error, torch.OutOfMemoryError)
-                remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
-                tell(error, self.half_updated + remedy)
-        elif self._step.versions and not all(map(self.residency.copies, self._block_parameters())):
-            # state that the optimizer computes on where it is parked may have changed, and there is no other
-            self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."
-        self._give_up()
+    def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
+        if self._pieces is None and self._prefetch.applies_to(parameter):
+            yield self._prefetch.page_in
+        if self.reduction is not None:
+            yield self._average_in_backward
+        elif self.settings.update == "fused":
+            yield self._update_in_backward
 
-    def touched(self) -> list[str]:
-        """Names of the parameters whose weights have changed since the step in progress began to update."""
-        return self._step.touched(self._parameters)
+    # --- backward -----------------------------------------------------------------------------------------------------
 
     def after_backward(self, loss: Tensor | None = None, *, scaled: bool = False) -> None:
         """Tell that a backward pass has run, also one that the block took no part in.
@@ -356,209 +345,26 @@ class HiFT:
         if self.active and self.reduction is not None and not self._step.averaged:
             self._average_gradients(scaled)
 
-    def update_after_hooks(self) -> None:
-        """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
-        assert self._calls is not None
-        self._calls.go_after_other_hooks()
+    def _average_gradients(self, scaled: bool) -> None:
+        """Average what backward passes have left, and agree with the other ranks on whether the step is left out."""
+        assert self.reduction is not None
+        self._step.averaged = True
+        closing = self.reduction.finish(self._step.backward_ran, self._step.nonfinite_loss)
+        self._step.backward_ran = closing.backward_ran
+        if closing.nonfinite_loss is not None:
+            rank, kind = closing.nonfinite_loss
+            self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
+        self._look_for_nonfinite(None, scaled)
 
-    def pass_on_held_rates(self) -> None:
-        """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
-        self._schedulers.pass_on()
+    def _average_in_backward(self, parameter: Tensor) -> None:
+        assert self.reduction is not None
+        assert isinstance(parameter, nn.Parameter)
+        if self.averages_gradients:
+            self.reduction.ready(parameter)
 
-    def pass_turn(self) -> None:
-        """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
-        if self.will_skip:
-            self._skip()
-        elif self._step.backward_ran and not self.has_gradient:
-            self._note_reach()
-            self._complete()
-
-    def delay(self, scheduler: Any) -> Any:
-        """Give the scheduler to step once per optimizer step, as ``settings.lr_update`` says.
-
-        Args:
-            scheduler: a learning-rate scheduler of :attr:`optimizer`.
-
-        Returns:
-            A :class:`~hift_lightning.engine.lr.DelayedLRScheduler`, or the scheduler itself for ``step``.
-        """
-        return self._schedulers.delay(scheduler)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the rotation, the plan and the masters: primitives and tensors only.
-
-        The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
-        that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
-        """
-
-        def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
-            return self.residency.master(parameter), self.residency.dtypes(parameter)
-
-        kept = {
-            self._name_of[parameter]: value for parameter, value in self.shares.gather(self._trained.values(), kept_of)
-        }
-        return {
-            "updates": self.updates,
-            "skipped_steps": self.skipped_steps,
-            **self._schedulers.state_dict(),
-            **self._plan_record,
-            "parameters": self._names_in_groups(),
-            "dtypes": {name: dtypes for name, (_, dtypes) in kept.items()},
-            "masters": {name: master for name, (master, _) in kept.items() if master is not None},
-            # buckets decide in which order sums over more than two ranks are rounded
-            **({} if self.reduction is None else {"gradient_orders": dict(self.reduction.orders)}),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position; masters are copied, a tensor at a time.
-
-        Where the plan is another one and ``settings.resume_plan`` is ``"rebuild"``, :attr:`updates` starts from 0, and
-        with it the rotation at the beginning of a cycle; the masters carry over.
-
-        Args:
-            state_dict: what :meth:`state_dict` gave.
-
-        Raises:
-            ConfigurationError: see :meth:`check_state_dict`.
-        """
-        self.check_state_dict(state_dict)
-        same_plan = self.has_plan_of(state_dict)
-        self.skipped_steps = state_dict["skipped_steps"]
-        if self.reduction is not None and same_plan:
-            self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
-        self.half_updated = None
-        load_masters(self.residency, self._trained, state_dict["masters"])
-        self.move_to(state_dict["updates"] if same_plan else 0)
-        self._schedulers.load_state_dict(state_dict, same_cycles=same_plan)
-
-    def take_wider(self, weights: Mapping[str, Tensor], masters: Mapping[str, Tensor]) -> None:
-        """Take what was saved in 32 bits where loading has rounded it, or has left it for the rounded weight.
-
-        Where this run keeps masters and the saved one had fp32 weights, these become masters; and where the saved one
-        had masters and this run has fp32 weights, the masters become weights.
-
-        Args:
-            weights: the saved weights, by name; this rank's rows of those that are sharded.
-            masters: the saved masters, by name, likewise.
-        """
-        take_wider(self.residency, self._trained, weights, masters)
-
-    def move_to(self, updates: int) -> None:
-        """Give the turn to the block that has it after so many updates; nothing else changes."""
-        self.updates = updates
-        if self.active:
-            self._activate()
-
-    def divide(self, total_steps: int) -> None:
-        """Where each block has one turn (``steps_per_block="once"``), make the turns of another number of steps.
-
-        Args:
-            total_steps: optimizer steps from the first of the rotation's to the end of the run.
-        """
-        self._set_rotation(total_steps)
-        self.move_to(self.updates)
-
-    def has_plan_of(self, state_dict: dict[str, Any]) -> bool:
-        """Whether a saved position was one in this plan, with this order and as many steps to a block."""
-        return is_same_plan(state_dict, self._plan_record)
-
-    def check_state_dict(
-        self, state_dict: dict[str, Any] | None = None, optimizer_state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Raise if what was saved cannot be loaded here; nothing is changed.
-
-        Args:
-            state_dict: what :meth:`state_dict` gave.
-            optimizer_state_dict: what ``optimizer.state_dict()`` gave with it, or without HiFT.
-
-        Raises:
-            ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``, or to another
-                optimizer or other parameters.
-        """
-        if optimizer_state_dict is not None:
-            saved_names = None if state_dict is None else state_dict["parameters"]
-            check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
-        if state_dict is not None and self.settings.resume_plan == "same":
-            refuse_other_plan(state_dict, self._plan_record)
-
-    def load_optimizer_state_dict(self, state_dict: dict[str, Any], position: dict[str, Any] | None = None) -> None:
-        """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
-
-        Args:
-            state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
-            position: what :meth:`state_dict` gave with it, which tells the dtypes that parked state has on the device;
-                without it, state is cast as torch casts what it loads.
-
-        Raises:
-            ConfigurationError: if it belongs to another optimizer or other parameters.
-        """
-        self.check_state_dict(optimizer_state_dict=state_dict)
-        state_dict = self.shares.own_part(self.optimizer, state_dict)
-        dtypes = {} if position is None else position["dtypes"]
-        self.residency.load_state_dict(
-            state_dict, {self._parameters[name]: saved for name, saved in dtypes.items() if name in self._parameters}
-        )
-
-    def masters(self) -> dict[nn.Parameter, Tensor]:
-        """The parked masters: host tensors, fp32.
-
-        Where parked state is split, all ranks call this together; it has all of them on the first, and on each of the
-        others its share.
-        """
-        self.residency.synchronize()
-        gathered = self.shares.gather(self._trained.values(), self.residency.master)
-        return {parameter: master for parameter, master in gathered if master is not None}
-
-    def master_state_dict(self) -> dict[str, Any]:
-        """The model's state dict, with the fp32 master in place of every weight that has one, see :meth:`masters`.
-
-        What training would go on from, and so what to export. Masters are host tensors, and all are the tensors
-        themselves and no copies, but where weights have been set by something else than a step: then these count. A
-        weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A tied weight has the same
-        master under each of its names.
-        """
-        return state_dict_with_masters(self.model, self.masters())
-
-    def report(self) -> Report:
-        """What each block is, how often it has been updated, and where its state is now."""
-        return report_of(self.plan, self.rotation, self.updates, self._parameters, self.residency)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.finish()
-
-    def _names_in_groups(self) -> list[list[str]]:
-        return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
-
-    def _block_parameters(self) -> list[nn.Parameter]:
-        return [self._parameters[name] for name in self.block.parameters]
-
-    def _make_piece_update(self) -> PieceUpdate | None:
-        """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
-        if self.settings.update == "block" and not self.settings.master_weights and self._mesh is None:
-            return None
-        window = None if self.settings.update == "block" else parse_bytes("window", self.settings.window)
-        pieces = PieceUpdate(self.optimizer, self.residency, window)
-        pieces.check_shards()
-        return pieces
-
-    def _activate(self) -> None:
-        if self.reduction is not None:
-            self.reduction.expect(self.block.index, self._block_parameters(), self.updates, self._plan_number)
-        self._freezing.activate(self._block_parameters(), self._hooks_of)
-
-    def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
-        if self._pieces is None and self._prefetch.applies_to(parameter):
-            yield self._prefetch.page_in
-        if self.reduction is not None:
-            yield self._average_in_backward
-        elif self.settings.update == "fused":
-            yield self._update_in_backward
+    def _take_average(self, parameter: nn.Parameter) -> None:
+        if self.settings.update == "fused":
+            self._update_in_backward(parameter)
 
     def _update_in_backward(self, parameter: Tensor) -> None:
         assert self._pieces is not None
@@ -587,97 +393,41 @@ class HiFT:
         else:
             parameter.grad = None
 
-    def _average_in_backward(self, parameter: Tensor) -> None:
-        assert self.reduction is not None
-        assert isinstance(parameter, nn.Parameter)
-        if self.averages_gradients:
-            self.reduction.ready(parameter)
+    @property
+    def has_gradient(self) -> bool:
+        """Whether any parameter of the active block has a gradient."""
+        return any(p.grad is not None for p in self._block_parameters())
 
-    def _take_average(self, parameter: nn.Parameter) -> None:
-        if self.settings.update == "fused":
-            self._update_in_backward(parameter)
+    @property
+    def may_have_gradients(self) -> bool:
+        """Whether there may be something to update: here, updated already in backward, or still to come from ranks."""
+        to_come = self.reduction is not None and not self._step.averaged
+        return self.has_gradient or self._step.updated or to_come
 
-    def _average_gradients(self, scaled: bool) -> None:
-        """Average what backward passes have left, and agree with the other ranks on whether the step is left out."""
-        assert self.reduction is not None
-        self._step.averaged = True
-        closing = self.reduction.finish(self._step.backward_ran, self._step.nonfinite_loss)
-        self._step.backward_ran = closing.backward_ran
-        if closing.nonfinite_loss is not None:
-            rank, kind = closing.nonfinite_loss
-            self._meet_nonfinite(LOSS, kind, f" of rank {rank}")
-        self._look_for_nonfinite(None, scaled)
+    @property
+    def within_step(self) -> bool:
+        """Whether backward passes have begun a step that is not made yet; one that is to be left out is one too."""
+        return self.has_gradient or self.will_skip
+
+    @property
+    def held_in_pieces(self) -> int:
+        """Most bytes of state and masters that the update in progress has had on the device at one time, in pieces."""
+        return 0 if self._pieces is None else self._pieces.held_bytes
 
     def _note_reach(self) -> None:
         gradients = (self._parameters[name].grad for name in self.block.own_parameters)
         self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
 
-    def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
-        self.last_step_skipped = False
-        if not self.will_skip:
-            if loss is not None:
-                self._step.search.look_at_loss(loss, scaled)
-            if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
-                for name in self.block.parameters:
-                    if (gradient := self._parameters[name].grad) is not None:
-                        self._step.search.look_at(name, local(gradient))
-            self._step.searched = True
-            if (found := self._step.search.first()) is not None:
-                self._meet_nonfinite(*found)
-        if self.will_skip:
-            for parameter in self._block_parameters():
-                parameter.grad = None
+    # --- the optimizer's step -----------------------------------------------------------------------------------------
 
-    def _meet_nonfinite(self, name: str, kind: str, where: str = "") -> None:
-        what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
-        told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
-        if self.updates > 0 and not self.touched():
-            self._refuse_broken_weights(told)
-        if self.settings.nonfinite == "skip":
-            self._step.left_out_because = told
-            return
-        state = "" if self.touched() else "; weights and optimizer state are as they were before it"
-        instead = " and `update='streamed'`" if self.settings.update == "fused" else ""
-        try:
-            raise NonfiniteError(
-                f"{told[0].upper()}{told[1:]}{state}; look at its batch, use a smaller learning rate, gradient "
-                f"clipping or a wider precision, or leave such steps out with `nonfinite='skip'`{instead}."
-            )
-        finally:
-            self.settle()
+    def pass_on_held_rates(self) -> None:
+        """Let delayed schedulers change the rate if a cycle has ended; at the latest an update does so itself."""
+        self._schedulers.pass_on()
 
-    def _refuse_broken_weights(self, told: str) -> None:
-        """Raise if an earlier update has made NaN, or inf in fp16, which no step that is left out would mend.
-
-        Args:
-            told: what has been found in this step, for the message.
-
-        Raises:
-            NonfiniteError: if there is such a weight.
-        """
-        if (broken := broken_weight(self._trained, self._mesh)) is None:
-            return
-        name, kind = broken
-        self.settle()
-        self.half_updated = f"The weights of `{name}` have {kind}; load a checkpoint from before."
-        raise NonfiniteError(
-            f"{told[0].upper()}{told[1:]}, because the weights of `{name}` have {kind} from an earlier update, and the "
-            "last checkpoint may have it too; go on from one from before, or start anew, with a smaller learning rate, "
-            "a wider precision, `master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 is 0 in fp16)."
-        )
-
-    def _skip(self) -> None:
-        """End a step that is left out; the block keeps its turn."""
-        told = self._step.left_out_because
-        self.skipped_steps += 1
-        self.last_step_skipped = True
-        self._give_up()
-        if not self._warned_of_skipping:
-            self._warned_of_skipping = True
-            warnings.warn(
-                f"A step is left out, because {told}; further ones are counted in `skipped_steps`, without a warning.",
-                stacklevel=3,
-            )
+    def update_after_hooks(self) -> None:
+        """Let step pre-hooks that were registered since :meth:`start` see the gradients before the update uses them."""
+        assert self._calls is not None
+        self._calls.go_after_other_hooks()
 
     def _begin_update(self) -> None:
         # fused optimizers are called with what a GradScaler has found, and skip the step themselves
@@ -733,7 +483,7 @@ class HiFT:
         """Free the gradients, park the state, and give the next block its turn."""
         for parameter in self._block_parameters():
             parameter.grad = None
-        self.residency.park(self._trained.values())  # some optimizers build all state in their first step
+        self.residency.park(self.trained.values())  # some optimizers build all state in their first step
         self.shares.spread(self._block_parameters())
         if self._pieces is not None:
             self.page_in_ms = self._pieces.take_loading_ms()
@@ -743,6 +493,114 @@ class HiFT:
         self._schedulers.update_ends()
         self.updates += 1
         self._activate()
+
+    def pass_turn(self) -> None:
+        """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
+        if self.will_skip:
+            self._skip()
+        elif self._step.backward_ran and not self.has_gradient:
+            self._note_reach()
+            self._complete()
+
+    # --- a step that is not completed ---------------------------------------------------------------------------------
+
+    @property
+    def will_skip(self) -> bool:
+        """Whether the step in progress is to be left out because of NaN or inf."""
+        return self._step.left_out_because is not None
+
+    def _look_for_nonfinite(self, loss: Tensor | None, scaled: bool) -> None:
+        self.last_step_skipped = False
+        if not self.will_skip:
+            if loss is not None:
+                self._step.search.look_at_loss(loss, scaled)
+            if not scaled and self.settings.update != "fused":  # which has seen each gradient inside backward
+                for name in self.block.parameters:
+                    if (gradient := self._parameters[name].grad) is not None:
+                        self._step.search.look_at(name, local(gradient))
+            self._step.searched = True
+            if (found := self._step.search.first()) is not None:
+                self._meet_nonfinite(*found)
+        if self.will_skip:
+            for parameter in self._block_parameters():
+                parameter.grad = None
+
+    def _meet_nonfinite(self, name: str, kind: str, where: str = "") -> None:
+        what = f"the loss{where}" if name == LOSS else f"the gradient of `{name}`"
+        told = f"{what} has {kind} in update {self.updates + 1} (block {self.block.index}, `{self.block.name}`)"
+        if self.updates > 0 and not self.touched():
+            self._refuse_broken_weights(told)
+        if self.settings.nonfinite == "skip":
+            self._step.left_out_because = told
+            return
+        state = "" if self.touched() else "; weights and optimizer state are as they were before it"
+        instead = " and `update='streamed'`" if self.settings.update == "fused" else ""
+        try:
+            raise NonfiniteError(
+                f"{told[0].upper()}{told[1:]}{state}; look at its batch, use a smaller learning rate, gradient "
+                f"clipping or a wider precision, or leave such steps out with `nonfinite='skip'`{instead}."
+            )
+        finally:
+            self.settle()
+
+    def _refuse_broken_weights(self, told: str) -> None:
+        """Raise if an earlier update has made NaN, or inf in fp16, which no step that is left out would mend.
+
+        Args:
+            told: what has been found in this step, for the message.
+
+        Raises:
+            NonfiniteError: if there is such a weight.
+        """
+        if (broken := broken_weight(self.trained, self._mesh)) is None:
+            return
+        name, kind = broken
+        self.settle()
+        self.half_updated = f"The weights of `{name}` have {kind}; load a checkpoint from before."
+        raise NonfiniteError(
+            f"{told[0].upper()}{told[1:]}, because the weights of `{name}` have {kind} from an earlier update, and the "
+            "last checkpoint may have it too; go on from one from before, or start anew, with a smaller learning rate, "
+            "a wider precision, `master_weights=True`, or a larger `eps` of the optimizer (Adam's 1e-8 is 0 in fp16)."
+        )
+
+    def _skip(self) -> None:
+        """End a step that is left out; the block keeps its turn."""
+        told = self._step.left_out_because
+        self.skipped_steps += 1
+        self.last_step_skipped = True
+        self._give_up()
+        if not self._warned_of_skipping:
+            self._warned_of_skipping = True
+            warnings.warn(
+                f"A step is left out, because {told}; further ones are counted in `skipped_steps`, without a warning.",
+                stacklevel=3,
+            )
+
+    def settle(self) -> None:
+        """Give up a step that has not been completed: free the gradients, and take the last parked state again.
+
+        The block keeps its turn. Call it in a plain loop when a step has failed (out of memory) and training goes on.
+        :meth:`finish`, and leaving ``with HiFT(...)``, do so too. If weights have been touched, the error that is being
+        handled tells their names from then on.
+        """
+        begun = f"Block `{self.block.name}` was being updated: "
+        if touched := self.touched():
+            self.half_updated = (
+                f"{begun}the weights of {', '.join(touched)} have changed and their optimizer state is not that of "
+                "these weights; load the last checkpoint."
+            )
+            if (error := sys.exc_info()[1]) is not None:
+                memory = isinstance(error, torch.OutOfMemoryError)
+                remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
+                tell(error, self.half_updated + remedy)
+        elif self._step.versions and not all(map(self.residency.copies, self._block_parameters())):
+            # state that the optimizer computes on where it is parked may have changed, and there is no other
+            self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."
+        self._give_up()
+
+    def touched(self) -> list[str]:
+        """Names of the parameters whose weights have changed since the step in progress began to update."""
+        return self._step.touched(self._parameters)
 
     def _give_up(self) -> None:
         """Free the gradients and take the last parked state again; the block keeps its turn."""
@@ -762,3 +620,146 @@ class HiFT:
         self._step = Step(NonfiniteSearch(self._mesh))
         if self._pieces is not None:
             self._pieces.held_bytes = 0
+
+    # --- learning rate, saving, resuming ------------------------------------------------------------------------------
+
+    def delay(self, scheduler: Any) -> Any:
+        """Give the scheduler to step once per optimizer step, as ``settings.lr_update`` says.
+
+        Args:
+            scheduler: a learning-rate scheduler of :attr:`optimizer`.
+
+        Returns:
+            A :class:`~hift_lightning.engine.lr.DelayedLRScheduler`, or the scheduler itself for ``step``.
+        """
+        return self._schedulers.delay(scheduler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the rotation, the plan and the masters: primitives and tensors only.
+
+        The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
+        that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
+        """
+
+        def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
+            return self.residency.master(parameter), self.residency.dtypes(parameter)
+
+        kept = {
+            self._name_of[parameter]: value for parameter, value in self.shares.gather(self.trained.values(), kept_of)
+        }
+        return {
+            "updates": self.updates,
+            "skipped_steps": self.skipped_steps,
+            **self._schedulers.state_dict(),
+            **self._plan_record,
+            "parameters": self._names_in_groups(),
+            "dtypes": {name: dtypes for name, (_, dtypes) in kept.items()},
+            "masters": {name: master for name, (master, _) in kept.items() if master is not None},
+            # buckets decide in which order sums over more than two ranks are rounded
+            **({} if self.reduction is None else {"gradient_orders": dict(self.reduction.orders)}),
+        }
+
+    def has_plan_of(self, state_dict: dict[str, Any]) -> bool:
+        """Whether a saved position was one in this plan, with this order and as many steps to a block."""
+        return is_same_plan(state_dict, self._plan_record)
+
+    def check_state_dict(
+        self, state_dict: dict[str, Any] | None = None, optimizer_state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """Raise if what was saved cannot be loaded here; nothing is changed.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+            optimizer_state_dict: what ``optimizer.state_dict()`` gave with it, or without HiFT.
+
+        Raises:
+            ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``, or to another
+                optimizer or other parameters.
+        """
+        if optimizer_state_dict is not None:
+            saved_names = None if state_dict is None else state_dict["parameters"]
+            check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
+        if state_dict is not None and self.settings.resume_plan == "same":
+            refuse_other_plan(state_dict, self._plan_record)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position; masters are copied, a tensor at a time.
+
+        Where the plan is another one and ``settings.resume_plan`` is ``"rebuild"``, :attr:`updates` starts from 0, and
+        with it the rotation at the beginning of a cycle; the masters carry over.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigurationError: see :meth:`check_state_dict`.
+        """
+        self.check_state_dict(state_dict)
+        same_plan = self.has_plan_of(state_dict)
+        self.skipped_steps = state_dict["skipped_steps"]
+        if self.reduction is not None and same_plan:
+            self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
+        self.half_updated = None
+        load_masters(self.residency, self.trained, state_dict["masters"])
+        self.move_to(state_dict["updates"] if same_plan else 0)
+        self._schedulers.load_state_dict(state_dict, same_cycles=same_plan)
+
+    def load_optimizer_state_dict(self, state_dict: dict[str, Any], position: dict[str, Any] | None = None) -> None:
+        """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
+
+        Args:
+            state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
+            position: what :meth:`state_dict` gave with it, which tells the dtypes that parked state has on the device;
+                without it, state is cast as torch casts what it loads.
+
+        Raises:
+            ConfigurationError: if it belongs to another optimizer or other parameters.
+        """
+        self.check_state_dict(optimizer_state_dict=state_dict)
+        state_dict = self.shares.own_part(self.optimizer, state_dict)
+        dtypes = {} if position is None else position["dtypes"]
+        self.residency.load_state_dict(
+            state_dict, {self._parameters[name]: saved for name, saved in dtypes.items() if name in self._parameters}
+        )
+
+    def move_to(self, updates: int) -> None:
+        """Give the turn to the block that has it after so many updates; nothing else changes."""
+        self.updates = updates
+        if self.active:
+            self._activate()
+
+    def divide(self, total_steps: int) -> None:
+        """Where each block has one turn (``steps_per_block="once"``), make the turns of another number of steps.
+
+        Args:
+            total_steps: optimizer steps from the first of the rotation's to the end of the run.
+        """
+        self._set_rotation(total_steps)
+        self.move_to(self.updates)
+
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """The parked masters: host tensors, fp32.
+
+        Where parked state is split, all ranks call this together; it has all of them on the first, and on each of the
+        others its share.
+        """
+        self.residency.synchronize()
+        gathered = self.shares.gather(self.trained.values(), self.residency.master)
+        return {parameter: master for parameter, master in gathered if master is not None}
+
+    def master_state_dict(self) -> dict[str, Any]:
+        """The model's state dict, with the fp32 master in place of every weight that has one, see :meth:`masters`.
+
+        What training would go on from, and so what to export. Masters are host tensors, and all are the tensors
+        themselves and no copies, but where weights have been set by something else than a step: then these count. A
+        weight without a master (not 16-bit, not trained, or not updated yet) is as it is. A tied weight has the same
+        master under each of its names.
+        """
+        return state_dict_with_masters(self.model, self.masters())
+
+    def report(self) -> Report:
+        """What each block is, how often it has been updated, and where its state is now."""
+        return report_of(self.plan, self.rotation, self.updates, self._parameters, self.residency)
+
+    def _names_in_groups(self) -> list[list[str]]:
+        return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]

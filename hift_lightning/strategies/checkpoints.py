@@ -21,7 +21,7 @@ from hift_lightning.checkpoint_io import StreamingCheckpointIO
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError, ParkedStateError
 from hift_lightning.engine.hift import HiFT
-from hift_lightning.engine.masters import state_dict_with_masters
+from hift_lightning.engine.masters import state_dict_with_masters, take_wider
 from hift_lightning.strategies.exact_resume import ExactResume
 
 if TYPE_CHECKING:
@@ -221,7 +221,8 @@ class BlockwiseCheckpoints(_Base):
                     )
             # what training goes on from, where the checkpoint's weights are averages (`WeightAveraging`)
             weights = checkpoint.get("current_model_state", checkpoint.get("state_dict", {}))
-            engine.take_wider(weights, {} if position is None else position["masters"])
+            masters = {} if position is None else position["masters"]
+            take_wider(engine.residency, engine.trained, weights, masters)
         if saved is not None:
             self._resume.load(saved["resume"])
 
