@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
-from typing_extensions import Self
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_dicts import casts_by_itself, in_own_form, saved_ids
 from hift_lightning.engine.state_tensors import flatten_state, is_quantized, state_tensors
 from hift_lightning.engine.streams import device_module
 from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
@@ -43,19 +42,6 @@ def check_parked_dtype(parked_dtype: str | None) -> None:
     if parked_dtype not in PARKED_DTYPES:
         names = ", ".join(str(name) for name in PARKED_DTYPES)
         raise ConfigurationError(f"`parked_dtype={parked_dtype!r}` is not a dtype to park in; choose one of {names}.")
-
-
-class _StandIn:
-    """Goes through an optimizer's ``load_state_dict`` in place of a tensor, which is neither copied nor moved."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        return self
 
 
 class _ParkedLeaf(NamedTuple):
@@ -123,8 +109,7 @@ class Residency:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
-                    scalars_on_device = _keeps_scalars_on_device(group, parameter)
-                    self._adopt(parameter, scalars_on_device, known_before.get(parameter, []))
+                    self._adopt(parameter, group, known_before.get(parameter, []))
 
     def dtypes(self, parameter: Tensor) -> list[str]:
         """Names of the dtypes of a parameter as the optimizer sees it, and of its state's tensors on the device.
@@ -160,42 +145,22 @@ class Residency:
         """
         self.synchronize()  # what is still being parked would arrive on top of what is loaded
         known_before = dict(self._leaves)
-        state_dict = self._in_own_form(state_dict)
+        state_dict = in_own_form(self.optimizer, state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
         self._leaves.clear()
         self._parked.clear()
         self._last_parked.clear()
         self.optimizer.state.clear()
-        state = state_dict["state"]
-        for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True):
+        state, ids = state_dict["state"], saved_ids(self.optimizer, state_dict)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
                 known = known_before.pop(parameter, [])
-                if saved_id in state:
-                    self.optimizer.state[parameter] = state[saved_id]
-                    scalars_on_device = _keeps_scalars_on_device(group, parameter)
-                    self._adopt(parameter, scalars_on_device, known, self._dtypes_to_load(parameter, dtypes))
+                if ids[parameter] in state:
+                    self.optimizer.state[parameter] = state[ids[parameter]]
+                    self._adopt(parameter, group, known, self._dtypes_to_load(parameter, dtypes))
         # an optimizer may keep things under keys that are no parameters
-        ids = {saved_id for group in state_dict["param_groups"] for saved_id in group["params"]}
-        self.optimizer.state.update(copy.deepcopy({key: state[key] for key in state.keys() - ids}))
-
-    def _in_own_form(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """A saved state dict with the state in the form in which the optimizer keeps it.
-
-        An optimizer with a ``load_state_dict`` of its own may save another form (bitsandbytes packs 8-bit state), so it
-        is called, with something in place of the tensors that it cannot cast or move.
-        """
-        if type(self.optimizer).load_state_dict is Optimizer.load_state_dict:
-            return state_dict
-        stand_ins = tree_map_only(Tensor, _StandIn, state_dict["state"])
-        self.optimizer.load_state_dict({**state_dict, "state": stand_ins})
-        loaded = tree_map_only(_StandIn, lambda stand_in: stand_in.tensor, dict(self.optimizer.state))
-        self.optimizer.state.clear()
-        id_of = {
-            parameter: saved_id
-            for group, saved_group in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True)
-            for parameter, saved_id in zip(group["params"], saved_group["params"], strict=True)
-        }
-        return {**state_dict, "state": {id_of.get(key, key): state for key, state in loaded.items()}}
+        others = state.keys() - ids.values()
+        self.optimizer.state.update(copy.deepcopy({key: state[key] for key in others}))
 
     def _dtypes_to_load(self, parameter: Tensor, saved: Mapping[Tensor, Sequence[str]]) -> list[torch.dtype | None]:
         """On the device, of the tensors that a loaded state has."""
@@ -207,8 +172,7 @@ class Residency:
             on_device = [
                 self._own_dtype(parameter, leaf, quantized) if isinstance(leaf, Tensor) else None for leaf in leaves
             ]
-            casts = type(self.optimizer).load_state_dict is Optimizer.load_state_dict
-            then = None if casts else now
+            then = None if casts_by_itself(self.optimizer) else now
 
         def dtype_of(leaf: Any, dtype: torch.dtype | None) -> torch.dtype | None:
             if not isinstance(leaf, Tensor) or dtype is None or quantized or leaf.dim() == 0:
@@ -221,51 +185,64 @@ class Residency:
     def _adopt(
         self,
         parameter: Tensor,
-        scalars_on_device: bool,
+        group: dict[str, Any],
         known_before: list[_ParkedLeaf | None],
         dtypes: Sequence[torch.dtype | None] | None = None,
     ) -> None:
+        """Park state that stands in ``optimizer.state``, where it is.
+
+        Args:
+            parameter: whose state.
+            group: its param group.
+            known_before: what was parked of it.
+            dtypes: on the device, if the state has been loaded: then it is copied.
+        """
         loaded = dtypes is not None
         state = self.optimizer.state[parameter]
         leaves, put_together = flatten_state(state)
         quantized = is_quantized(leaves)
-        # of a parameter without dimensions moments have none either
-        scalars_on_host = parameter.dim() > 0 or parameter.device.type == "cpu"
         step = state.get("step") if isinstance(state, Mapping) else None
         ours = {id(known.buffer.tensor): known for known in known_before if known is not None}
         known: list[_ParkedLeaf | None] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
+            if _stays_on_host(leaf, parameter, group, step):
+                leaves[i] = leaf.to("cpu", copy=loaded)
+                continue
             own = ours.get(id(leaf))
             dtype = dtypes[i] if dtypes else None
             dtype = dtype or (self._own_dtype(parameter, leaf, quantized) if own is None else own.dtype)
-            stays = leaf.dim() == 0 and not scalars_on_device and (scalars_on_host or leaf is step)
-            if parameter in self._mastered and not stays and dtype.is_floating_point and not quantized:
+            if parameter in self._mastered and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
-                leaves[i] = leaf.to("cpu" if stays else parameter.device, dtype, copy=loaded)
-            elif not stays:
-                kept = self._kept_dtype(leaf, dtype, quantized)
-                if loaded:
-                    buffer = _fitting(known_before[i : i + 1], leaf, kept) or self._tier.allocate(
-                        leaf, kept, parameter.device
-                    )
-                    buffer.write(leaf)
-                elif own is not None and leaf.dtype == kept:
-                    buffer = own.buffer
-                else:
-                    buffer = self._tier.adopt(leaf, kept, parameter.device)
-                if leaf.device.type != "cpu":
-                    self._copying_from.add(leaf.device)
-                known[i] = _ParkedLeaf(buffer, dtype)
-                leaves[i] = buffer.tensor
+                leaves[i] = leaf.to(parameter.device, dtype, copy=loaded)
+                continue
+            kept = self._kept_dtype(leaf, dtype, quantized)
+            if loaded:
+                former = known_before[i] if i < len(known_before) else None
+                buffer = self._copied(leaf, kept, parameter.device, former)
+            elif own is not None and leaf.dtype == kept:
+                buffer = own.buffer
             else:
-                leaves[i] = leaf.to("cpu", copy=loaded)
+                buffer = self._tier.adopt(leaf, kept, parameter.device)
+            if leaf.device.type != "cpu":
+                self._copying_from.add(leaf.device)
+            known[i] = _ParkedLeaf(buffer, dtype)
+            leaves[i] = buffer.tensor
         self.optimizer.state[parameter] = put_together(leaves)
         if self.offload != "none":
             self._leaves[parameter] = known
             self._parked.add(parameter)
+
+    def _copied(self, leaf: Tensor, dtype: torch.dtype, device: torch.device, former: _ParkedLeaf | None) -> Buffer:
+        """A copy, in the buffer that was there before if it fits."""
+        if former is not None and (former.buffer.tensor.shape, former.buffer.tensor.dtype) == (leaf.shape, dtype):
+            buffer = former.buffer
+        else:
+            buffer = self._tier.allocate(leaf, dtype, device)
+        buffer.write(leaf)
+        return buffer
 
     # --- where things are ------------------------------------------------------------------------------------------
 
@@ -514,15 +491,16 @@ class Residency:
         return parameter.device.type == "cpu" and self._tier.in_host_memory
 
 
-def _keeps_scalars_on_device(group: dict[str, Any], parameter: Tensor) -> bool:
-    return bool(group.get("capturable") or group.get("fused")) and parameter.device.type != "cpu"
+def _stays_on_host(leaf: Tensor, parameter: Tensor, group: dict[str, Any], step: Any) -> bool:
+    """Whether a state tensor is never paged in: a number (Adam's ``step``) that the optimizer does not want there."""
+    if leaf.dim() > 0:
+        return False
+    if parameter.device.type == "cpu":
+        return True
+    if group.get("capturable") or group.get("fused"):
+        return False
+    return parameter.dim() > 0 or leaf is step  # moments of a parameter without dimensions have none either
 
 
 def _own_memory_on(device: torch.device) -> Place:
     return lambda source, dtype: source.to(device, dtype, non_blocking=True)
-
-
-def _fitting(known: list[_ParkedLeaf | None], leaf: Tensor, dtype: torch.dtype) -> Buffer | None:
-    """The buffer that was there before, if the tensor fits into it."""
-    buffer = known[0].buffer if known and known[0] is not None else None
-    return buffer if buffer is not None and (buffer.tensor.shape, buffer.tensor.dtype) == (leaf.shape, dtype) else None

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import probe
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.reduction import Ranks
+from hift_lightning.engine.state_dicts import saved_ids
 
 _Value = TypeVar("_Value")
 
@@ -105,7 +106,7 @@ class Shares:
             optimizer: of this rank.
             state_dict: what its ``state_dict()`` gave.
         """
-        state, ids = dict(state_dict["state"]), _saved_ids(optimizer, state_dict)
+        state, ids = dict(state_dict["state"]), saved_ids(optimizer, state_dict)
         for parameter, value in self.gather(self._keeper, lambda p: state.get(ids[p])):
             if value is not None:
                 state[ids[parameter]] = value
@@ -113,15 +114,7 @@ class Shares:
 
     def own_part(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A whole state dict without the state that other ranks keep; arguments as of :meth:`gather_state`."""
-        ids = _saved_ids(optimizer, state_dict)
+        ids = saved_ids(optimizer, state_dict)
         kept_elsewhere = {ids[parameter] for parameter in self._keeper if not self.keeps(parameter)}
         state = {key: value for key, value in state_dict["state"].items() if key not in kept_elsewhere}
         return {**state_dict, "state": state}
-
-
-def _saved_ids(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[nn.Parameter, Any]:
-    """By which number an optimizer's state dict knows a parameter."""
-    ids: dict[nn.Parameter, Any] = {}
-    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
-        ids.update(zip(group["params"], saved["params"], strict=True))
-    return ids
