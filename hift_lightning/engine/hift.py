@@ -119,20 +119,11 @@ class HiFT:
             layers = partition(model, frozen=settings.frozen).layers
             optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
         refuse_optimizer(optimizer)
+        _refuse_what_does_not_go_together(model, settings, others)
         self._parameters = dict(model.named_parameters())
         refuse_what_is_frozen_by_another(self._parameters, optimizer)
-        if settings.update == "fused" and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
-            raise ConfigurationError(
-                "`update='fused'` uses gradients inside backward, before `DistributedDataParallel` averages them; give "
-                "the module that it wraps, with `ranks=Ranks()`, or use `update='streamed'`."
-            )
         self.optimizer = optimizer
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
-        if others and isinstance(settings.always_active, int):
-            raise ConfigurationError(
-                f"`always_active={settings.always_active}` counts layers from the top of the model, and here several "
-                "optimizers share them; give patterns on parameter names."
-            )
         self.plan = partition(
             model,
             settings.layers_per_block,
@@ -593,7 +584,7 @@ class HiFT:
                 memory = isinstance(error, torch.OutOfMemoryError)
                 remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
                 tell(error, self.half_updated + remedy)
-        elif self._step.versions and not all(map(self.residency.copies, self._block_parameters())):
+        elif self._step.versions and any(map(self.residency.steps_in_place, self._block_parameters())):
             # state that the optimizer computes on where it is parked may have changed, and there is no other
             self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."
         self._give_up()
@@ -683,7 +674,7 @@ class HiFT:
             refuse_other_plan(state_dict, self._plan_record)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position; masters are copied, a tensor at a time.
+        """Go on from a saved position, see :meth:`settle`; masters are copied, a tensor at a time.
 
         Where the plan is another one and ``settings.resume_plan`` is ``"rebuild"``, :attr:`updates` starts from 0, and
         with it the rotation at the beginning of a cycle; the masters carry over.
@@ -695,6 +686,8 @@ class HiFT:
             ConfigurationError: see :meth:`check_state_dict`.
         """
         self.check_state_dict(state_dict)
+        if self.active:
+            self.settle()
         same_plan = self.has_plan_of(state_dict)
         self.skipped_steps = state_dict["skipped_steps"]
         if self.reduction is not None and same_plan:
@@ -763,3 +756,16 @@ class HiFT:
 
     def _names_in_groups(self) -> list[list[str]]:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def _refuse_what_does_not_go_together(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> None:
+    if settings.update == "fused" and any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+        raise ConfigurationError(
+            "`update='fused'` uses gradients inside backward, before `DistributedDataParallel` averages them; give the "
+            "module that it wraps, with `ranks=Ranks()`, or use `update='streamed'`."
+        )
+    if others and isinstance(settings.always_active, int):
+        raise ConfigurationError(
+            f"`always_active={settings.always_active}` counts layers from the top of the model, and here several "
+            "optimizers share them; give patterns on parameter names."
+        )

@@ -34,9 +34,9 @@ def check_masters(parameters: Iterable[nn.Parameter], master_weights: bool) -> N
             "rounded away, and some weights, those of norms above all, never move; use `master_weights=True`.",
             stacklevel=3,
         )
-    if master_weights and not dtypes <= _SIXTEEN_BIT:
+    if master_weights and (wider := dtypes - _SIXTEEN_BIT):
         raise ConfigurationError(
-            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and the weights are {dtypes.pop()}; use "
+            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and there are weights of {wider.pop()}; use "
             "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
         )
 

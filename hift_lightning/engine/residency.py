@@ -415,6 +415,11 @@ class Residency:
         in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
         return self.offload != "none" and not in_place
 
+    def steps_in_place(self, parameter: Tensor) -> bool:
+        """Whether a step changes what is parked, state or master, so that there is nothing to go back to."""
+        master = parameter in self._masters and self._steps_masters_in_place(parameter)
+        return master or not self.copies(parameter)
+
     def _departs_with(self, leaf: Tensor, parameter: Tensor) -> bool:
         """Whether a state tensor leaves the device, or the CPU's memory, when its parameter's state is parked."""
         return leaf.device == parameter.device and (leaf.device.type != "cpu" or leaf.dim() > 0)

@@ -58,8 +58,8 @@ class StepCalls:
             return None
         self._call = sys._getframe(1)
         self._before()
-        # args[0] is the optimizer
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        optimizer_itself, *positional = args
+        closure = positional[0] if positional else kwargs.get("closure")
         if not callable(closure):  # none, or an argument that only this optimizer knows
             self._begin()
             return None
@@ -70,7 +70,9 @@ class StepCalls:
             self._begin()
             return result
 
-        return (args[0],), {**kwargs, "closure": closure_then_update}
+        if positional:
+            return (optimizer_itself, closure_then_update, *positional[1:]), kwargs
+        return args, {**kwargs, "closure": closure_then_update}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sys._getframe(1) is self._call:
