@@ -16,7 +16,6 @@ Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", 
 
 import itertools
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -45,7 +44,6 @@ from hift_lightning.engine.masters import check_masters, load_masters, make_mast
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
 from hift_lightning.engine.partition import Block, partition
-from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks
 from hift_lightning.engine.report import Report, report_of
@@ -57,7 +55,7 @@ from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.step import Step
 from hift_lightning.engine.step_calls import StepCalls
 from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
-from hift_lightning.engine.update import PieceUpdate
+from hift_lightning.engine.update import PieceUpdate, WholeUpdate
 
 
 class HiFT:
@@ -143,8 +141,7 @@ class HiFT:
         if settings.master_weights:
             make_masters(self.residency, filter(self.shares.keeps, self.trained.values()))
         self._mesh = mesh_of(self.trained.values())
-        self._pieces = self._make_piece_update()
-        self._prefetch = StatePrefetch(self.residency)
+        self._update = self._make_update()
         self._checkpointing = ActivationCheckpointing(model, self._layers_to_checkpoint(others))
         self.clip_value: float | None = None
         """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
@@ -193,10 +190,9 @@ class HiFT:
         own = set(self.trained.values())  # each engine sees to the layers of its optimizer
         return [name for name in names if not own.isdisjoint(self.model.get_submodule(name).parameters())]
 
-    def _make_piece_update(self) -> PieceUpdate | None:
-        """What steps piece by piece; ``None`` where the optimizer's own call steps the whole block."""
+    def _make_update(self) -> WholeUpdate | PieceUpdate:
         if self.settings.update == "block" and not self.settings.master_weights and self._mesh is None:
-            return None
+            return WholeUpdate(self.residency)
         window = None if self.settings.update == "block" else parse_bytes("window", self.settings.window)
         pieces = PieceUpdate(self.optimizer, self.residency, window)
         pieces.check_shards()
@@ -255,7 +251,7 @@ class HiFT:
             before=self.pass_on_held_rates,
             begin=self._begin_update,
             end=self._end_update,
-            around_closure=self._prefetch.allowed,
+            around_closure=self._update.in_last_backward,
         )
         self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state())
         self.residency.adopt_state()
@@ -282,8 +278,7 @@ class HiFT:
         self._freezing.activate(self._block_parameters(), self._hooks_of)
 
     def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
-        if self._pieces is None and self._prefetch.applies_to(parameter):
-            yield self._prefetch.page_in
+        yield from self._update.hooks_of(parameter)
         if self.reduction is not None:
             yield self._average_in_backward
         elif self.settings.update == "fused":
@@ -358,7 +353,6 @@ class HiFT:
             self._update_in_backward(parameter)
 
     def _update_in_backward(self, parameter: Tensor) -> None:
-        assert self._pieces is not None
         assert isinstance(parameter, nn.Parameter)
         if parameter.grad is None:  # frozen since the forward pass, as by `toggle_optimizer`
             return
@@ -380,7 +374,7 @@ class HiFT:
         self._step.updated = True
         self._step.reached_in_backward |= name not in self.block.always_active
         if self.shares.keeps(parameter):
-            self._pieces.step([parameter])
+            self._update.step([parameter])
         else:
             parameter.grad = None
 
@@ -403,7 +397,7 @@ class HiFT:
     @property
     def held_in_pieces(self) -> int:
         """Most bytes of state and masters that the update in progress has had on the device at one time, in pieces."""
-        return 0 if self._pieces is None else self._pieces.held_bytes
+        return self._update.held_bytes
 
     def _note_reach(self) -> None:
         gradients = (self._parameters[name].grad for name in self.block.own_parameters)
@@ -436,23 +430,14 @@ class HiFT:
         for parameter in self._block_parameters():
             if not self.shares.keeps(parameter):
                 parameter.grad = None
-        if self._pieces is not None:
-            self._note_versions()
-            # leaves no gradient, so the optimizer's own call, which follows, has nothing to do
-            before = [{**group} for group in self.optimizer.param_groups]
-            self._pieces.step(self._block_parameters())
-            self._step.updated = True
-            self._step.changed_settings = [
-                {key: value for key, value in group.items() if value is not old.get(key)}
-                for group, old in zip(self.optimizer.param_groups, before, strict=True)
-            ]
-            return
-        started = time.perf_counter()
-        self._prefetch.update_begins()
-        self.residency.page_in(self._block_parameters())
-        self._prefetch.join()
-        self.page_in_ms = (time.perf_counter() - started) * 1000
         self._note_versions()
+        before = [{**group} for group in self.optimizer.param_groups]
+        self._update.step(self._block_parameters())
+        self._step.updated = True
+        self._step.changed_settings = [
+            {key: value for key, value in group.items() if value is not old.get(key)}
+            for group, old in zip(self.optimizer.param_groups, before, strict=True)
+        ]
 
     def _note_versions(self) -> None:
         self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
@@ -476,8 +461,7 @@ class HiFT:
             parameter.grad = None
         self.residency.park(self.trained.values())  # some optimizers build all state in their first step
         self.shares.spread(self._block_parameters())
-        if self._pieces is not None:
-            self.page_in_ms = self._pieces.take_loading_ms()
+        self.page_in_ms = self._update.take_loading_ms()
         self._forget_step()
         self.last_step_skipped = False
         self.half_updated = None
@@ -598,19 +582,16 @@ class HiFT:
         if self._calls is not None:
             self._calls.forget()
         self._forget_step()
-        if self._pieces is not None:
-            self._pieces.take_loading_ms()  # of pieces that are not counted
+        self._update.give_up()
         if self.reduction is not None:
             self.reduction.give_up()
-        self._prefetch.give_up()
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.discard(self._block_parameters())
 
     def _forget_step(self) -> None:
         self._step = Step(NonfiniteSearch(self._mesh))
-        if self._pieces is not None:
-            self._pieces.held_bytes = 0
+        self._update.held_bytes = 0
 
     # --- learning rate, saving, resuming ------------------------------------------------------------------------------
 

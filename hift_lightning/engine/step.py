@@ -26,7 +26,7 @@ class Step:
     averaged: bool = False
     """Whether gradients are averages over the ranks."""
     updated: bool = False
-    """Whether pieces have been updated, whose gradients are gone before the optimizer's own call."""
+    """Whether the update has begun; of pieces the gradients are gone before the optimizer's own call."""
     updated_in_backward: set[str] = field(default_factory=set)
     """Names of the parameters that ``update="fused"`` has updated."""
     reached_in_backward: bool = False

@@ -8,7 +8,7 @@ torch's optimizers treat parameters one by one; rows are cut only where that has
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import Probe, number_of_group, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
+from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.state_tensors import state_tensors
@@ -45,6 +46,45 @@ class Piece:
     def whole(self) -> bool:
         """Whether it is the whole parameter."""
         return self.rows == ALL_ROWS
+
+
+class WholeUpdate:
+    """Pages in all state of the parameters and leaves the step to the optimizer's own call, which follows.
+
+    Args:
+        residency: where state is parked.
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._residency = residency
+        self._prefetch = StatePrefetch(residency)
+        self._loading_ms = 0.0
+        self.held_bytes = 0
+        """Of pieces, which there are none."""
+        self.in_last_backward = self._prefetch.allowed
+        """To be entered for the last backward before a step, in which state may come beside it."""
+
+    def take_loading_ms(self) -> float:
+        """As :meth:`PieceUpdate.take_loading_ms`."""
+        spent, self._loading_ms = self._loading_ms, 0.0
+        return spent
+
+    def hooks_of(self, parameter: nn.Parameter) -> list[Callable[[Tensor], None]]:
+        """What to call when the parameter's gradient is there."""
+        return [self._prefetch.page_in] if self._prefetch.applies_to(parameter) else []
+
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Make the optimizer's own call possible."""
+        started = time.perf_counter()
+        self._prefetch.update_begins()
+        self._residency.page_in(parameters)
+        self._prefetch.join()
+        self._loading_ms += (time.perf_counter() - started) * 1000
+
+    def give_up(self) -> None:
+        """Forget the step in progress."""
+        self._loading_ms = 0.0
+        self._prefetch.give_up()
 
 
 class PieceUpdate:
@@ -75,13 +115,25 @@ class PieceUpdate:
         self.held_bytes = 0
         """Most bytes of state and masters that were on the device at one time since this was last set to 0."""
 
+    def in_last_backward(self) -> contextlib.AbstractContextManager[None]:
+        """State comes with its piece, and not beside backward."""
+        return contextlib.nullcontext()
+
+    def hooks_of(self, parameter: nn.Parameter) -> list[Callable[[Tensor], None]]:
+        """None: see :meth:`in_last_backward`."""
+        return []
+
+    def give_up(self) -> None:
+        """Forget the step in progress."""
+        self._loading_ms = 0.0
+
     def take_loading_ms(self) -> float:
         """Milliseconds that the host has spent on paging in since this was last asked."""
         spent, self._loading_ms = self._loading_ms, 0.0
         return spent
 
-    def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Update the parameters from their gradients, which are freed as they are used."""
+    def step(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Update the parameters from their gradients, which are freed: the optimizer's own call has nothing to do."""
         with_gradient = [p for p in parameters if p.grad is not None]
         if self.window is None:
             pieces = [Piece(p, ALL_ROWS, last=True) for p in with_gradient]
