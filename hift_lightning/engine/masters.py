@@ -36,7 +36,7 @@ def check_masters(parameters: Iterable[nn.Parameter], master_weights: bool) -> N
         )
     if master_weights and (wider := dtypes - _SIXTEEN_BIT):
         raise ConfigurationError(
-            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and there are weights of {wider.pop()}; use "
+            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and some weights are {wider.pop()}; use "
             "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
         )
 
