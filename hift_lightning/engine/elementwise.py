@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections import OrderedDict, defaultdict
+import math
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +28,10 @@ _SCALES = 2.0**-13, 2.0**13, 1.0
 _SCALES_FP16 = 2.0**-5, 2.0**5, 1.0
 """Gradients are tried at these, since an optimizer may clip what is above some norm."""
 
-MOST_ROWS = 512
-"""With as many columns it is large enough for optimizers that keep 8-bit state of large tensors only."""
+_LARGE = 256
+"""Rows and columns of a matrix that is large enough for optimizers that factor, project or quantize large ones only."""
 
-
-_WHOLE_BLOCKS = 64
+_QUANTIZED_TOGETHER = 64
 """So many rows are a whole number of the blocks in which 8-bit state is scaled; what is not may be kept in 32 bits."""
 
 
@@ -45,6 +45,11 @@ class Probe:
     """Whether a parameter may be stepped in pieces of rows."""
     state_bytes: int
     """Bytes of state for each element of a parameter, if elementwise."""
+    self_contained: bool = True
+    """Whether it keeps everything in its ``state`` of parameters and in settings that a step replaces.
+
+    What stands elsewhere (a counter on the optimizer, momentum in an attribute) does not go with the pieces.
+    """
 
 
 def probe(
@@ -54,7 +59,7 @@ def probe(
 
     Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
     changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
-    weights and state, and every state tensor has the shape of the weights or none, also those of a larger matrix (but
+    weights and state, and every state tensor has the shape of the weights or none. A larger matrix is tried too (but
     no larger than the largest tensor of the param group, since it takes memory).
 
     Args:
@@ -62,20 +67,27 @@ def probe(
         like: a parameter that it holds, for its param group and device.
         dtype: in which the optimizer will see weights and gradients.
         parked_dtype: of state that is wider when it is paged in.
+
+    Raises:
+        ConfigurationError: if it cannot be stepped so.
     """
-    with _numbers_where(like) as device:
-        return _probe(optimizer, like, dtype, parked_dtype, device)
+    try:
+        with _numbers_where(like) as device:
+            return _probe(optimizer, like, dtype, parked_dtype, device)
+    except (ConfigurationError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"A step of the optimizer `{type(optimizer).__name__}` was tried on a small matrix, to see whether "
+            f"parameters may be stepped one by one, and failed ({type(error).__name__}: {error}); use `update='block'` "
+            "without `master_weights`, or an optimizer that steps any matrix."
+        ) from error
 
 
 def _probe(
     optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None, device: torch.device
 ) -> Probe:
-    # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
-    count = torch.arange(1.0, ROWS * COLUMNS + 1, device=device).view(ROWS, COLUMNS)
-    weights = (count * 0.7).sin()
-    gradients = [(count * (1.3 + step)).cos() for step in range(STEPS)]
-
-    def attempt(weights: list[Tensor], gradients: list[list[Tensor]]) -> list[list[Any]] | None:
+    def attempt(weights: list[Tensor], gradients: list[list[Tensor]]) -> _Outcome:
         try:
             return _run(optimizer, like, dtype, weights, gradients, None)
         except Exception:
@@ -85,40 +97,49 @@ def _probe(
         make_state = functools.partial(_state_like, state, like, parked_dtype)
         return _run(optimizer, like, dtype, weights, gradients, make_state)
 
-    def run(scale: float, *parts: slice) -> list[list[Any]] | None:
-        return attempt([weights[p] for p in parts], [[gradient[p] * scale for p in parts] for gradient in gradients])
+    def compare(rows: int, columns: int, scale: float, same: Callable[[Tensor, Tensor], bool]) -> Probe:
+        """What a matrix of this shape shows, with gradients of this scale."""
+        # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
+        count = torch.arange(1.0, rows * columns + 1, device=device).view(rows, columns)
+        weights = (count * 0.7).sin()
+        gradients = [(count * (1.3 + step)).cos() * scale for step in range(STEPS)]
+        del count
 
-    def at(scale: float) -> tuple[bool, bool, list[Any]] | None:
-        """Whether it is separate and elementwise, and what the whole has come to."""
-        top, bottom = slice(ROWS // 2), slice(ROWS // 2, ROWS)
-        together, alone_top, alone_bottom = run(scale, top, bottom), run(scale, top), run(scale, bottom)
-        whole = run(scale, slice(ROWS))
-        if together is None or alone_top is None or alone_bottom is None or whole is None:
-            return None
-        alone = [alone_top[0], alone_bottom[0]]
-        separate = all(_equal(a, b) for a, b in zip(together, alone, strict=True))
-        same_leaves = len(whole[0]) == len(alone[0])
-        parts = same_leaves and all(_equals_parts(*leaves) for leaves in zip(whole[0], *alone, strict=True))
-        return separate, separate and parts, whole[0]
+        def step(*parts: slice) -> _Outcome:
+            return attempt([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
 
-    tried = []
-    for scale in _SCALES_FP16 if dtype == torch.float16 else _SCALES:
-        if (found := at(scale)) is None:
-            return Probe(separate=False, elementwise=False, state_bytes=0)
-        tried.append(found)
-    separate, elementwise = (all(answers) for answers in list(zip(*tried, strict=True))[:2])
-    group = optimizer.param_groups[number_of_group(optimizer, like)]
-    rows = min(MOST_ROWS, max(local(p).numel() for p in group["params"]) // COLUMNS)
-    rows -= rows % _WHOLE_BLOCKS
-    if elementwise and rows > 0:
-        large = torch.ones(rows, COLUMNS, device=device)
-        after = attempt([large], [[large]])
-        elementwise = after is not None and all(
-            leaf.shape == large.shape for leaf in after[0] if isinstance(leaf, Tensor) and leaf.dim() > 0
+        top, bottom = slice(rows // 2), slice(rows // 2, rows)
+        outcomes = step(top, bottom), step(top), step(bottom), step(slice(rows))
+        self_contained = all(outcome.self_contained for outcome in outcomes)
+        if any(outcome.settings_change for outcome in outcomes) or not self_contained:
+            return Probe(separate=False, elementwise=False, state_bytes=0, self_contained=self_contained)
+        together, [alone_top], [alone_bottom], [of_whole] = (outcome.leaves for outcome in outcomes)
+        separate = all(_equal(*leaves, same) for leaves in zip(together, [alone_top, alone_bottom], strict=True))
+        same_leaves = len(of_whole) == len(alone_top)
+        elementwise = (
+            separate
+            and same_leaves
+            and all(_equals_parts(*leaves, same) for leaves in zip(of_whole, alone_top, alone_bottom, strict=True))
         )
-    _, _, whole = tried[-1]
-    shaped = [leaf for leaf in whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
-    return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
+        shaped = [leaf for leaf in of_whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
+
+    scales = _SCALES_FP16 if dtype == torch.float16 else _SCALES
+    trials: list[tuple[int, int, float, Callable[[Tensor, Tensor], bool]]] = [
+        (ROWS, COLUMNS, scale, _same) for scale in scales
+    ]
+    group = optimizer.param_groups[number_of_group(optimizer, like)]
+    most = max(local(p).numel() for p in group["params"])
+    rows = min(_LARGE, math.isqrt(most)) // _QUANTIZED_TOGETHER * _QUANTIZED_TOGETHER
+    if rows > 0:
+        trials.append((rows, rows, 1.0, _close))  # threads may cut it where rounding shows
+    found: list[Probe] = []
+    for trial in trials:
+        found.append(compare(*trial))
+        if not found[-1].separate:
+            return found[-1]
+    elementwise = all(each.elementwise for each in found)
+    return Probe(separate=True, elementwise=elementwise, state_bytes=found[-1].state_bytes if elementwise else 0)
 
 
 def number_of_group(optimizer: Optimizer, parameter: nn.Parameter) -> int:
@@ -157,6 +178,16 @@ def _numbers_where(like: Tensor) -> Iterator[torch.device]:
         yield torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    leaves: list[list[Any]]
+    """Of each part: its weights, and what its state consists of."""
+    settings_change: bool
+    """Whether a step changes a setting of the param group."""
+    self_contained: bool
+    """See :attr:`Probe.self_contained`."""
+
+
 def _run(
     optimizer: Optimizer,
     like: nn.Parameter,
@@ -164,28 +195,65 @@ def _run(
     weights: list[Tensor],
     gradients: list[list[Tensor]],
     make_state: Callable[[Tensor], Any] | None,
-) -> list[list[Any]] | None:
-    """For each part its weights and the leaves of its state afterwards; ``None`` if a setting of the group changes."""
+) -> _Outcome:
+    """Step the parts with these gradients, one after the other."""
     group = optimizer.param_groups[number_of_group(optimizer, like)]
-    settings = {key: value for key, value in group.items() if key != "params"}
+    settings = _copied({key: value for key, value in group.items() if key != "params"})
     if (rate := settings.get("lr")) is not None:
         settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
+    before = _copied(settings)
+    trial = object.__new__(type(optimizer))  # `copy.copy` would leave out what torch's own class does not know
+    trial.__dict__.update(_copied(_attributes(optimizer)))
+    trial.state, trial.param_groups = defaultdict(dict), [{**settings}]
     parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
-    trial = object.__new__(type(optimizer))
-    trial.__dict__.update(optimizer.__dict__)  # `copy.copy` would leave out what torch's own class does not know
-    trial.state = defaultdict(dict)
     if make_state is not None:
         for parameter in parameters:
             trial.state[parameter] = make_state(parameter)
-    trial.param_groups = [{**settings, "params": parameters}]
-    for parts in gradients:
-        for parameter, part in zip(parameters, parts, strict=True):
+    after_first: dict[str, Any] = {}
+    for number, parts in enumerate(gradients):
+        # in each step another object, as when pieces are stepped
+        stepped = [nn.Parameter(parameter.detach()) for parameter in parameters]
+        for parameter, former, part in zip(stepped, parameters, parts, strict=True):
             parameter.grad = part.to(dtype, copy=True)
+            if state := trial.state.pop(former, None):
+                trial.state[parameter] = state
+        parameters = trial.param_groups[0]["params"] = stepped
         raw_step(trial)
+        if number == 0:  # which may set up what later ones only look at
+            after_first = _copied(_attributes(trial))
     after = trial.param_groups[0]
-    if any(after.get(key) is not value and after.get(key) != value for key, value in settings.items()):
-        return None
-    return [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
+    changed_in_place = not _alike(settings, before)
+    return _Outcome(
+        leaves=[[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters],
+        settings_change=not _alike({key: after.get(key) for key in before}, before),
+        self_contained=(
+            not changed_in_place and trial.state.keys() <= set(parameters) and _alike(_attributes(trial), after_first)
+        ),
+    )
+
+
+def _attributes(optimizer: Optimizer) -> dict[str, Any]:
+    return {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
+
+
+def _copied(value: Any) -> Any:
+    """A copy of containers and of the tensors in them; parameters and other objects are the same ones."""
+    return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else leaf, value)
+
+
+def _alike(left: Any, right: Any) -> bool:
+    """Whether two values are the same: containers, tensors and numbers by what they are, others by being one object."""
+    if left is right:
+        return True
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return isinstance(left, Tensor) and isinstance(right, Tensor) and _same(left, right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        left, right = list(left.items()), list(right.items())
+    if isinstance(left, (list, tuple, deque)):
+        return len(left) == len(right) and all(map(_alike, left, right))
+    return isinstance(left, (bool, int, float, complex, str, bytes)) and left == right
 
 
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:
@@ -204,20 +272,29 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
     return tree_map(fit, state)
 
 
-def _equal(left: list[Any], right: list[Any]) -> bool:
+def _equal(left: list[Any], right: list[Any], same: Callable[[Tensor, Tensor], bool]) -> bool:
     return len(left) == len(right) and all(
-        _same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
+        same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
     )
 
 
-def _equals_parts(whole: Any, top: Any, bottom: Any) -> bool:
+def _equals_parts(whole: Any, top: Any, bottom: Any, same: Callable[[Tensor, Tensor], bool]) -> bool:
     if not isinstance(whole, Tensor):
         return bool(whole == top == bottom)
     if whole.dim() == 0:
-        return _same(whole, top) and _same(whole, bottom)
-    return whole.shape == (ROWS, COLUMNS) and _same(whole, torch.cat([top, bottom]))
+        return same(whole, top) and same(whole, bottom)
+    rows, columns = top.shape if top.dim() == 2 else (0, 0)
+    return whole.shape == (2 * rows, columns) and bottom.shape == top.shape and same(whole, torch.cat([top, bottom]))
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors have the same elements, NaN too, which a trial in 16 bits may come to."""
     return left.shape == right.shape and bool(((left == right) | ((left != left) & (right != right))).all())
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding."""
+    if left.shape != right.shape or not left.is_floating_point():
+        return _same(left, right)
+    within = 8 * torch.finfo(left.dtype).eps
+    return torch.allclose(left, right, rtol=within, atol=within, equal_nan=True)

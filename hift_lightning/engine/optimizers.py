@@ -21,13 +21,12 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         if name in ("state", "param_groups"):
             continue
         for inner in tree_leaves(value):
-            # Fabric's have the hooks of the one that they wrap
-            if (
-                isinstance(inner, Optimizer)
-                and inner._optimizer_step_pre_hooks is not optimizer._optimizer_step_pre_hooks
-            ):
-                raise ConfigurationError(
-                    f"The optimizer `{type(optimizer).__name__}` steps another one, the `{type(inner).__name__}` in "
-                    f"its `{name}`, in calls that HiFT would not see and with state that would not be parked; give that "
-                    "one alone, or of several a `HiFT` each, with the rest as its `others`."
-                )
+            if not isinstance(inner, Optimizer):
+                continue
+            if inner._optimizer_step_pre_hooks is optimizer._optimizer_step_pre_hooks:
+                continue  # Fabric's have the hooks of the one that they wrap
+            raise ConfigurationError(
+                f"The optimizer `{type(optimizer).__name__}` steps another one, the `{type(inner).__name__}` in its "
+                f"`{name}`, in calls that HiFT would not see and with state that would not be parked; give that one "
+                "alone, or of several a `HiFT` each, with the rest as its `others`."
+            )

@@ -136,6 +136,8 @@ class PieceUpdate:
         """Update the parameters from their gradients, which are freed: the optimizer's own call has nothing to do."""
         with_gradient = [p for p in parameters if p.grad is not None]
         if self.window is None:
+            for parameter in with_gradient:
+                self._refuse_what_is_kept_apart(parameter)
             pieces = [Piece(p, ALL_ROWS, last=True) for p in with_gradient]
             self._step([(piece, *self._load(piece, None)) for piece in pieces])
         else:
@@ -155,10 +157,18 @@ class PieceUpdate:
                     "every rank has whole weights, or an optimizer such as AdamW."
                 )
 
+    def _refuse_what_is_kept_apart(self, parameter: nn.Parameter) -> None:
+        if not _is_sparse(parameter.grad) and not self._probe(parameter).self_contained:
+            raise ConfigurationError(
+                f"The optimizer `{type(self.optimizer).__name__}` keeps something between its steps that is neither in "
+                "its `state` of a parameter nor a setting of a param group (a counter or tensors of its own), which "
+                "would go wrong where masters are stepped in place of the weights; keep it there, or drop "
+                "`master_weights`."
+            )
+
     def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:
         whole = [Piece(parameter, ALL_ROWS, last=True)]
-        sparse = parameter.grad is not None and parameter.grad.layout != torch.strided  # which has no rows to cut
-        if sparse:
+        if _is_sparse(parameter.grad):  # which has no rows to cut
             return whole
         trial = self._probe(parameter)
         if not trial.separate:
@@ -293,6 +303,10 @@ class PieceUpdate:
         finally:
             for group, parameters in zip(groups, before, strict=True):
                 group["params"] = parameters
+
+
+def _is_sparse(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.layout != torch.strided
 
 
 def _rows_of(piece: Piece) -> Tensor:
