@@ -95,6 +95,7 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
             )
         return checkpoint(function_of_inputs, *args, use_reentrant=False)
 
+    checkpointed.__name__ = "forward"  # as which it is pickled with the model, and found again in its class
     return checkpointed
 
 

@@ -16,6 +16,8 @@ from hift_lightning.engine.rotation import Rotation
 # schedulers write these into param groups
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum"}
 
+_RECORD = ("updates", "skipped_steps", "held_lr_steps", "lr_cycles", "parameters", "dtypes", "masters")
+
 _PLAN = ("group_size", "rotation", "steps_per_block", "plan")
 
 
@@ -41,6 +43,23 @@ def number_of_plan(record: dict[str, Any]) -> int:
 def is_same_plan(saved: dict[str, Any], present: dict[str, Any]) -> bool:
     """Whether a place in the rotation means the same in both; arguments as :func:`record_of_plan` gives them."""
     return all(saved[key] == present[key] for key in _PLAN)
+
+
+def check_record(saved: dict[str, Any]) -> None:
+    """Raise unless it is a position that ``HiFT.state_dict()`` gave.
+
+    Args:
+        saved: what is to be loaded.
+
+    Raises:
+        ConfigurationError: if something is not there.
+    """
+    missing = [key for key in (*_RECORD, *_PLAN) if key not in saved]
+    if missing:
+        raise ConfigurationError(
+            f"What is to be loaded lacks {_named(missing)}, and so is nothing that `HiFT.state_dict()` gave; give "
+            "that, which a checkpoint of `HiFTStrategy` has in `checkpoint['hift']['engines']`."
+        )
 
 
 def refuse_other_plan(saved: dict[str, Any], present: dict[str, Any]) -> None:

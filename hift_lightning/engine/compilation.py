@@ -37,11 +37,12 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     for layer in layers:
         if type(layer).forward.__module__.startswith("torch.nn."):
             # Torch does not begin a graph in its own files, so there it is given a function of this one to begin in.
-            layer.forward = MethodType(_forward, layer)
+            layer.forward = MethodType(forward, layer)
         layer.compile(**options)
 
 
-def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own; it has that name because it is pickled with the model under it."""
     return type(layer).forward(layer, *args, **kwargs)
 
 

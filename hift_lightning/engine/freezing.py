@@ -1,5 +1,6 @@
 """Which parameters require a gradient: those of the active block and no others, while training goes on."""
 
+import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -27,12 +28,18 @@ def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], opt
         ConfigurationError: if it does; blocks would be cut of the active ones only.
     """
     optimized = {p for group in optimizer.param_groups for p in group["params"]}
-    frozen = {p for freezing in _started for p in freezing.governed.values() if not p.requires_grad}
-    name = next((name for name, p in parameters.items() if p in optimized and p in frozen), None)
-    if name is not None:
+
+    def frozen() -> str | None:
+        governed = {p for freezing in _started for p in freezing.governed.values() if not p.requires_grad}
+        return next((name for name, p in parameters.items() if p in optimized and p in governed), None)
+
+    if frozen() is not None:
+        gc.collect()  # one that was dropped gives its model back when it goes
+    if (name := frozen()) is not None:
         raise ConfigurationError(
             f"`{name}` is in the blocks of another HiFT, which has been started and not finished; call its `finish()` "
-            "(or leave its `with`) before a new one is made of the same model."
+            "(or leave its `with`) before a new one is made of the same model, or, where two optimizers share the "
+            "model, give each HiFT the other's as `others=[...]`."
         )
 
 
@@ -53,7 +60,7 @@ class Freezing:
         self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
         """What is frozen and activated, by name."""
         self._name_of = {parameter: name for name, parameter in parameters.items()}
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # which knows the engine, that may be dropped in training
         optimized = [p for group in optimizer.param_groups for p in group["params"]]
         self._optimized = len(optimized)
         self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
@@ -79,7 +86,8 @@ class Freezing:
         if frozen is not None:
             raise ConfigurationError(
                 f"`{frozen}` has been frozen since the blocks were cut, and at its block's turn HiFT would train it; "
-                "freeze it where the model is made (`__init__`, `configure_model`), or with `frozen=[...]` patterns."
+                "freeze it where the model is made (`__init__`, `configure_model`), or with `frozen=[...]` patterns; "
+                "if another HiFT has, for another optimizer, give each the other's as `others=[...]`."
             )
         self._required_grad = [p.requires_grad for p in self.governed.values()]
         for parameter in self._watched:
@@ -113,6 +121,14 @@ class Freezing:
             for hook in hooks_of(parameter):
                 self._handles.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
+    def freeze_again(self) -> None:
+        """Let what is governed require a gradient if it is active, and nothing else, and free the other gradients."""
+        active = set(self._active)
+        for parameter in self.governed.values():
+            parameter.requires_grad_(parameter in active)
+            if parameter not in active:
+                parameter.grad = None
+
     def deactivate(self) -> None:
         """Freeze what is active, and take its hooks away."""
         for parameter in self._active:
@@ -131,7 +147,9 @@ class Freezing:
         Raises:
             ConfigurationError: if one has.
         """
-        added = sum(len(group["params"]) for group in self._optimizer.param_groups) - self._optimized
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        added = sum(len(group["params"]) for group in optimizer.param_groups) - self._optimized
         if added > 0:
             raise ConfigurationError(
                 f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "
@@ -150,6 +168,7 @@ class Freezing:
             raise ConfigurationError(
                 f"`{self._name_of[strange]}` has a gradient and is not in the active block `{block}`, so the "
                 "step would train it too: something has set its `requires_grad`, which HiFT does. Leave that out, "
-                "also for what is to be trained later only; what keeps a loss from the parameters of another optimizer "
-                "is `toggle_optimizer`, or `hift_step`."
+                "also for what is to be trained later only, or call `freeze_again()` after it (PEFT's "
+                "`disable_adapter()`); what keeps a loss from the parameters of another optimizer is "
+                "`toggle_optimizer`, or `hift_step`."
             )

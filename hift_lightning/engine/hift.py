@@ -17,6 +17,7 @@ Source: Liu et al., "HiFT: A Hierarchical Full Parameter Fine-Tuning Strategy", 
 import itertools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,7 @@ from typing_extensions import Self
 from hift_lightning.engine.checkpointing import ActivationCheckpointing, layers_to_checkpoint
 from hift_lightning.engine.compatibility import (
     check_optimizer,
+    check_record,
     is_same_plan,
     number_of_plan,
     record_of_plan,
@@ -40,7 +42,13 @@ from hift_lightning.engine.compilation import warn_of_compiled_blocks
 from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
 from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
 from hift_lightning.engine.lr import DelayedSchedulers, warn_of_cycle_at_0
-from hift_lightning.engine.masters import check_masters, load_masters, make_masters, state_dict_with_masters
+from hift_lightning.engine.masters import (
+    check_masters,
+    load_masters,
+    make_masters,
+    state_dict_with_masters,
+    warn_of_rounded_state,
+)
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
 from hift_lightning.engine.optimizers import refuse_optimizer
 from hift_lightning.engine.partition import Block, partition
@@ -112,10 +120,11 @@ class HiFT:
         share_with: Ranks | None = None,
     ) -> None:
         self.model = model
-        self.settings = settings = settings or HiFTSettings()
+        self.settings = settings = HiFTSettings() if settings is None else settings
+        if not isinstance(settings, HiFTSettings):
+            raise ConfigurationError(f"`settings={settings!r}` must be `HiFTSettings(...)`, from `hift_lightning`.")
         if not isinstance(optimizer, Optimizer):
-            layers = partition(model, frozen=settings.frozen).layers
-            optimizer = optimizer([model.get_parameter(name) for layer in layers for name in layer.parameters])
+            optimizer = optimizer(_parameters_to_train(model, settings, others))
         refuse_optimizer(optimizer)
         _refuse_what_does_not_go_together(model, settings, others)
         self._parameters = dict(model.named_parameters())
@@ -167,12 +176,17 @@ class HiFT:
             )
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
-        self._schedulers = DelayedSchedulers(settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped)
+        self._schedulers = DelayedSchedulers(
+            settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped, lambda: self.active
+        )
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
         self._calls: StepCalls | None = None
+        self._give_back: weakref.finalize[[Freezing, ActivationCheckpointing], Any] | None = None
         self._load_hook: RemovableHandle | None = None
         self._warned_of_skipping = False
+        self._steps_without_gradient = 0
+        self._counts_changes = False  # not known before the first update
 
     def _set_rotation(self, total_steps: int | None) -> None:
         blocks, settings = len(self.plan.blocks), self.settings
@@ -243,7 +257,7 @@ class HiFT:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
-        check_masters(self.trained.values(), self.settings.master_weights)
+        check_masters(self.trained, self.settings.master_weights)
         self.shares.check_optimizer(self.optimizer)
         self._freezing.start(self.trained)
         self._calls = StepCalls(
@@ -251,26 +265,40 @@ class HiFT:
             before=self.pass_on_held_rates,
             begin=self._begin_update,
             end=self._end_update,
+            goes_last=isinstance(self._update, PieceUpdate),
             around_closure=self._update.in_last_backward,
         )
-        self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self.residency.adopt_state())
-        self.residency.adopt_state()
+        self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._adopt_state())
+        self._adopt_state()
         self._checkpointing.start()
+        # an engine that is dropped in training (a notebook's cell that was interrupted) must not leave the model frozen
+        self._give_back = weakref.finalize(self, _give_back, self._freezing, self._checkpointing)
+        self._give_back.atexit = False
         self._activate()
 
     def finish(self) -> None:
-        """Detach from the optimizer, park everything, and let every parameter require what it did before."""
+        """Detach from the optimizer, park everything, and let every parameter require what it did before.
+
+        For training that goes on without HiFT, ``residency.page_in(trained.values())`` brings the state to the weights.
+        """
         if not self.active:
             return
         self.settle()
-        self._freezing.stop()
-        self._checkpointing.stop()
+        assert self._give_back is not None
+        self._give_back()
         assert self._calls is not None
         assert self._load_hook is not None
         self._calls.stop()
         self._load_hook.remove()
         self._calls = self._load_hook = None
         self.residency.synchronize()
+
+    def _adopt_state(self) -> None:
+        warn_of_rounded_state([self._name_of[parameter] for parameter in self.residency.adopt_state()])
+
+    def freeze_again(self) -> None:
+        """Freeze what is not active, after something else has set ``requires_grad``, as PEFT's ``disable_adapter``."""
+        self._freezing.freeze_again()
 
     def _activate(self) -> None:
         if self.reduction is not None:
@@ -297,12 +325,19 @@ class HiFT:
         Args:
             loss: of which backward was called, as it was before a GradScaler scaled it.
             scaled: whether a GradScaler did; then inf and NaN in gradients are its business, and only a loss of NaN
-                counts.
+                counts. If :attr:`will_skip` is true then, call :meth:`pass_turn` in the place of the scaler's ``step``,
+                which would look for gradients that have been freed.
 
         Raises:
             NonfiniteError: if there are NaN or inf, and ``nonfinite`` is ``raise``.
             RuntimeError: if no block has been reached in a whole cycle.
+            ConfigurationError: if a loss was scaled under ``update="fused"``, which has used its gradients as they are.
         """
+        if scaled and self.settings.update == "fused":
+            raise ConfigurationError(
+                "`update='fused'` uses gradients inside backward, before a GradScaler takes its scale out of them; use "
+                "`update='streamed'`, or bf16, which needs no scale."
+            )
         self._step.backward_ran = True
         if self.reduction is None:
             self._look_for_nonfinite(loss, scaled)
@@ -367,7 +402,7 @@ class HiFT:
         self._step.updated_in_backward.add(name)
         if not self._step.updated:
             self.pass_on_held_rates()
-            self._note_versions()
+            self._note_weights()
         self._step.search.look_at(name, local(parameter.grad))
         if self.clip_value is not None:
             local(parameter.grad).clamp_(-self.clip_value, self.clip_value)
@@ -423,14 +458,15 @@ class HiFT:
         self.average_gradients(scaled=scaled)
         if self.reduction is None and not self._step.searched and not scaled:
             self._look_for_nonfinite(None, scaled=False)
-        if self._step.backward_ran and not self.will_skip:
+        self._step.searched = False  # a closure may be called again, and leave others
+        if (self._step.backward_ran or self._step.updated or self.has_gradient) and not self.will_skip:
             self._note_reach()
         if not self.has_gradient:
             return
         for parameter in self._block_parameters():
             if not self.shares.keeps(parameter):
                 parameter.grad = None
-        self._note_versions()
+        self._note_weights()
         before = [{**group} for group in self.optimizer.param_groups]
         self._update.step(self._block_parameters())
         self._step.updated = True
@@ -439,8 +475,9 @@ class HiFT:
             for group, old in zip(self.optimizer.param_groups, before, strict=True)
         ]
 
-    def _note_versions(self) -> None:
-        self._step.note_versions({name: self._parameters[name] for name in self.block.parameters})
+    def _note_weights(self) -> None:
+        weights = {name: self._parameters[name] for name in self.block.parameters}
+        self._step.note_weights(weights, counted=self._counts_changes)
 
     def _end_update(self) -> None:
         for group, changed in zip(self.optimizer.param_groups, self._step.changed_settings, strict=False):
@@ -453,10 +490,25 @@ class HiFT:
         elif not skipped and (self._step.backward_ran or self._step.updated or self.has_gradient):
             self._complete()
         else:
+            if not skipped:
+                self._warn_of_steps_without_gradient()
             self._give_up()
+
+    def _warn_of_steps_without_gradient(self) -> None:
+        self._steps_without_gradient += 1
+        if self._steps_without_gradient == max(3, len(self.plan.blocks)):
+            warnings.warn(
+                f"`optimizer.step()` was called {self._steps_without_gradient} times in a row while no parameter of "
+                f"the active block `{self.block.name}` had a gradient, so nothing was trained, and the block keeps its "
+                "turn; call `after_backward(loss)` after each backward pass, with which a block that no gradient "
+                "reaches is passed over, or leave it out with `frozen=[...]` patterns.",
+                stacklevel=4,
+            )
 
     def _complete(self) -> None:
         """Free the gradients, park the state, and give the next block its turn."""
+        self._steps_without_gradient = 0
+        self._counts_changes = self._counts_changes or self._step.counts_changes(self._parameters)
         for parameter in self._block_parameters():
             parameter.grad = None
         self.residency.park(self.trained.values())  # some optimizers build all state in their first step
@@ -648,6 +700,8 @@ class HiFT:
             ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``, or to another
                 optimizer or other parameters.
         """
+        if state_dict is not None:
+            check_record(state_dict)
         if optimizer_state_dict is not None:
             saved_names = None if state_dict is None else state_dict["parameters"]
             check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
@@ -737,6 +791,20 @@ class HiFT:
 
     def _names_in_groups(self) -> list[list[str]]:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
+
+
+def _give_back(freezing: Freezing, checkpointing: ActivationCheckpointing) -> None:
+    """Let the model be as it was before training."""
+    freezing.stop()
+    checkpointing.stop()
+
+
+def _parameters_to_train(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> list[nn.Parameter]:
+    """Those of all layers, from the bottom up, that no other optimizer has."""
+    taken = {p for other in others for group in other.param_groups for p in group["params"]}
+    free = [name for name, p in model.named_parameters() if p.requires_grad and p not in taken]
+    layers = partition(model, frozen=settings.frozen, trainable=free).layers
+    return [model.get_parameter(name) for layer in layers for name in layer.parameters]
 
 
 def _refuse_what_does_not_go_together(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> None:

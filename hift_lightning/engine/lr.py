@@ -38,7 +38,10 @@ class DelayedLRScheduler:
             steps holds; ``"cycle_once"`` passes on one, as the published code does.
         cycles: gives the number of whole cycles performed so far.
         skipped: tells whether the last optimizer step was left out; such a step does not count.
+        active: tells whether training goes on by blocks; steps after its end are passed on at once.
     """
+
+    _OWN = frozenset({"_scheduler", "_lr_update", "_cycles", "_skipped", "_active", "cycle", "held_steps"})
 
     def __init__(
         self,
@@ -46,11 +49,13 @@ class DelayedLRScheduler:
         lr_update: str,
         cycles: Callable[[], int],
         skipped: Callable[[], bool] = lambda: False,
+        active: Callable[[], bool] = lambda: True,
     ) -> None:
         self._scheduler = scheduler
         self._lr_update = lr_update
         self._cycles = cycles
         self._skipped = skipped
+        self._active = active
         self.cycle = cycles()
         """The cycle of which steps are held."""
         self.held_steps = 0
@@ -84,7 +89,7 @@ class DelayedLRScheduler:
 
     def pass_on(self) -> None:
         """Pass the counted steps on if their cycle has ended; before a step, of one that is not stepped after each."""
-        if self._cycles() == self.cycle:
+        if self._cycles() == self.cycle and self._active():
             return
         self.cycle = self._cycles()
         for _ in range(self.held_steps if self._lr_update == "cycle" else min(1, self.held_steps)):
@@ -99,6 +104,12 @@ class DelayedLRScheduler:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the scheduler's own state."""
         self._scheduler.load_state_dict(state_dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._scheduler, name, value)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_scheduler":  # not yet set, as while unpickling
@@ -117,12 +128,16 @@ class DelayedSchedulers:
         lr_update: see :class:`~hift_lightning.engine.settings.HiFTSettings`.
         cycles: gives the number of whole cycles performed so far.
         skipped: tells whether the last optimizer step was left out.
+        active: tells whether training goes on by blocks.
     """
 
-    def __init__(self, lr_update: str, cycles: Callable[[], int], skipped: Callable[[], bool]) -> None:
+    def __init__(
+        self, lr_update: str, cycles: Callable[[], int], skipped: Callable[[], bool], active: Callable[[], bool]
+    ) -> None:
         self._lr_update = lr_update
         self._cycles = cycles
         self._skipped = skipped
+        self._active = active
         self._delayed: list[DelayedLRScheduler] = []
         self._loaded: list[tuple[int, int | None]] = []  # of a checkpoint, for schedulers still to come
         self._has_undelayed = False
@@ -132,10 +147,14 @@ class DelayedSchedulers:
 
     def delay(self, scheduler: Any) -> Any:
         """Give the scheduler to step: a :class:`DelayedLRScheduler`, or itself where ``lr_update`` is ``step``."""
+        held = 0
+        if type(scheduler) is DelayedLRScheduler:  # of a training that has ended
+            scheduler, held = scheduler._scheduler, scheduler.held_steps
         if self._lr_update == "step":
             self._has_undelayed = True
             return scheduler
-        delayed = DelayedLRScheduler(scheduler, self._lr_update, self._cycles, self._skipped)
+        delayed = DelayedLRScheduler(scheduler, self._lr_update, self._cycles, self._skipped, self._active)
+        delayed.held_steps = held
         if self._loaded:
             delayed.resume(*self._loaded.pop(0))
         self._delayed.append(delayed)

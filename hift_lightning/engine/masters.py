@@ -1,7 +1,7 @@
 """fp32 master weights of 16-bit weights (the paper's Mixed^Hi): which there are, and what they say of a weight."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,27 +17,45 @@ _TOGETHER = 2**20
 """Elements that are compared at a time, for the memory that it takes."""
 
 
-def check_masters(parameters: Iterable[nn.Parameter], master_weights: bool) -> None:
+def check_masters(parameters: Mapping[str, nn.Parameter], master_weights: bool) -> None:
     """Warn of 16-bit weights that have no masters, and raise if masters are asked for of other weights.
 
     Args:
-        parameters: what is trained.
+        parameters: what is trained, by name.
         master_weights: see :class:`~hift_lightning.engine.settings.HiFTSettings`.
 
     Raises:
         ConfigurationError: if ``master_weights`` goes with weights that have more bits.
     """
-    dtypes = {p.dtype for p in parameters}
+    dtypes = {p.dtype for p in parameters.values()}
     if not master_weights and dtypes & _SIXTEEN_BIT:
         warnings.warn(
             "The weights have 16 bits and no fp32 masters, so every update that is small beside its weight is "
             "rounded away, and some weights, those of norms above all, never move; use `master_weights=True`.",
             stacklevel=3,
         )
-    if master_weights and (wider := dtypes - _SIXTEEN_BIT):
+    wider = next((name for name, p in parameters.items() if p.dtype not in _SIXTEEN_BIT), None)
+    if master_weights and wider is not None:
         raise ConfigurationError(
-            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and some weights are {wider.pop()}; use "
-            "`precision='bf16-true'` or `'16-true'`, or drop `master_weights`."
+            f"`master_weights=True` keeps fp32 masters of 16-bit weights, and `{wider}` is {parameters[wider].dtype}; "
+            "let all that is trained have 16 bits (`precision='bf16-true'` or `'16-true'`, in a plain loop "
+            "`model.bfloat16()`), or drop `master_weights`."
+        )
+
+
+def warn_of_rounded_state(names: Sequence[str]) -> None:
+    """Warn of optimizer state that has come in 16 bits and will step fp32 masters.
+
+    Args:
+        names: of its parameters.
+    """
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"The optimizer state of `{names[0]}`{more} has come in 16 bits, as `optimizer.load_state_dict` casts it, "
+            "and steps fp32 masters, so this is not exactly the run that was saved; load it with "
+            "`HiFT.load_optimizer_state_dict`.",
+            stacklevel=4,
         )
 
 

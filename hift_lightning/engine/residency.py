@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -92,12 +93,15 @@ class Residency:
         self._copying_from: set[torch.device] = set()
         self.adopt_state()
 
-    def adopt_state(self) -> None:
+    def adopt_state(self) -> list[nn.Parameter]:
         """Take state that this class has not parked itself (built early, or loaded) as parked.
 
         It moves to its tier. Zero-dimensional tensors (Adam's ``step``) stay in host memory for good unless the
         optimizer wants them on the device (``capturable`` or ``fused``), as in
         :meth:`torch.optim.Optimizer.load_state_dict`, or they are moments of a parameter without dimensions.
+
+        Returns:
+            The parameters whose state has come in 16 bits and will step fp32 masters, with something in it already.
         """
         self.synchronize()
         known_before, self._leaves = self._leaves, {}
@@ -106,10 +110,25 @@ class Residency:
         if self._tier.in_host_memory:  # where it is pinned if the parameters have come to a device meanwhile
             for parameter, master in self._masters.items():
                 self._masters[parameter] = self._tier.adopt(master.tensor, torch.float32, parameter.device)
+        rounded = []
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if self.optimizer.state.get(parameter):
+                    if self._is_rounded(parameter):
+                        rounded.append(parameter)
                     self._adopt(parameter, group, known_before.get(parameter, []))
+        return rounded
+
+    def _is_rounded(self, parameter: Tensor) -> bool:
+        if parameter not in self._mastered or self.parked_dtype is not None:
+            return False
+        tensors = state_tensors(self.optimizer.state[parameter])
+        return not is_quantized(tensors) and any(
+            tensor.dtype in (torch.float16, torch.bfloat16)
+            and not isinstance(tensor, FakeTensor)
+            and bool((tensor != tensor.flatten()[:1]).any())  # not as an optimizer's constructor builds it
+            for tensor in tensors
+        )
 
     def dtypes(self, parameter: Tensor) -> list[str]:
         """Names of the dtypes of a parameter as the optimizer sees it, and of its state's tensors on the device.

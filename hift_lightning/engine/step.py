@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hift_lightning.engine.nonfinite import NonfiniteSearch
 from hift_lightning.engine.shards import local
@@ -17,7 +18,7 @@ class Step:
     search: NonfiniteSearch
     """Looks at the loss and the gradients of this step."""
     searched: bool = False
-    """Whether all of them have been looked at."""
+    """Whether all that backward has left has been looked at."""
     nonfinite_loss: str | None = None
     """``"NaN"`` or ``"inf"``, if a loss had it and ranks have not agreed on that yet."""
     left_out_because: str | None = None
@@ -34,12 +35,46 @@ class Step:
     changed_settings: list[dict[str, Any]] = field(default_factory=list)
     """What the update of the pieces has changed in each param group."""
     versions: dict[str, int] = field(default_factory=dict)
-    """Counts of changes of the block's weights, as they were before the update."""
+    """Torch's counts of changes of the block's weights, as they were before the update."""
+    bits: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of the bits of these weights, where the optimizer is not known to change them in ways that are counted."""
+    with_gradient: set[str] = field(default_factory=set)
+    """Names of those that will be updated."""
 
-    def note_versions(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note how often the weights that will be updated have been changed so far."""
+    def note_weights(self, parameters: Mapping[str, nn.Parameter], *, counted: bool) -> None:
+        """Note the weights of the block as they are before the update.
+
+        Args:
+            parameters: by name.
+            counted: whether the optimizer's changes are, as those through ``p.data`` are not.
+        """
+        if self.versions:  # a closure that is called again, after what the optimizer has done since
+            return
         self.versions = {name: local(parameter)._version for name, parameter in parameters.items()}
+        self.bits = {} if counted else {name: _sum_of_bits(local(p).detach()) for name, p in parameters.items()}
+        self.with_gradient = {name for name, parameter in parameters.items() if parameter.grad is not None}
+
+    def counts_changes(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the completed update was counted for each weight; `parameters` are all of the model, by name."""
+        updated = self.with_gradient | self.updated_in_backward
+        return bool(updated) and all(local(parameters[name])._version != self.versions[name] for name in updated)
 
     def touched(self, parameters: Mapping[str, nn.Parameter]) -> list[str]:
         """Names of those that have been changed since; `parameters` are all of the model, by name."""
-        return [name for name, version in self.versions.items() if local(parameters[name])._version != version]
+
+        def is_touched(name: str) -> bool:
+            weights = local(parameters[name]).detach()
+            changed = name in self.bits and bool(self.bits[name] != _sum_of_bits(weights))
+            return changed or weights._version != self.versions[name]
+
+        return list(filter(is_touched, self.versions))
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sum_of_bits(weights: Tensor) -> Tensor:
+    """A number that another value of any weight would change."""
+    if weights.is_complex():
+        weights = torch.view_as_real(weights)
+    return weights.view(_INTEGERS[weights.itemsize]).sum(dtype=torch.int64)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from hift_lightning.engine.errors import ConfigurationError
+
 
 class StepCalls:
     """Hangs on an optimizer's step hooks until :meth:`stop`.
@@ -21,6 +23,7 @@ class StepCalls:
         begin: called when all gradients are there: after the closure, if the step is given one.
         end: called after the step.
         around_closure: entered for the closure, which runs forward and backward.
+        goes_last: whether no step pre-hook may come after this one, since it uses the gradients up.
     """
 
     def __init__(
@@ -30,9 +33,11 @@ class StepCalls:
         begin: Callable[[], None],
         end: Callable[[], None],
         around_closure: Callable[[], AbstractContextManager[None]],
+        goes_last: bool,
     ) -> None:
         self._optimizer = optimizer
         self._before, self._begin, self._end, self._around_closure = before, begin, end, around_closure
+        self._goes_last = goes_last
         self._call: FrameType | None = None  # of the optimizer's step, while it runs
         self._pre_hook = optimizer.register_step_pre_hook(self._before_step)
         self._post_hook = optimizer.register_step_post_hook(self._after_step)
@@ -56,6 +61,7 @@ class StepCalls:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._call is not None and _is_running(self._call):
             return None
+        self._refuse_later_hooks()
         self._call = sys._getframe(1)
         self._before()
         optimizer_itself, *positional = args
@@ -74,6 +80,15 @@ class StepCalls:
             return (optimizer_itself, closure_then_update, *positional[1:]), kwargs
         return args, {**kwargs, "closure": closure_then_update}
 
+    def _refuse_later_hooks(self) -> None:
+        hooks: Any = self._optimizer._optimizer_step_pre_hooks
+        if self._goes_last and next(reversed(hooks)) != self._pre_hook.id:
+            raise ConfigurationError(
+                f"A step pre-hook was registered on `{type(self._optimizer).__name__}` after training began, and with "
+                "updates in pieces it would see no gradient any more; register it before, or call "
+                "`update_after_hooks()` after it."
+            )
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if sys._getframe(1) is self._call:
             self._call = None
@@ -81,7 +96,7 @@ class StepCalls:
 
 
 def _is_running(call: FrameType) -> bool:
-    """Whether a call has not ended yet, be it by an exception."""
+    """Whether a call is still on the stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not call:
         frame = frame.f_back

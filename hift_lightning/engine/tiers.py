@@ -4,6 +4,7 @@ A tier hands out buffers. A buffer is read and written a range of rows at a time
 in memory whole.
 """
 
+import functools
 import inspect
 import os
 import sys
@@ -207,7 +208,8 @@ class Files(Tier):
     def __init__(self, folder: str | Path) -> None:
         if sys.platform == "win32":
             raise ConfigurationError(
-                f"`offload={str(folder)!r}` parks state in files by calls that Windows has not; use `offload='cpu'`."
+                f"`offload={str(folder)!r}` parks state in files with system calls that Windows lacks; use "
+                "`offload='cpu'`."
             )
         try:
             in_use = FolderInUse(Path(folder).absolute(), "hift-parked-")
@@ -218,7 +220,7 @@ class Files(Tier):
             ) from error
         self.folder = in_use.path
         self._made = 0
-        weakref.finalize(self, in_use.remove)
+        weakref.finalize(self, _unless_forked, os.getpid(), in_use.remove)
 
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.allocate`.
@@ -228,6 +230,12 @@ class Files(Tier):
         """
         self._made += 1
         return _FileBuffer(self, self.folder / f"{self._made:06d}.bin", like, dtype)
+
+
+def _unless_forked(process: int, remove: Callable[[], None]) -> None:
+    """Remove what this process has made, and not at the end of one that was forked from it."""
+    if os.getpid() == process:
+        remove()
 
 
 class _FileBuffer(Buffer):
@@ -248,7 +256,8 @@ class _FileBuffer(Buffer):
             ) from error
         finally:
             os.close(descriptor)
-        weakref.finalize(self, path.unlink, missing_ok=True)  # what is mapped of it stays
+        # what is mapped of it stays
+        weakref.finalize(self, _unless_forked, os.getpid(), functools.partial(path.unlink, missing_ok=True))
         flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=dtype)
         self.tensor = flat.as_strided(self.shape, dense_strides(like))
 
