@@ -114,12 +114,15 @@ def _probe(
         if any(outcome.settings_change for outcome in outcomes) or not self_contained:
             return Probe(separate=False, elementwise=False, state_bytes=0, self_contained=self_contained)
         together, [alone_top], [alone_bottom], [of_whole] = (outcome.leaves for outcome in outcomes)
-        separate = all(_equal(*leaves, same) for leaves in zip(together, [alone_top, alone_bottom], strict=True))
+        separate = all(_equal(same, *leaves) for leaves in zip(together, [alone_top, alone_bottom], strict=True))
         same_leaves = len(of_whole) == len(alone_top)
         elementwise = (
             separate
             and same_leaves
-            and all(_equals_parts(*leaves, same) for leaves in zip(of_whole, alone_top, alone_bottom, strict=True))
+            and all(
+                _equals_parts(weights.shape, same, *leaves)
+                for leaves in zip(of_whole, alone_top, alone_bottom, strict=True)
+            )
         )
         shaped = [leaf for leaf in of_whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
         return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
@@ -272,19 +275,18 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
     return tree_map(fit, state)
 
 
-def _equal(left: list[Any], right: list[Any], same: Callable[[Tensor, Tensor], bool]) -> bool:
+def _equal(same: Callable[[Tensor, Tensor], bool], left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(
         same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
     )
 
 
-def _equals_parts(whole: Any, top: Any, bottom: Any, same: Callable[[Tensor, Tensor], bool]) -> bool:
+def _equals_parts(shape: torch.Size, same: Callable[[Tensor, Tensor], bool], whole: Any, top: Any, bottom: Any) -> bool:
     if not isinstance(whole, Tensor):
         return bool(whole == top == bottom)
     if whole.dim() == 0:
         return same(whole, top) and same(whole, bottom)
-    rows, columns = top.shape if top.dim() == 2 else (0, 0)
-    return whole.shape == (2 * rows, columns) and bottom.shape == top.shape and same(whole, torch.cat([top, bottom]))
+    return whole.shape == shape and top.dim() == bottom.dim() == 2 and same(whole, torch.cat([top, bottom]))
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

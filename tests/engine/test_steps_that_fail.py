@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hift_lightning.engine.errors import NonfiniteError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
 
@@ -87,5 +88,44 @@ def test_a_position_can_be_loaded_after_a_backward_pass() -> None:
 def test_masters_of_mixed_weights_are_refused_by_the_name_of_the_wider(narrow: torch.dtype, wide: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(4, 4).to(narrow), nn.Linear(4, 4).to(wide))
     hift = HiFT(model, torch.optim.Adam(model.parameters()), HiFTSettings(master_weights=True))
-    with pytest.raises(ValueError, match=f"some weights are {wide}"):
+    with pytest.raises(ValueError, match=f"`1.weight` is {wide}; let all"):
         hift.start()
+
+
+class WritesData(torch.optim.SGD):
+    """As much older code does; torch does not count such changes."""
+
+    fails = False
+
+    def step(self, closure: Any = None) -> None:
+        for number, parameter in enumerate(p for p in self.param_groups[0]["params"] if p.grad is not None):
+            if self.fails and number == 1:
+                raise torch.OutOfMemoryError("made up")
+            parameter.data.add_(parameter.grad, alpha=-0.1)
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_weights_that_were_changed_without_being_counted_are_told_of(steps_before: int) -> None:
+    model = two_layers()
+    optimizer = WritesData(model.parameters(), 0.1)
+    with HiFT(model, optimizer) as hift:
+        for _ in range(steps_before):
+            step(model, optimizer)
+        optimizer.fails = True
+        with pytest.raises(torch.OutOfMemoryError):
+            step(model, optimizer)
+        touched = hift.touched()
+        hift.settle()
+        assert touched == [f"{hift.block.index}.weight"]
+        assert hift.half_updated is not None
+        assert touched[0] in hift.half_updated
+
+
+def test_the_message_of_nan_within_a_fused_update_does_not_say_that_all_is_as_before() -> None:
+    model = two_layers()
+    optimizer = WritesData(model.parameters(), 0.1)
+    with HiFT(model, optimizer, HiFTSettings(update="fused")):
+        (model(torch.ones(1, 4)).sum() + model[1].weight.sum() * float("nan")).backward()
+        with pytest.raises(NonfiniteError, match="has NaN") as failure:
+            optimizer.step()
+    assert "as they were" not in str(failure.value)
