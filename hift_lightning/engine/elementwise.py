@@ -73,7 +73,7 @@ def probe(
     """
     try:
         with _numbers_where(like) as device:
-            return _probe(optimizer, like, dtype, parked_dtype, device)
+            return _Trials(optimizer, like, dtype, parked_dtype, device).probe()
     except (ConfigurationError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -84,65 +84,125 @@ def probe(
         ) from error
 
 
-def _probe(
-    optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None, device: torch.device
-) -> Probe:
-    def attempt(weights: list[Tensor], gradients: list[list[Tensor]]) -> _Outcome:
-        try:
-            return _run(optimizer, like, dtype, weights, gradients, None)
-        except Exception:
-            if not (state := optimizer.state.get(like)):
-                raise
-        # its `step` expects what its constructor built (Adagrad)
-        make_state = functools.partial(_state_like, state, like, parked_dtype)
-        return _run(optimizer, like, dtype, weights, gradients, make_state)
+_Same = Callable[[Tensor, Tensor], bool]
 
-    def compare(rows: int, columns: int, scale: float, same: Callable[[Tensor, Tensor], bool]) -> Probe:
-        """What a matrix of this shape shows, with gradients of this scale."""
+
+@dataclass(frozen=True)
+class _Outcome:
+    leaves: list[list[Any]]
+    """Of each part: its weights, and what its state consists of."""
+    settings_change: bool
+    """Whether a step changes a setting of the param group."""
+    self_contained: bool
+    """See :attr:`Probe.self_contained`."""
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Steps of a copy of an optimizer; arguments as of :func:`probe`."""
+
+    optimizer: Optimizer
+    like: nn.Parameter
+    dtype: torch.dtype
+    parked_dtype: torch.dtype | None
+    device: torch.device
+
+    def probe(self) -> Probe:
+        """What all trials together show."""
+        scales = _SCALES_FP16 if self.dtype == torch.float16 else _SCALES
+        shapes: list[tuple[int, int, float, _Same]] = [(ROWS, COLUMNS, scale, _same) for scale in scales]
+        most = max(local(p).numel() for p in self._group["params"])
+        rows = min(_LARGE, math.isqrt(most)) // _QUANTIZED_TOGETHER * _QUANTIZED_TOGETHER
+        if rows > 0:
+            shapes.append((rows, rows, 1.0, _close))  # threads may cut it where rounding shows
+        found = []
+        for shape in shapes:
+            found.append(self._compare_whole_with_parts(*shape))
+            if not found[-1].separate:
+                return found[-1]
+        if not all(each.elementwise for each in found):
+            return Probe(separate=True, elementwise=False, state_bytes=0)
+        return found[-1]
+
+    @property
+    def _group(self) -> dict[str, Any]:
+        return self.optimizer.param_groups[number_of_group(self.optimizer, self.like)]
+
+    def _compare_whole_with_parts(self, rows: int, columns: int, scale: float, same: _Same) -> Probe:
         # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
-        count = torch.arange(1.0, rows * columns + 1, device=device).view(rows, columns)
+        count = torch.arange(1.0, rows * columns + 1, device=self.device).view(rows, columns)
         weights = (count * 0.7).sin()
         gradients = [(count * (1.3 + step)).cos() * scale for step in range(STEPS)]
         del count
 
         def step(*parts: slice) -> _Outcome:
-            return attempt([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
+            return self._step([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
 
         top, bottom = slice(rows // 2), slice(rows // 2, rows)
         outcomes = step(top, bottom), step(top), step(bottom), step(slice(rows))
         self_contained = all(outcome.self_contained for outcome in outcomes)
         if any(outcome.settings_change for outcome in outcomes) or not self_contained:
             return Probe(separate=False, elementwise=False, state_bytes=0, self_contained=self_contained)
-        together, [alone_top], [alone_bottom], [of_whole] = (outcome.leaves for outcome in outcomes)
+        together, [alone_top], [alone_bottom], [whole] = (outcome.leaves for outcome in outcomes)
         separate = all(_equal(same, *leaves) for leaves in zip(together, [alone_top, alone_bottom], strict=True))
-        same_leaves = len(of_whole) == len(alone_top)
-        elementwise = (
-            separate
-            and same_leaves
-            and all(
+        same_leaves = len(whole) == len(alone_top)
+        if (
+            not separate
+            or not same_leaves
+            or not all(
                 _equals_parts(weights.shape, same, *leaves)
-                for leaves in zip(of_whole, alone_top, alone_bottom, strict=True)
+                for leaves in zip(whole, alone_top, alone_bottom, strict=True)
             )
-        )
-        shaped = [leaf for leaf in of_whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        return Probe(separate, elementwise, sum(leaf.element_size() for leaf in shaped) if elementwise else 0)
+        ):
+            return Probe(separate, elementwise=False, state_bytes=0)
+        shaped = [leaf for leaf in whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        return Probe(separate, elementwise=True, state_bytes=sum(leaf.element_size() for leaf in shaped))
 
-    scales = _SCALES_FP16 if dtype == torch.float16 else _SCALES
-    trials: list[tuple[int, int, float, Callable[[Tensor, Tensor], bool]]] = [
-        (ROWS, COLUMNS, scale, _same) for scale in scales
-    ]
-    group = optimizer.param_groups[number_of_group(optimizer, like)]
-    most = max(local(p).numel() for p in group["params"])
-    rows = min(_LARGE, math.isqrt(most)) // _QUANTIZED_TOGETHER * _QUANTIZED_TOGETHER
-    if rows > 0:
-        trials.append((rows, rows, 1.0, _close))  # threads may cut it where rounding shows
-    found: list[Probe] = []
-    for trial in trials:
-        found.append(compare(*trial))
-        if not found[-1].separate:
-            return found[-1]
-    elementwise = all(each.elementwise for each in found)
-    return Probe(separate=True, elementwise=elementwise, state_bytes=found[-1].state_bytes if elementwise else 0)
+    def _step(self, weights: list[Tensor], gradients: list[list[Tensor]]) -> _Outcome:
+        """Step the parts with these gradients, one after the other."""
+        try:
+            return self._run(weights, gradients, None)
+        except Exception:
+            if not (state := self.optimizer.state.get(self.like)):
+                raise
+        # its `step` expects what its constructor built (Adagrad)
+        return self._run(weights, gradients, functools.partial(_state_like, state, self.like, self.parked_dtype))
+
+    def _run(
+        self, weights: list[Tensor], gradients: list[list[Tensor]], make_state: Callable[[Tensor], Any] | None
+    ) -> _Outcome:
+        settings = _copied({key: value for key, value in self._group.items() if key != "params"})
+        if (rate := settings.get("lr")) is not None:
+            settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
+        before = _copied(settings)
+        # `copy.copy` would leave out what torch's own class does not know
+        trial = object.__new__(type(self.optimizer))
+        trial.__dict__.update(_copied(_attributes(self.optimizer)))
+        trial.state, trial.param_groups = defaultdict(dict), [{**settings}]
+        parameters = [nn.Parameter(part.to(self.dtype, copy=True)) for part in weights]
+        if make_state is not None:
+            for parameter in parameters:
+                trial.state[parameter] = make_state(parameter)
+        after_first: dict[str, Any] = {}
+        for number, parts in enumerate(gradients):
+            # in each step another object, as when pieces are stepped
+            stepped = [nn.Parameter(parameter.detach()) for parameter in parameters]
+            for parameter, former, part in zip(stepped, parameters, parts, strict=True):
+                parameter.grad = part.to(self.dtype, copy=True)
+                if state := trial.state.pop(former, None):
+                    trial.state[parameter] = state
+            parameters = trial.param_groups[0]["params"] = stepped
+            raw_step(trial)
+            if number == 0:  # which may set up what later ones only look at
+                after_first = _copied(_attributes(trial))
+        after = {key: trial.param_groups[0].get(key) for key in before}
+        changed_in_place = not _alike(settings, before)
+        kept_apart = not trial.state.keys() <= set(parameters) or not _alike(_attributes(trial), after_first)
+        return _Outcome(
+            leaves=[[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters],
+            settings_change=not _alike(after, before),
+            self_contained=not changed_in_place and not kept_apart,
+        )
 
 
 def number_of_group(optimizer: Optimizer, parameter: nn.Parameter) -> int:
@@ -179,60 +239,6 @@ def _numbers_where(like: Tensor) -> Iterator[torch.device]:
         return
     with _disable_current_modes():
         yield torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    leaves: list[list[Any]]
-    """Of each part: its weights, and what its state consists of."""
-    settings_change: bool
-    """Whether a step changes a setting of the param group."""
-    self_contained: bool
-    """See :attr:`Probe.self_contained`."""
-
-
-def _run(
-    optimizer: Optimizer,
-    like: nn.Parameter,
-    dtype: torch.dtype,
-    weights: list[Tensor],
-    gradients: list[list[Tensor]],
-    make_state: Callable[[Tensor], Any] | None,
-) -> _Outcome:
-    """Step the parts with these gradients, one after the other."""
-    group = optimizer.param_groups[number_of_group(optimizer, like)]
-    settings = _copied({key: value for key, value in group.items() if key != "params"})
-    if (rate := settings.get("lr")) is not None:
-        settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
-    before = _copied(settings)
-    trial = object.__new__(type(optimizer))  # `copy.copy` would leave out what torch's own class does not know
-    trial.__dict__.update(_copied(_attributes(optimizer)))
-    trial.state, trial.param_groups = defaultdict(dict), [{**settings}]
-    parameters = [nn.Parameter(part.to(dtype, copy=True)) for part in weights]
-    if make_state is not None:
-        for parameter in parameters:
-            trial.state[parameter] = make_state(parameter)
-    after_first: dict[str, Any] = {}
-    for number, parts in enumerate(gradients):
-        # in each step another object, as when pieces are stepped
-        stepped = [nn.Parameter(parameter.detach()) for parameter in parameters]
-        for parameter, former, part in zip(stepped, parameters, parts, strict=True):
-            parameter.grad = part.to(dtype, copy=True)
-            if state := trial.state.pop(former, None):
-                trial.state[parameter] = state
-        parameters = trial.param_groups[0]["params"] = stepped
-        raw_step(trial)
-        if number == 0:  # which may set up what later ones only look at
-            after_first = _copied(_attributes(trial))
-    after = trial.param_groups[0]
-    changed_in_place = not _alike(settings, before)
-    return _Outcome(
-        leaves=[[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters],
-        settings_change=not _alike({key: after.get(key) for key in before}, before),
-        self_contained=(
-            not changed_in_place and trial.state.keys() <= set(parameters) and _alike(_attributes(trial), after_first)
-        ),
-    )
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:
@@ -275,13 +281,13 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
     return tree_map(fit, state)
 
 
-def _equal(same: Callable[[Tensor, Tensor], bool], left: list[Any], right: list[Any]) -> bool:
+def _equal(same: _Same, left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(
         same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
     )
 
 
-def _equals_parts(shape: torch.Size, same: Callable[[Tensor, Tensor], bool], whole: Any, top: Any, bottom: Any) -> bool:
+def _equals_parts(shape: torch.Size, same: _Same, whole: Any, top: Any, bottom: Any) -> bool:
     if not isinstance(whole, Tensor):
         return bool(whole == top == bottom)
     if whole.dim() == 0:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.optimizers import parameters_of
 
 GradientHook = Callable[[Tensor], None]
 """Called with a parameter when its gradient is there."""
@@ -27,7 +28,7 @@ def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], opt
     Raises:
         ConfigurationError: if it does; blocks would be cut of the active ones only.
     """
-    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    optimized = parameters_of(optimizer)
 
     def frozen() -> str | None:
         governed = {p for freezing in _started for p in freezing.governed.values() if not p.requires_grad}
@@ -56,12 +57,12 @@ class Freezing:
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, others: Sequence[Optimizer]
     ) -> None:
         self._alone = not others
-        left_alone = {p for other in others for group in other.param_groups for p in group["params"]}
+        left_alone = parameters_of(*others)
         self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
         """What is frozen and activated, by name."""
         self._name_of = {parameter: name for name, parameter in parameters.items()}
         self._optimizer = weakref.ref(optimizer)  # which knows the engine, that may be dropped in training
-        optimized = [p for group in optimizer.param_groups for p in group["params"]]
+        optimized = parameters_of(optimizer)
         self._optimized = len(optimized)
         self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
         self._required_grad: list[bool] | None = None
@@ -149,7 +150,7 @@ class Freezing:
         """
         optimizer = self._optimizer()
         assert optimizer is not None
-        added = sum(len(group["params"]) for group in optimizer.param_groups) - self._optimized
+        added = len(parameters_of(optimizer)) - self._optimized
         if added > 0:
             raise ConfigurationError(
                 f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "

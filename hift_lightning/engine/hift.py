@@ -50,7 +50,7 @@ from hift_lightning.engine.masters import (
     warn_of_rounded_state,
 )
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
-from hift_lightning.engine.optimizers import refuse_optimizer
+from hift_lightning.engine.optimizers import parameters_of, refuse_optimizer
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks
@@ -171,9 +171,8 @@ class HiFT:
         self.reduction: GradientReduction | None = None
         """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
         if ranks is not None and ranks.size > 1:
-            self.reduction = GradientReduction(
-                ranks, bucket_bytes, one_by_one=settings.update == "fused", deliver=self._take_average
-            )
+            deliver = self._update_in_backward if settings.update == "fused" else None
+            self.reduction = GradientReduction(ranks, bucket_bytes, deliver)
         self.averages_gradients = True
         """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
         self._schedulers = DelayedSchedulers(
@@ -338,16 +337,14 @@ class HiFT:
                 "`update='fused'` uses gradients inside backward, before a GradScaler takes its scale out of them; use "
                 "`update='streamed'`, or bf16, which needs no scale."
             )
-        self._step.backward_ran = True
+        self.note_backward()
         if self.reduction is None:
             self._look_for_nonfinite(loss, scaled)
         else:
             if loss is not None:
                 self._step.nonfinite_loss = self._step.nonfinite_loss or kind_of_loss(loss, scaled)
-            if not self.averages_gradients:
-                self._step.averaged = False  # as in `note_backward`
-                return
-            self._average_gradients(scaled)
+            if self.averages_gradients:
+                self._average_gradients(scaled)
 
     def note_backward(self) -> None:
         """Tell that a backward pass has run of a loss that may be another optimizer's, which its step will show."""
@@ -355,7 +352,7 @@ class HiFT:
         self._step.averaged = False  # what it adds to gradients that were averaged early is of this rank alone
 
     def average_gradients(self, *, scaled: bool = False) -> None:
-        """Average over the ranks what backward passes have left, if they have not; for who looks at gradients early.
+        """Average over the ranks what backward passes have left, for callers that need gradients before the step.
 
         Args:
             scaled: as of :meth:`after_backward`.
@@ -382,10 +379,6 @@ class HiFT:
         assert isinstance(parameter, nn.Parameter)
         if self.averages_gradients:
             self.reduction.ready(parameter)
-
-    def _take_average(self, parameter: nn.Parameter) -> None:
-        if self.settings.update == "fused":
-            self._update_in_backward(parameter)
 
     def _update_in_backward(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -801,7 +794,7 @@ def _give_back(freezing: Freezing, checkpointing: ActivationCheckpointing) -> No
 
 def _parameters_to_train(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> list[nn.Parameter]:
     """Those of all layers, from the bottom up, that no other optimizer has."""
-    taken = {p for other in others for group in other.param_groups for p in group["params"]}
+    taken = parameters_of(*others)
     free = [name for name, p in model.named_parameters() if p.requires_grad and p not in taken]
     layers = partition(model, frozen=settings.frozen, trainable=free).layers
     return [model.get_parameter(name) for layer in layers for name in layer.parameters]

@@ -46,7 +46,7 @@ class NonfiniteSearch:
             self._extremes[name] = torch.aminmax(values)
 
     def look_at_loss(self, loss: Tensor, scaled: bool) -> None:
-        """Take in a loss; if a GradScaler scales it, inf is no news."""
+        """Take in a loss; if a GradScaler scales it, inf is expected."""
         self.look_at(LOSS, loss.detach().nan_to_num(torch.nan, 0.0, 0.0) if scaled else loss)
 
     def first(self) -> tuple[str, str] | None:

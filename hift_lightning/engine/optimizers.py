@@ -1,9 +1,15 @@
-"""Optimizers that cannot be rotated over blocks."""
+"""Which parameters an optimizer has, and which optimizers cannot be rotated over blocks."""
 
+from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils._pytree import tree_leaves
 
 from hift_lightning.engine.errors import ConfigurationError
+
+
+def parameters_of(*optimizers: Optimizer) -> dict[nn.Parameter, None]:
+    """The parameters in the param groups, each once, in their order."""
+    return {p: None for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
 
 def refuse_optimizer(optimizer: Optimizer) -> None:

@@ -125,17 +125,14 @@ class GradientReduction:
     Args:
         ranks: which average.
         bucket_bytes: gradients of so many bytes are sent together.
-        one_by_one: whether every parameter is a bucket of its own, for an update inside backward.
-        deliver: called with each parameter when its gradient is the average, in the same order on every rank. A bucket
-            is waited for when the next one has begun, or at the end.
+        deliver: for an update inside backward: called with each parameter when its gradient is the average, in the same
+            order on every rank. Then every parameter is a bucket of its own, which is waited for when the next one has
+            begun, or at the end.
     """
 
-    def __init__(
-        self, ranks: Ranks, bucket_bytes: int, *, one_by_one: bool, deliver: Callable[[nn.Parameter], None]
-    ) -> None:
+    def __init__(self, ranks: Ranks, bucket_bytes: int, deliver: Callable[[nn.Parameter], None] | None = None) -> None:
         self._ranks = ranks
         self._bucket_bytes = bucket_bytes
-        self._one_by_one = one_by_one
         self._deliver = deliver
         self.orders: dict[int, list[int]] = {}
         """For each block that has been visited, its parameters in the order in which rank 0 had their gradients."""
@@ -184,7 +181,7 @@ class GradientReduction:
         self._bucket_of[parameter].waiting.discard(parameter)
         while self._begun < len(self._buckets) and not self._buckets[self._begun].waiting:
             self._begin_next()
-            if self._one_by_one and self._begun - self._delivered > 1:
+            if self._deliver is not None and self._begun - self._delivered > 1:
                 self._deliver_next()
 
     def finish(self, backward_ran: bool, nonfinite_loss: str | None) -> Closing:
@@ -227,7 +224,7 @@ class GradientReduction:
         kind, room = None, 0
         order = self.orders.get(self._block) or range(len(self._parameters) - 1, -1, -1)
         for parameter in (self._parameters[i] for i in order):
-            if self._one_by_one or kind != (parameter.device, parameter.dtype) or parameter.nbytes > room:
+            if self._deliver is not None or kind != (parameter.device, parameter.dtype) or parameter.nbytes > room:
                 self._buckets.append(_Bucket())
                 kind, room = (parameter.device, parameter.dtype), self._bucket_bytes
             self._buckets[-1].parameters.append(parameter)
@@ -269,7 +266,8 @@ class GradientReduction:
                 parameter.grad = torch.empty_like(parameter)
             if parameter.grad is not bucket.flat:
                 parameter.grad.copy_(average.view_as(parameter))
-            self._deliver(parameter)
+            if self._deliver is not None:
+                self._deliver(parameter)
         bucket.flat = bucket.work = None
         self._delivered += 1
 

@@ -333,7 +333,7 @@ class Residency:
                 self.optimizer.state.pop(parameter, None)
         self.park(parameters)
 
-    # --- rows of a parameter, for who keeps the loaded state himself --------------------------------------------------
+    # --- rows of a parameter, for callers that hold the loaded state --------------------------------------------------
 
     def load(self, parameter: Tensor, rows: slice = ALL_ROWS, place: Place | None = None) -> Any:
         """Copy parked state to the parameter's device, and leave the parked one as it is.

@@ -147,7 +147,7 @@ def check_switch(name: str, value: Any) -> None:
         ConfigurationError: if it is not.
     """
     if not isinstance(value, bool):
-        raise ConfigurationError(f"`{name}={value!r}` is no switch; give `True` or `False` (in YAML `true`, `false`).")
+        raise ConfigurationError(f"`{name}={value!r}` must be `True` or `False` (in YAML `true`, `false`).")
 
 
 def parse_bytes(name: str, value: str | int) -> int:

@@ -18,7 +18,7 @@ class DeviceMemory(NamedTuple):
     current: int
     peak: int
     allocated: int
-    """All that has been allocated so far, be it free again or not."""
+    """All that has been allocated so far, including memory freed since."""
 
 
 class SideStream:

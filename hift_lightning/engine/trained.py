@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.optimizers import parameters_of
 
 
 def names_in_optimizer(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> list[str]:
@@ -20,14 +21,14 @@ def names_in_optimizer(parameters: dict[str, nn.Parameter], optimizer: Optimizer
     Raises:
         ConfigurationError: if there is none, or the groups hold one that is not the model's.
     """
-    optimized = {p for group in optimizer.param_groups for p in group["params"]}
+    optimized = parameters_of(optimizer)
     names = [name for name, p in parameters.items() if p in optimized and p.requires_grad]
     if not names:
         raise ConfigurationError(
             f"The optimizer `{type(optimizer).__name__}` holds no parameter of the model that requires a gradient; "
             "make it from `model.parameters()`, after the model is complete."
         )
-    strangers = optimized.difference(parameters.values())
+    strangers = optimized.keys() - parameters.values()
     if strangers:
         shapes = ", ".join(str(tuple(p.shape)) for p in list(strangers)[:3])
         raise ConfigurationError(

@@ -24,6 +24,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from hift_lightning.engine.optimizers import parameters_of
 from hift_lightning.engine.settings import HiFTSettings
 
 
@@ -99,10 +100,10 @@ def refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> N
         )
     seen: set[Tensor] = set()
     for optimizer in optimizers:
-        parameters = {p for group in optimizer.param_groups for p in group["params"]}
-        if seen & parameters:
+        parameters = parameters_of(optimizer).keys()
+        if shared := seen & parameters:
             raise MisconfigurationException(
-                f"{len(seen & parameters)} parameters are in more than one optimizer of "
+                f"{len(shared)} parameters are in more than one optimizer of "
                 f"`{type(module).__name__}.configure_optimizers`, so their block would have two turns at once; give "
                 "each parameter to one optimizer."
             )
