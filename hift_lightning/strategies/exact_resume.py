@@ -25,11 +25,12 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import RestartStage as BatchRestart
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hift_lightning.engine.hift import HiFT
@@ -70,6 +71,7 @@ class ExactResume:
         self._loaders: list[dict[str, Any]] = []
         self._record: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
+        self._counts_before_validation: dict[str, dict[str, Any]] = {}  # of EarlyStopping
         self._state_at_batch_start: dict[str, Any] | None = None
         self._state_at_validation_start: dict[str, Any] | None = None
 
@@ -99,15 +101,17 @@ class ExactResume:
         self._record = self._boundary = self._start = self._begun = None
 
     def validation_starts(self) -> None:
-        """Note the random numbers' states for a checkpoint from within the validation, which is done anew then."""
+        """Note for a checkpoint from within the validation, which is done anew then, what it will have changed."""
         if self._state_at_validation_start is not None:
             set_random_state(self._state_at_validation_start, self._device)
             self._state_at_validation_start = None
         self._before_validation = random_state(self._device)
+        stoppers = [each for each in self._trainer.callbacks if isinstance(each, EarlyStopping)]  # type: ignore[attr-defined]
+        self._counts_before_validation = {stopper.state_key: stopper.state_dict() for stopper in stoppers}
 
     def validation_ends(self) -> None:
         """Forget what was noted at its start."""
-        self._before_validation = None
+        self._before_validation, self._counts_before_validation = None, {}
 
     def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
         return _Boundary(
@@ -156,7 +160,10 @@ class ExactResume:
             _set_back(checkpoint, boundary)
             state = boundary.random_state
         else:
-            state = self._state_at_batch_start or self._before_validation or random_state(self._device)
+            before_validation = None if to_do == "end_of_batch_after_validation" else self._before_validation
+            state = self._state_at_batch_start or before_validation or random_state(self._device)
+        if self._trainer.validating and not self._validation_is_over and "callbacks" in checkpoint:
+            checkpoint["callbacks"].update(self._counts_before_validation)
         from_step = set_back and boundary is self._boundary
         if in_window and not from_step and self._accumulates_by_hand():
             waiting = next(engine for engine in self._engines if engine.within_step)
@@ -199,9 +206,20 @@ class ExactResume:
             return "end_of_batch"
         if not self._trainer.validating:
             return "nothing"
-        validated = fit.epoch_loop.val_loop.batch_progress
-        over = validated.is_last_batch and validated.current.ready == validated.current.completed
-        return "end_of_batch_after_validation" if over else "validation"
+        return "end_of_batch_after_validation" if self._validation_is_over else "validation"
+
+    @property
+    def _validation_is_over(self) -> bool:
+        """Whether callbacks are being told the metrics, or have been, and none has failed over it.
+
+        Where one has, those after it have not been told, so the validation is done anew.
+        """
+        loop = self._trainer.fit_loop.epoch_loop.val_loop
+        progress = loop.batch_progress
+        measured = progress.is_last_batch and progress.current.ready == progress.current.completed
+        failed = self._trainer.state.status == TrainerStatus.INTERRUPTED and self._before_validation is not None
+        # Lightning takes the outputs out between `on_validation_epoch_end` and `on_validation_end`
+        return measured and not loop._logged_outputs and not failed
 
     # --- resuming ---------------------------------------------------------------------------------------------------
 
