@@ -72,6 +72,9 @@ class ExactResume:
         self._record: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
         self._counts_before_validation: dict[str, dict[str, Any]] = {}  # of EarlyStopping
+        # the random numbers after each validation of the open window, by the batches of the run before it
+        self._validated: dict[int, dict[str, Any]] = {}
+        self._validated_before_stop: dict[int, dict[str, Any]] = {}  # of those to come in a window that is done again
         self._state_at_batch_start: dict[str, Any] | None = None
         self._state_at_validation_start: dict[str, Any] | None = None
 
@@ -88,6 +91,7 @@ class ExactResume:
         if self._state_at_batch_start is not None:
             set_random_state(self._state_at_batch_start, self._device)
             self._state_at_batch_start = None
+        self._pass_over_validations()
         loaders, self._loaders = self._loaders, self._loader_states()
         waiting = any(engine.within_step for engine in self._engines)
         if waiting and len(self._engines) == 1:
@@ -95,10 +99,21 @@ class ExactResume:
         self._start = self._here(loaders)
         if not waiting:
             self._boundary = self._start
+            self._validated.clear()
+
+    def _pass_over_validations(self) -> None:
+        """Leave out the validations of a window that is done again which had been done before the run stopped."""
+        done = self._total_batches
+        if (after := self._validated_before_stop.pop(done, None)) is not None:
+            set_random_state(after, self._device)
+            self._validated[done] = after
+        if done + 1 in self._validated_before_stop:
+            self._trainer.fit_loop.epoch_loop._skip_next_val = True
 
     def forget(self) -> None:
         """Forget what was noted and loaded, where the Trainer has gone back to where it was by itself."""
         self._record = self._boundary = self._start = self._begun = None
+        self._validated, self._validated_before_stop = {}, {}
 
     def validation_starts(self) -> None:
         """Note for a checkpoint from within the validation, which is done anew then, what it will have changed."""
@@ -110,8 +125,9 @@ class ExactResume:
         self._counts_before_validation = {stopper.state_key: stopper.state_dict() for stopper in stoppers}
 
     def validation_ends(self) -> None:
-        """Forget what was noted at its start."""
+        """Forget what was noted at its start, and note that it is done."""
         self._before_validation, self._counts_before_validation = None, {}
+        self._validated[self._total_batches] = random_state(self._device)
 
     def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
         return _Boundary(
@@ -155,10 +171,12 @@ class ExactResume:
         batches_over = not set_back and fit.epoch_loop._num_ready_batches_reached()
         within_epoch = epochs.started == epochs.ready > 0 and not (batches_over and epochs.processed == epochs.ready)
         to_do = "nothing" if set_back else self._still_to_do(within_epoch)
+        validated: dict[int, dict[str, Any]] = {}
         if set_back:
             assert boundary is not None
             _set_back(checkpoint, boundary)
             state = boundary.random_state
+            validated = self._validated_after(boundary)
         else:
             before_validation = None if to_do == "end_of_batch_after_validation" else self._before_validation
             state = self._state_at_batch_start or before_validation or random_state(self._device)
@@ -183,8 +201,16 @@ class ExactResume:
             "to_do": to_do,
             "monitored": {name: metrics[name].cpu() for name in monitors if name in metrics},
             "random_state": _plain(state),
+            "validated": {done: _plain(after) for done, after in validated.items()},
         }
         return True
+
+    def _validated_after(self, boundary: _Boundary) -> dict[int, dict[str, Any]]:
+        """The validations that have been done since, or had been in the run that this one goes on from."""
+        validated = {**self._validated, **self._validated_before_stop}
+        if self._trainer.validating and self._validation_is_over:
+            validated[self._total_batches] = random_state(self._device)
+        return {done: after for done, after in validated.items() if done > boundary.total_batches}
 
     def _accumulates_by_hand(self) -> bool:
         """Whether gradients wait for a step of `hift_step`; others may be left over, as those of a GAN's other net."""
@@ -251,6 +277,7 @@ class ExactResume:
         """Do what was still to be done when the run stopped, and restore the random numbers."""
         if self._record is not None:
             record, self._record = self._record, None
+            self._validated_before_stop = record.get("validated", {})
             self._count_for_these_ranks(record)
             self._go_on(record)
         self._loaders = self._loader_states()
@@ -260,6 +287,7 @@ class ExactResume:
         ranks, length = record["ranks"], record["batches_in_epoch"]
         if ranks == self._trainer.world_size or length == self._trainer.num_training_batches:
             return
+        self._validated_before_stop = {}
         count = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current)
         count.processed = count.processed * ranks // self._trainer.world_size
         count.ready = count.started = count.completed = count.processed
@@ -364,7 +392,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """In primitives and tensors only, which is what ``torch.load(weights_only=True)`` reads."""
     name, keys, position, has_gauss, cached = state["numpy"]
-    return {**state, "numpy": (name, keys.tolist(), int(position), int(has_gauss), float(cached))}
+    return {**state, "numpy": (name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached))}
 
 
 def _set_back(checkpoint: dict[str, Any], boundary: _Boundary) -> None:

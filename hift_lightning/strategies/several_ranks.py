@@ -14,6 +14,9 @@ from hift_lightning.strategies.checkpoints import BlockwiseCheckpoints
 _PATIENCE = timedelta(seconds=30)
 """How long a rank that has failed waits for the others to come to an error too."""
 
+_OF_RANKS = {"random_state": "random_states_of_ranks", "validated": "validated_of_ranks"}
+"""Where a checkpoint's record has each rank's random numbers, by where it has one's own."""
+
 
 class SeveralRanks(BlockwiseCheckpoints):
     """Mixed into a strategy with several ranks, it lets a checkpoint be of all of them or not be written at all.
@@ -65,8 +68,9 @@ class SeveralRanks(BlockwiseCheckpoints):
             if text is not None:
                 raise ParkedStateError(f"On rank {rank}: {text}")
         record = checkpoint["hift"]["resume"]
-        record["random_states_of_ranks"] = [None] * self._ranks.size
-        dist.all_gather_object(record["random_states_of_ranks"], record["random_state"], group=self._ranks.telling)
+        for own, all_ranks in _OF_RANKS.items():
+            record[all_ranks] = [None] * self._ranks.size
+            dist.all_gather_object(record[all_ranks], record[own], group=self._ranks.telling)
 
     def _all_come(self) -> bool:
         try:
@@ -78,7 +82,8 @@ class SeveralRanks(BlockwiseCheckpoints):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         record = checkpoint.get("hift", {}).get("resume", {})
-        states = record.get("random_states_of_ranks", [])
-        if len(states) == self._ranks.size:
-            record["random_state"] = states[self._ranks.rank]
+        for own, all_ranks in _OF_RANKS.items():
+            states = record.get(all_ranks, [])
+            if len(states) == self._ranks.size:
+                record[own] = states[self._ranks.rank]
         super().load_optimizer_state_dict(checkpoint)

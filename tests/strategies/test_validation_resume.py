@@ -18,23 +18,33 @@ class DrawsInValidation(SmallTransformer):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, float]] = []
+        self.validated_after: list[int] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         self.seen.append((batch_idx, torch.rand(1).item()))
         return super().training_step(batch, batch_idx) * (1 + self.seen[-1][1])
 
+    def on_validation_epoch_end(self) -> None:
+        self.validated_after.append(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch) + torch.rand(1))
 
 
-def run(*callbacks: Callback, ckpt_path: Any = None, **arguments: Any) -> tuple[DrawsInValidation, Any]:
+def run(
+    *callbacks: Callback, module: DrawsInValidation | None = None, ckpt_path: Any = None, **arguments: Any
+) -> tuple[DrawsInValidation, Any]:
+    module = DrawsInValidation() if module is None else module
     torch.manual_seed(11 if ckpt_path is None else 12)
-    module = DrawsInValidation()
     saves = any(isinstance(each, (ModelCheckpoint, OnExceptionCheckpoint)) for each in callbacks)
     settings = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": saves, **arguments}
     trainer_ = trainer(callbacks=list(callbacks), **settings)
     trainer_.fit(module, samples(Case(batches=8)), loader(make_batches(2, seed=5)), ckpt_path=ckpt_path)
     return module, trainer_
+
+
+def never_better() -> EarlyStopping:
+    return EarlyStopping("val_loss", patience=3, min_delta=1e9)
 
 
 def after_validations(folder: Path) -> ModelCheckpoint:
@@ -53,19 +63,52 @@ def test_saved_at_the_end_of_a_validation_it_goes_on_with_the_random_numbers_aft
 def test_a_validation_over_which_a_callback_fails_is_done_anew_and_counted_once(
     hook: str, stopper_first: bool, tmp_path: Path
 ) -> None:
-    def never_better() -> EarlyStopping:
-        return EarlyStopping("val_loss", patience=3, min_delta=1e9)
-
     arguments = {"val_check_interval": 4, "max_epochs": 5}
     whole, whole_trainer = run(never_better(), **arguments)
     callbacks = [never_better(), StopsAt(hook, 2, raise_stop)]
+    if not stopper_first:
+        callbacks.reverse()
     with pytest.raises(Stop):
-        run(
-            *(callbacks if stopper_first else reversed(callbacks)),
-            OnExceptionCheckpoint(tmp_path, "stopped"),
-            **arguments,
-        )
+        run(*callbacks, OnExceptionCheckpoint(tmp_path, "stopped"), **arguments)
     resumed, resumed_trainer = run(never_better(), ckpt_path=tmp_path / "stopped.ckpt", **arguments)
     assert resumed_trainer.global_step == whole_trainer.global_step == 16
+    assert resumed.validated_after == whole.validated_after[1:]
     assert resumed.seen == whole.seen[8:]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("moment", [3, 4, 7])
+def test_a_validation_within_an_accumulation_window_is_not_done_again_with_the_window(
+    moment: int, tmp_path: Path
+) -> None:
+    arguments = {"accumulate_grad_batches": 4, "val_check_interval": 2, "max_epochs": 3}
+    whole, _ = run(never_better(), **arguments)
+    stopped = []
+    for number, stop_at in enumerate((moment, 2)):  # the second time within the window that is done again
+        path = tmp_path / f"{number - 1}.ckpt" if number else None
+        module = DrawsInValidation()
+        stop = StopsAt("on_train_batch_end", stop_at, raise_stop)
+        with pytest.raises(Stop):
+            run(
+                never_better(),
+                stop,
+                OnExceptionCheckpoint(tmp_path, f"{number}"),
+                module=module,
+                ckpt_path=path,
+                **arguments,
+            )
+        stopped += module.validated_after
+    resumed, _ = run(never_better(), ckpt_path=tmp_path / "1.ckpt", **arguments)
+    assert stopped + resumed.validated_after == whole.validated_after == [2, 4, 6, 8]
+    assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_saved_at_the_end_of_a_validation_within_a_window_it_is_not_done_again(tmp_path: Path) -> None:
+    arguments = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    whole, _ = run(after_validations(tmp_path), **arguments)
+    resumed, _ = run(ckpt_path=tmp_path / "step=1.ckpt", **arguments)
+    assert whole.validated_after == [3, 6, 11, 14]
+    assert resumed.validated_after == [6, 11, 14]
+    assert resumed.seen == whole.seen[2:]
     assert_same(resumed.state_dict(), whole.state_dict())
