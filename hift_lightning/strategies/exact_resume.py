@@ -25,7 +25,7 @@ import torch
 from lightning.fabric.utilities.types import _Stateful
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
@@ -301,8 +301,9 @@ class ExactResume:
         self._trainer.callback_metrics.update(record["monitored"])
         if record["within_epoch"]:
             for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, GradientAccumulationScheduler):  # it is asked when an epoch starts
-                    self._trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(record["epoch"])
+                # they act when an epoch starts, and Lightning does not call that hook within one
+                if isinstance(callback, (GradientAccumulationScheduler, StochasticWeightAveraging)):
+                    callback.on_train_epoch_start(self._trainer, self._trainer.lightning_module)
         # Lightning takes it for a restart until the epoch is over, and passes over ReduceLROnPlateau at its end
         fit._restarting = False
         _set_restarting(batch_loop.val_loop, False)

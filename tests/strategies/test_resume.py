@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch.utils.data import DataLoader
 
 from hift_lightning.strategies.interrupts import PatientInterrupt
@@ -268,6 +273,18 @@ def test_windows_that_a_callback_changes_from_epoch_to_epoch(batches: int, tmp_p
     stopped, _ = run(Case(), tmp_path, callbacks=[windows(), stop, saving(tmp_path / "saved")])
     resumed = run(Case(), tmp_path, callbacks=[windows()], ckpt_path=newest(tmp_path / "saved"))
     assert_goes_on(run(Case(), tmp_path, callbacks=[windows()]), resumed, stopped)
+
+
+@pytest.mark.parametrize("batches", [10, 18])
+def test_within_an_epoch_it_goes_on_at_the_rate_of_weight_averaging(batches: int, tmp_path: Path) -> None:
+    def averaging() -> Callback:
+        return StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=2)
+
+    case = Case(scheduler="none")
+    stop = StopsAt("on_train_batch_start", batches, raise_stop)
+    stopped, _ = run(case, tmp_path, callbacks=[averaging(), stop, saving(tmp_path / "saved")])
+    resumed = run(case, tmp_path, callbacks=[averaging()], ckpt_path=newest(tmp_path / "saved"))
+    assert_goes_on(run(case, tmp_path, callbacks=[averaging()]), resumed, stopped)
 
 
 def test_the_random_numbers_are_restored_and_read_with_weights_only(tmp_path: Path) -> None:
