@@ -31,6 +31,10 @@ class EpochOrder(Sampler[list[int]]):
         """The batch that the next pass begins with."""
         self.given = 0
         """Batches of this epoch that have been handed out, on all ranks together."""
+        self.told: int | None = None
+        """The Trainer's epoch; this one is ahead of it after more than one pass, beside a loader with more batches."""
+        self.resumed = False
+        """Whether the position is that of a checkpoint, and the Trainer has not told its epoch since."""
 
     @property
     def sampler(self) -> "EpochOrder":
@@ -43,9 +47,10 @@ class EpochOrder(Sampler[list[int]]):
         return dist.get_world_size() if dist.is_initialized() else 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch, unless it is the one that is going on."""
-        if epoch != self.epoch:
+        """Go to the beginning of an epoch of the Trainer, unless it is the one that is going on."""
+        if epoch != (self.told if self.resumed else self.epoch):
             self.epoch, self.first, self.given = epoch, 0, 0
+        self.told, self.resumed = epoch, False
 
     def begin(self) -> int:
         """Make ready for a pass, and return the batch that it begins with."""
@@ -55,6 +60,16 @@ class EpochOrder(Sampler[list[int]]):
             seed = int.from_bytes(hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()[:4], "big")
         self._generator.manual_seed(seed)
         return self.given
+
+    def end(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch, self.first, self.given = self.epoch + 1, 0, 0
+        if self.resumed:  # in a plain loop, or by a Trainer that is about to tell of the next epoch
+            self.told, self.resumed = None, False
+
+    def go_on(self, epoch: int, batches: int, told: int) -> None:
+        """Begin the next pass where a checkpoint was made."""
+        self.epoch, self.first, self.given, self.told, self.resumed = epoch, batches, batches, told, True
 
     @property
     def batches_in_epoch(self) -> int:
@@ -112,7 +127,7 @@ class TrainingLoader:
             self._fetches_first = False
             order.given += order.ranks
             yield batch
-        order.set_epoch(order.epoch + 1)
+        order.end()
 
     def _pass(self, resumed: bool) -> Iterable[Any]:
         if not resumed:
@@ -125,11 +140,14 @@ class TrainingLoader:
         """The epoch, and the batches of it that have been handed out, on all ranks together.
 
         It has `begun` too, where the first of them is being fetched, and torch has drawn its number for the pass; and
-        `of`, the batches of a whole epoch; and `seed`, that of the order.
+        `of`, the batches of a whole epoch; and `seed`, that of the order. After more than one pass in an epoch of the
+        Trainer, beside a loader with more batches, it has the Trainer's epoch too (`told`).
         """
         order = self.batch_sampler
         begun = self._fetches_first or self._begun_epoch == order.epoch
         position = {"epoch": order.epoch, "batches": order.given, "of": order.batches_in_epoch, "seed": order.seed}
+        if order.told not in (None, order.epoch):
+            position["told"] = order.told
         return {**position, "begun": 1} if begun else position
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -151,7 +169,11 @@ class TrainingLoader:
                 "seed, or from a checkpoint of the end of an epoch.",
                 stacklevel=2,
             )
-        order.epoch, order.first, order.given = state_dict["epoch"], state_dict["batches"], state_dict["batches"]
+        epoch, batches = state_dict["epoch"], state_dict["batches"]
+        told = state_dict.get("told", epoch)
+        if epoch > told and batches == 0 and "begun" not in state_dict:
+            epoch, batches = told, now  # nothing is left of its pass, and a longer loader's goes on
+        order.go_on(epoch, batches, told)
         self._begun_epoch = order.epoch if "begun" in state_dict else None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, RandomSampler
 
@@ -123,8 +124,8 @@ def test_training_draws_the_same_however_often_it_is_evaluated(kind: str, worker
     assert drawn(evaluated_before=True, val_check_interval=2, limit_val_batches=1) == never
 
 
-def rows(workers: int = 0) -> TrainingLoader:
-    data = list(range(40))
+def rows(workers: int = 0, of: int = 40) -> TrainingLoader:
+    data = list(range(of))
     generator = torch.Generator()
     batches = BatchSampler(RandomSampler(data, generator=generator), 4, drop_last=False)
     return TrainingLoader(data, batches, generator, 5, num_workers=workers)  # type: ignore[arg-type]
@@ -166,6 +167,35 @@ def test_the_state_goes_on_with_another_number_of_workers(workers: tuple[int, in
     second.load_state_dict(first.state_dict())
     seen += [batch.tolist() for batch in second]
     assert seen == whole
+
+
+class SeesBoth(Sees):
+    """Notes the batches of two loaders, of which the second has none where it is over."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, [None if each is None else each.tolist() for each in batch.values()]))
+        return self.layer(torch.ones(1)).sum()
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+@pytest.mark.parametrize("shorter", [12, 28])  # 3 and 7 batches beside 10
+def test_beside_a_longer_loader_it_goes_on_where_it_was(shorter: int, mode: Any, tmp_path: Path) -> None:
+    def part(stop_at: int | None, ckpt_path: Path | None = None) -> list[Any]:
+        callbacks = [] if stop_at is None else [StopsAt("on_train_batch_end", stop_at, raise_stop)]
+        trainer_ = trainer("hift", callbacks=callbacks, max_epochs=2)
+        module = SeesBoth()
+        with contextlib.suppress(Stop):
+            trainer_.fit(
+                module, CombinedLoader({"longer": rows(), "shorter": rows(of=shorter)}, mode), ckpt_path=ckpt_path
+            )
+        trainer_.save_checkpoint(tmp_path / "last.ckpt")
+        return module.seen
+
+    whole = part(None)
+    assert len(whole) == 2 * (shorter // 4 if mode == "min_size" else 10)
+    for first in range(1, len(whole) - 2):
+        seen = part(first) + part(2, tmp_path / "last.ckpt") + part(None, tmp_path / "last.ckpt")
+        assert seen == whole
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
