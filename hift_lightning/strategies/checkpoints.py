@@ -104,6 +104,10 @@ class BlockwiseCheckpoints(_Base):
     def _complete(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hift"] = {"steps_before": self._steps_before}
         self._make_ready(checkpoint)
+        if "current_model_state" in checkpoint and self._resume.within_validation:
+            # `WeightAveraging` has exchanged weights and averages for the validation, and takes each for the other
+            averages, weights = checkpoint["current_model_state"], checkpoint["state_dict"]
+            checkpoint["state_dict"], checkpoint["current_model_state"] = averages, weights
         checkpoint["hift"]["engines"] = [engine.state_dict() for engine in self.engines]
 
     def _refuse_half_loaded(self) -> None:

@@ -240,12 +240,20 @@ class ExactResume:
 
         Where one has, those after it have not been told, so the validation is done anew.
         """
-        loop = self._trainer.fit_loop.epoch_loop.val_loop
-        progress = loop.batch_progress
-        measured = progress.is_last_batch and progress.current.ready == progress.current.completed
         failed = self._trainer.state.status == TrainerStatus.INTERRUPTED and self._before_validation is not None
         # Lightning takes the outputs out between `on_validation_epoch_end` and `on_validation_end`
-        return measured and not loop._logged_outputs and not failed
+        outputs = self._trainer.fit_loop.epoch_loop.val_loop._logged_outputs
+        return self._validated_last_batch and not outputs and not failed
+
+    @property
+    def within_validation(self) -> bool:
+        """Whether a validation has begun and batches of it are left."""
+        return self._before_validation is not None and not self._validated_last_batch
+
+    @property
+    def _validated_last_batch(self) -> bool:
+        progress = self._trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        return progress.is_last_batch and progress.current.ready == progress.current.completed
 
     # --- resuming ---------------------------------------------------------------------------------------------------
 

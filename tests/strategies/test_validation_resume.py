@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 
 from tests.comparing import assert_same
 from tests.resuming import Case, Stop, StopsAt, raise_stop, samples
@@ -111,4 +117,17 @@ def test_saved_at_the_end_of_a_validation_within_a_window_it_is_not_done_again(t
     assert whole.validated_after == [3, 6, 11, 14]
     assert resumed.validated_after == [6, 11, 14]
     assert resumed.seen == whole.seen[2:]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_start", "on_validation_batch_end", "on_validation_end"])
+def test_stopped_in_a_validation_of_averages_it_goes_on_with_the_weights(hook: str, tmp_path: Path) -> None:
+    def averaging() -> Callback:
+        return EMAWeightAveraging(decay=0.5)
+
+    whole, _ = run(averaging())
+    with pytest.raises(Stop):
+        run(averaging(), StopsAt(hook, 1, raise_stop), OnExceptionCheckpoint(tmp_path, "stopped"))
+    resumed, _ = run(averaging(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert resumed.losses == whole.losses[8:]
     assert_same(resumed.state_dict(), whole.state_dict())
