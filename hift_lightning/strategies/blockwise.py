@@ -23,6 +23,7 @@ from hift_lightning.engine.conversion import parameters_stay_themselves, replace
 from hift_lightning.engine.errors import ConfigurationError, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.layers import class_of
+from hift_lightning.engine.lr import DelayedLRScheduler
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.report import Report
 from hift_lightning.engine.rotation import ONCE
@@ -143,6 +144,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self.settings = self._asked
         self._chosen_for: object = None
         self.engines = []
+        self._delayed: list[DelayedLRScheduler] = []
         self._clipping: BlockClipping | None = None
         self._to_be_rounded: weakref.ref[LightningModule] | None = None
         self._rounded_before = False
@@ -307,6 +309,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         for config in self.lr_scheduler_configs:
             if config.interval == "step" and not config.reduce_on_plateau:
                 config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
+        # by `type`, since a delayed scheduler passes for the scheduler
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        self._delayed = [scheduler for scheduler in schedulers if type(scheduler) is DelayedLRScheduler]
 
     def _total_steps(self, trainer: Trainer) -> int | None:
         """Optimizer steps of the run, where the length of a turn depends on them."""
@@ -373,9 +378,16 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if self._trainer.training and self.engines:  # before hooks of the module may draw random numbers
             self._resume.batch_starts()
+            self._drop_steps_of_replaced_schedulers()
             for engine in self.engines:
                 engine.pass_on_held_rates()  # before a callback logs them
         return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _drop_steps_of_replaced_schedulers(self) -> None:
+        """Keep a scheduler that a callback has put another one for (`StochasticWeightAveraging`) from going on."""
+        for scheduler in self._delayed:
+            if all(config.scheduler is not scheduler for config in self.lr_scheduler_configs):
+                scheduler.resume(held_steps=0)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

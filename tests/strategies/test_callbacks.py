@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import callbacks as C
 from lightning.pytorch.loggers import CSVLogger
 
+from hift_lightning import HiFTStrategy
 from hift_lightning.callbacks import HiFTMonitor
 from tests.blocks_seen import TOP_DOWN, BlocksSeen
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
@@ -69,6 +70,18 @@ def test_stochastic_weight_averaging_averages_every_layer():
     assert [step for step in steps if step] == TOP_DOWN * 8
     for left, right in zip(module.parameters(), before.parameters(), strict=True):
         assert not torch.equal(left, right)
+
+
+def test_a_schedule_that_stochastic_weight_averaging_replaces_within_a_cycle_ends():
+    def make_scheduler(optimizer):
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=8 * LAYERS)
+
+    averaging = C.StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=2, annealing_epochs=1)
+    module = SmallTransformer(make_scheduler=make_scheduler)
+    fit([averaging], module=module, strategy=HiFTStrategy(steps_per_block=5), max_epochs=4)  # a cycle is 20 steps
+    averaged = module.rates[4 * LAYERS :]
+    assert averaged == pytest.approx([1e-3] * len(averaged))
+    assert averaged
 
 
 def test_ema_weight_averaging_equals_an_average_kept_by_hand():
