@@ -492,22 +492,16 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 engine.pass_turn()
                 return None
 
-        clip_val = self._trainer.gradient_clip_val
-
         def closure_for_reached_block() -> Any:
             result = closure()
-            if engine.has_gradient:
-                return result
-            # torch's clipping fails on no gradients at all; `None` tells the AMP plugin that there are none to unscale
-            self._trainer.gradient_clip_val = None
-            return None
+            # `None` tells the AMP plugin that there are no gradients to unscale
+            return result if engine.has_gradient else None
 
         try:
             result = super().optimizer_step(optimizer, closure_for_reached_block, model, **kwargs)
             engine.pass_turn()
             return result
         finally:
-            self._trainer.gradient_clip_val = clip_val
             engine.settle()  # a step that a GradScaler skipped, or that failed, has not come to the post-hook
 
     def _finish(self) -> None:

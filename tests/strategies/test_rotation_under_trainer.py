@@ -244,6 +244,22 @@ def test_a_block_without_gradient_is_named_and_does_not_stop_the_rotation(precis
     assert {layer for step in steps for layer in step} == {"embedding", "layers.0", "layers.1", "head"}
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_module_that_clips_by_itself_is_asked_to_where_there_is_something_to_clip(algorithm):
+    class Clips(WithUnusedLayer):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            assert (gradient_clip_val, gradient_clip_algorithm) == (0.1, algorithm)
+            getattr(torch.nn.utils, f"clip_grad_{algorithm}_")(self.parameters(), gradient_clip_val)
+            clipped.append(trainer_.strategy.hift.block.name)
+
+    clipped = []
+    trainer_ = trainer(gradient_clip_val=0.1, gradient_clip_algorithm=algorithm)
+    with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`unused\.1`\)"):
+        trainer_.fit(Clips(), loader(make_batches(5)))
+    assert trainer_.strategy.hift.updates == 5
+    assert clipped == ["layers.1", "layers.0", "embeddings"]
+
+
 class UnusedLayerByHand(HiFTManualMixin, WithUnusedLayer):
     """Steps by hand, clipping by value: through `hift_step`, or as Lightning's documentation does it.
 
