@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.core.optimizer import do_nothing_closure
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
@@ -440,7 +441,10 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         training = [engine for engine in self.engines if engine.active]
         several = len(training) > 1 and "inputs" not in kwargs  # whose loss it is, is known at a step
-        if not closure_loss.requires_grad and training:
+        if training and not closure_loss.requires_grad and is_overridden("backward", self.lightning_module):
+            # the module's own may go back through another tensor; a leaf, so that it may go back through this one too
+            closure_loss = closure_loss.detach().requires_grad_()
+        if training and not closure_loss.requires_grad:
             # no parameter of the active block took part in the loss, so there is nothing to go back through
             loss = closure_loss.detach()
         elif several:

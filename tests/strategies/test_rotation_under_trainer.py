@@ -15,6 +15,7 @@ from hift_lightning.callbacks import HiFTMonitor
 from hift_lightning.engine.errors import ConfigurationError
 from tests.adversarial import Adversarial
 from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
+from tests.comparing import assert_same
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
 
 
@@ -258,6 +259,31 @@ def test_a_module_that_clips_by_itself_is_asked_to_where_there_is_something_to_c
         trainer_.fit(Clips(), loader(make_batches(5)))
     assert trainer_.strategy.hift.updates == 5
     assert clipped == ["layers.1", "layers.0", "embeddings"]
+
+
+def test_a_modules_own_backward_is_called_of_a_loss_that_has_no_graph():
+    class GoesBackByItself(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            self.kept = super().training_step(batch, batch_idx)
+            return self.kept.detach()
+
+        def backward(self, loss):
+            self.kept.backward()
+
+    own, plain = GoesBackByItself(), SmallTransformer()
+    fit(module=own)
+    fit(module=plain)
+    assert_same(own.state_dict(), plain.state_dict())
+
+
+def test_a_modules_own_backward_may_go_back_through_a_loss_that_does_not_reach_the_block():
+    class GoesBackByItself(WithUnusedLayer):
+        def backward(self, loss):
+            loss.backward()
+
+    with pytest.warns(UserWarning, match=r"No gradient reached block \d+ \(`unused\.1`\)"):
+        _, trainer_, _ = fit(module=GoesBackByItself(), batches=5)
+    assert trainer_.strategy.hift.updates == 5
 
 
 class UnusedLayerByHand(HiFTManualMixin, WithUnusedLayer):
