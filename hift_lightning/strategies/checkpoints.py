@@ -197,7 +197,10 @@ class BlockwiseCheckpoints(_Base):
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        states = checkpoint["optimizer_states"]
+        saved = checkpoint.get("hift")
+        positions = [None] * len(self.engines) if saved is None else saved["engines"]
+        # a module may empty the list, to begin with new optimizers
+        states = checkpoint["optimizer_states"] or [None] * len(positions)
         if len(states) != len(self.engines):
             raise ConfigurationError(
                 f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
@@ -205,15 +208,16 @@ class BlockwiseCheckpoints(_Base):
             )
         if self._being_loaded is not None and self.restore_checkpoint_after_setup:
             self.divide_steps()  # before it was read, the engines could not know how many had been done
-        saved = checkpoint.get("hift")
-        positions = [None] * len(states) if saved is None else saved["engines"]
         for engine, position, state in zip(self.engines, positions, states, strict=True):
             engine.check_state_dict(position, state)
         for engine, position, state in zip(self.engines, positions, states, strict=True):
-            if engine.updates == 0:  # and not where a run goes back to where it was, as after a search for the rate
-                _tell_of_other_values(engine.optimizer, state["param_groups"])
-            engine.load_optimizer_state_dict(state, position)
+            if state is not None:
+                if engine.updates == 0:  # and not where a run goes back to where it was, as after a search for the rate
+                    _tell_of_other_values(engine.optimizer, state["param_groups"])
+                engine.load_optimizer_state_dict(state, position)
             if position is not None:  # otherwise made without HiFT: the rotation begins here
+                if not checkpoint["lr_schedulers"]:  # then the steps that were held are of none of this run's
+                    position = {**position, "held_lr_steps": [], "lr_cycles": []}
                 engine.load_state_dict(position)
                 if not engine.has_plan_of(position):
                     self._steps_before = checkpoint["global_step"]

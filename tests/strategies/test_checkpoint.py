@@ -347,6 +347,29 @@ def test_another_number_of_optimizers_is_told(tmp_path):
         fit(epochs=2, ckpt_path=tmp_path / "two.ckpt")
 
 
+class BeginsWithANewOptimizer(SmallTransformer):
+    def on_load_checkpoint(self, checkpoint):
+        checkpoint["optimizer_states"], checkpoint["lr_schedulers"] = [], []
+
+
+@pytest.mark.parametrize("made_by", ["auto", "hift"])
+def test_a_module_may_begin_with_a_new_optimizer_and_schedule(made_by, tmp_path):
+    _, stopped = fit(made_by)
+    stopped.save_checkpoint(tmp_path / "stopped.ckpt")
+    module = BeginsWithANewOptimizer(
+        OPTIMIZERS["SGD with momentum"], lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)
+    )
+    seen = BlocksSeen()
+    resumed = trainer(max_epochs=2, callbacks=[seen])
+    resumed.fit(module, loader(make_batches(STEPS)), ckpt_path=tmp_path / "stopped.ckpt")
+    in_first_cycle = -STEPS % LAYERS if made_by == "hift" else LAYERS
+    assert seen.steps == (TOP_DOWN * 3)[LAYERS - in_first_cycle :][:STEPS]
+    assert resumed.global_step == 2 * STEPS
+    # the step that the checkpoint's schedule held is not one of this schedule
+    second_rate = 1e-1 * 0.5**in_first_cycle
+    assert module.rates == pytest.approx([1e-1] * in_first_cycle + [second_rate] * (STEPS - in_first_cycle))
+
+
 def test_a_file_of_torch_save_that_is_no_checkpoint_of_a_trainer_is_told(tmp_path):
     torch.save(make_module().state_dict(), tmp_path / "weights.pt")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
