@@ -16,15 +16,16 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.functional import scaled_dot_product_attention
-from torch.optim import optimizer
+from torch.optim import Optimizer, optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -170,6 +171,9 @@ def fake_copy(module: L.LightningModule, dtype: torch.dtype | None) -> L.Lightni
         memo[id(buffer)] = _fake(buffer, DEVICE, dtype)
     with _disable_current_modes():  # what is neither, such as the state of a metric, is copied as it is
         fake_module = copy.deepcopy(module, memo)
+    if is_overridden("configure_optimizers", module):
+        configure = fake_module.configure_optimizers
+        fake_module.configure_optimizers = lambda: _for_copy(configure(), module, fake_module)  # type: ignore[method-assign]
     # Its tensors are where and what they should be, and `Module.to` cannot change fake ones.
     fake_module._apply = lambda fn, recurse=True: fake_module  # type: ignore[method-assign]
     # Metrics look at values, and there are none; nor are there any to be logged, or for callbacks to watch.
@@ -182,6 +186,20 @@ def fake_copy(module: L.LightningModule, dtype: torch.dtype | None) -> L.Lightni
     fake_module.configure_callbacks = list  # type: ignore[method-assign]
     fake_module.log = fake_module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     return fake_module
+
+
+def _for_copy(configured: Any, module: nn.Module, fake_module: nn.Module) -> Any:
+    """What `configure_optimizers` returned, with the copy's parameters if it was made of the module's own.
+
+    That is so of an optimizer from before the copy was made, as LightningCLI's is.
+    """
+    optimizers = [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)]
+    held = {parameter for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    if held.isdisjoint(module.parameters()):
+        return configured
+    fakes = dict(fake_module.named_parameters())
+    with _disable_current_modes():
+        return copy.deepcopy(configured, {id(parameter): fakes[name] for name, parameter in module.named_parameters()})
 
 
 def _no_value(*args: Any, **kwargs: Any) -> Tensor:

@@ -18,7 +18,8 @@ class BlockClipping:
     """Stands before a precision plugin's ``clip_gradients``, which hooks of a module and loops by hand call too.
 
     A block that no gradient reached, and one whose step is left out, have none, and torch's clipping by value fails on
-    none at all; there a module's own ``configure_gradient_clipping`` is not called either. With ``update="fused"`` gradients are gone by then: their values have been clipped, or cannot be.
+    none at all; there a module's own ``configure_gradient_clipping`` is not called either. With ``update="fused"``
+    gradients are gone by then: their values have been clipped, or cannot be.
 
     Args:
         plugin: whose methods they are.

@@ -1,9 +1,13 @@
 """What `plan` refuses, and what it leaves alone."""
 
+from functools import partial, update_wrapper
+from types import MethodType
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.cli import LightningCLI
 from torch.nn.functional import scaled_dot_product_attention
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -207,6 +211,26 @@ def test_metrics_loggers_callbacks_and_schedules_do_not_disturb_planning(strateg
     batch = make_batches(1)[0]
     planned, plain = plan(WithMetrics(make), strategy, batch), plan(SmallTransformer(make), strategy, batch)
     assert planned.peak_bytes == pytest.approx(plain.peak_bytes, abs=1024)
+
+
+@pytest.mark.parametrize("strategy", ["hift", "full"])
+@pytest.mark.parametrize("place", ["attribute", "closure", "LightningCLI"])
+def test_an_optimizer_that_was_made_with_the_module_is_planned(place, strategy):
+    class Holds(SmallTransformer):
+        def configure_optimizers(self):
+            return self.optimizer
+
+    module = Holds()
+    module.optimizer = optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    if place == "closure":
+        module.configure_optimizers = lambda: ([optimizer], [schedule])
+    if place == "LightningCLI":
+        configure = partial(LightningCLI.configure_optimizers, optimizer=optimizer, lr_scheduler=schedule)
+        module.configure_optimizers = MethodType(update_wrapper(configure, LightningCLI.configure_optimizers), module)
+    batch = make_batches(1)[0]
+    assert plan(module, strategy, batch).peak_bytes == plan(SmallTransformer(), strategy, batch).peak_bytes
+    assert [p for group in optimizer.param_groups for p in group["params"]] == list(module.parameters())
 
 
 def test_group_size_auto_trains_a_module_that_asks_for_its_data():
