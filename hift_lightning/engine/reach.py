@@ -34,11 +34,13 @@ class Reach:
             if len(self._warned_of) == self._blocks:
                 raise RuntimeError(
                     f"No gradient reached any of the {self._blocks} blocks in a whole cycle: the loss does not depend "
-                    "on the parameters that are trained; check that it is computed from them and is not detached."
+                    "on the parameters that are trained; check that it is computed from them and is not detached, and "
+                    "checkpoint activations with `use_reentrant=False`."
                 )
             warnings.warn(
                 f"No gradient reached block {block.index} (`{block.name}`) at its turn: the loss did not depend "
-                "on its parameters. If it never does, the block is not trained; keep it out of the rotation with "
-                "`frozen=[...]` patterns.",
+                "on its parameters. If it never does, the block is not trained. If its activations are checkpointed with "
+                "`use_reentrant=True`, give `use_reentrant=False`, or `activation_checkpointing=True` to HiFT instead; "
+                "otherwise keep it out of the rotation with `frozen=[...]` patterns.",
                 stacklevel=3,
             )

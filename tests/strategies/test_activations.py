@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
 from tests.comparing import assert_same
@@ -227,3 +228,15 @@ def test_the_layers_have_their_own_forward_afterwards(raises):
     except RuntimeError:
         assert raises
     assert all("forward" not in layer.__dict__ for layer in module.layers)
+
+
+def test_reentrant_checkpoints_of_a_models_own_are_named_where_they_keep_a_block_from_being_trained():
+    class Checkpointed(SmallTransformer):
+        def forward(self, tokens):
+            hidden = self.embedding(tokens)
+            for layer in self.layers:
+                hidden = checkpoint(layer, hidden, use_reentrant=True)
+            return self.head(self.norm(hidden).mean(1))
+
+    with pytest.warns(UserWarning, match=r"`use_reentrant=True`, give `use_reentrant=False`, or `activation_check"):
+        trainer().fit(Checkpointed(), loader(make_batches(4)))
