@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hift_lightning.engine.conversion import parameters_stay_themselves, replaces_parameters
-from hift_lightning.engine.errors import ConfigurationError, chain
+from hift_lightning.engine.errors import ConfigurationError, chain, tell
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.layers import class_of
 from hift_lightning.engine.lr import DelayedLRScheduler
@@ -42,6 +42,10 @@ from hift_lightning.strategies.refusals import (
     refuse_other_wrappers,
     refuse_what_needs_gradients,
 )
+
+
+_WANTS_A_FROZEN_WEIGHT = "One of the differentiated Tensors does not require grad"
+"""What `torch.autograd.grad` says of one."""
 
 
 class BlockwiseTraining(BlockwiseCheckpoints):
@@ -423,6 +427,12 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     @override
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if _WANTS_A_FROZEN_WEIGHT in str(exception) and any(engine.active for engine in self.engines):
+            tell(
+                exception,
+                "Under HiFT only the weights of the active block require a gradient; name those whose gradients the "
+                "module asks for itself, as with `torch.autograd.grad`, in `always_active=[...]`.",
+            )
         if isinstance(exception, torch.OutOfMemoryError) or replaces_parameters(self.root_device):
             # The traceback's frames hold on to the graph of the step, and so to its activations; and parameters that a
             # graph refers to could not be swapped in `teardown`.

@@ -261,6 +261,19 @@ def test_a_module_that_clips_by_itself_is_asked_to_where_there_is_something_to_c
     assert clipped == ["layers.1", "layers.0", "embeddings"]
 
 
+def test_a_gradient_of_a_frozen_weight_that_the_module_asks_for_ends_with_the_remedy():
+    class WeighsItsLoss(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            (gradient,) = torch.autograd.grad(loss, self.head.weight, retain_graph=True)
+            return loss / gradient.norm()
+
+    with pytest.raises(RuntimeError, match="does not require grad") as raised:
+        fit(module=WeighsItsLoss())
+    assert "`always_active=[...]`" in raised.value.__notes__[0]
+    fit(HiFTStrategy(always_active=["head.*"]), module=WeighsItsLoss())
+
+
 def test_a_modules_own_backward_is_called_of_a_loss_that_has_no_graph():
     class GoesBackByItself(SmallTransformer):
         def training_step(self, batch, batch_idx):
