@@ -40,7 +40,7 @@ def check_parked_dtype(parked_dtype: str | None) -> None:
     Raises:
         ConfigurationError: for any other value.
     """
-    if parked_dtype not in PARKED_DTYPES:
+    if not isinstance(parked_dtype, str | None) or parked_dtype not in PARKED_DTYPES:
         names = ", ".join(str(name) for name in PARKED_DTYPES)
         raise ConfigurationError(f"`parked_dtype={parked_dtype!r}` is not a dtype to park in; choose one of {names}.")
 

@@ -70,7 +70,7 @@ def check_order(order: str) -> None:
     Raises:
         ConfigurationError: if it is not one.
     """
-    if order not in ORDERS:
+    if not isinstance(order, str) or order not in ORDERS:
         raise ConfigurationError(
             f"`order={order!r}` is not an order of the blocks; choose one of {ORDERS.names()}, or register one with "
             "`register_order`."
@@ -86,13 +86,15 @@ def check_steps_per_block(steps_per_block: Any) -> None:
     Raises:
         ConfigurationError: if it is not.
     """
-    if steps_per_block == ONCE:
-        return
-    if not isinstance(steps_per_block, int) or isinstance(steps_per_block, bool) or steps_per_block < 1:
+    if steps_per_block != ONCE and not _is_count(steps_per_block):
         raise ConfigurationError(
             f"`steps_per_block={steps_per_block!r}` must be an integer of at least 1, the optimizer steps that a block "
             f"makes before the next one has its turn, or `{ONCE}`."
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def length_of_turn(steps_per_block: int | str, blocks: int, total_steps: int | None) -> int:
@@ -145,7 +147,11 @@ class Rotation:
 
     def __post_init__(self) -> None:
         check_order(self.order)
-        check_steps_per_block(self.steps_per_block)
+        if not _is_count(self.steps_per_block):
+            raise ConfigurationError(
+                f"`steps_per_block={self.steps_per_block!r}` must be an integer of at least 1 here; `length_of_turn` "
+                f"makes one of `{ONCE}`."
+            )
         first, again = ([self._ask(cycle) for cycle in range(_COMPARED_CYCLES)] for _ in range(2))
         if first != again:
             raise ConfigurationError(

@@ -112,15 +112,17 @@ def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
     """The name of a tier, and the arguments to make it with."""
     name, colon, where = str(offload).partition(":")
     if name not in TIERS:
-        if not Path(offload).is_dir():
-            if "/" in str(offload) and not colon and not Path(offload).exists():
+        is_path = isinstance(offload, str | os.PathLike)
+        if not is_path or not Path(offload).is_dir():
+            if is_path and "/" in str(offload) and not colon and not Path(offload).exists():
                 raise ConfigurationError(
                     f"The folder `offload={str(offload)!r}` does not exist; make it, as with `mkdir -p {offload}`, or "
                     "name another."
                 )
+            shown = str(offload) if is_path else offload
             raise ConfigurationError(
-                f"`offload={str(offload)!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the "
-                "path of a folder that exists, or register a place with `register_tier`."
+                f"`offload={shown!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the path of a "
+                "folder that exists, or register a place with `register_tier`."
             )
         return "files", [str(offload)]
     arguments = [where] if colon else []

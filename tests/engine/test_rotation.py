@@ -1,6 +1,7 @@
 """The rotation is a function of the number of updates, and each block has its turn once a cycle."""
 
 import random
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -59,11 +60,20 @@ def test_orders_permute_the_turns_only():
         ({"order": "sideways"}, "`order='sideways'`.*bottom2up, random, top2down"),
         ({"steps_per_block": 0}, "`steps_per_block=0`"),
         ({"steps_per_block": True}, "`steps_per_block=True`"),
+        ({"steps_per_block": "once"}, "`steps_per_block='once'` must be an integer .*`length_of_turn`"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ConfigurationError, match=message):
         Rotation(3, **arguments)
+
+
+@pytest.mark.parametrize("value", [None, ["cpu"], {"name": "cpu"}, 3.5])
+@pytest.mark.parametrize("argument", ["order", "offload", "parked_dtype"])
+def test_a_value_of_a_type_that_names_nothing_is_named(argument, value):
+    if (argument, value) != ("parked_dtype", None):
+        with pytest.raises(ConfigurationError, match=re.escape(f"`{argument}={value!r}` is no")):
+            HiFTSettings(**{argument: value})
 
 
 @given(st.integers(1, 40), st.integers(1, 2000))
