@@ -121,8 +121,8 @@ def _tier_of(offload: str | Path) -> tuple[str, list[str]]:
                 )
             shown = str(offload) if is_path else offload
             raise ConfigurationError(
-                f"`offload={shown!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the path of a "
-                "folder that exists, or register a place with `register_tier`."
+                f"`offload={shown!r}` is no place to park optimizer state; choose one of {TIERS.names()}, the path of "
+                "a folder that exists, or register a place with `register_tier`."
             )
         return "files", [str(offload)]
     arguments = [where] if colon else []

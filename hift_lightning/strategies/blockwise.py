@@ -43,7 +43,6 @@ from hift_lightning.strategies.refusals import (
     refuse_what_needs_gradients,
 )
 
-
 _WANTS_A_FROZEN_WEIGHT = "One of the differentiated Tensors does not require grad"
 """What `torch.autograd.grad` says of one."""
 
@@ -315,7 +314,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             if config.interval == "step" and not config.reduce_on_plateau:
                 config.scheduler = self.engine_of(config.scheduler.optimizer).delay(config.scheduler)
         # by `type`, since a delayed scheduler passes for the scheduler
-        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        schedulers: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
         self._delayed = [scheduler for scheduler in schedulers if type(scheduler) is DelayedLRScheduler]
 
     def _total_steps(self, trainer: Trainer) -> int | None:
@@ -390,8 +389,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
 
     def _drop_steps_of_replaced_schedulers(self) -> None:
         """Keep a scheduler that a callback has put another one for (`StochasticWeightAveraging`) from going on."""
+        stepped: list[Any] = [config.scheduler for config in self.lr_scheduler_configs]
         for scheduler in self._delayed:
-            if all(config.scheduler is not scheduler for config in self.lr_scheduler_configs):
+            if all(each is not scheduler for each in stepped):
                 scheduler.resume(held_steps=0)
 
     @override
