@@ -40,7 +40,7 @@ class Reach:
             warnings.warn(
                 f"No gradient reached block {block.index} (`{block.name}`) at its turn: the loss did not depend "
                 "on its parameters. If it never does, the block is not trained. If its activations are checkpointed "
-                "with `use_reentrant=True`, give `use_reentrant=False`, or `activation_checkpointing=True` to HiFT instead; "
-                "otherwise keep it out of the rotation with `frozen=[...]` patterns.",
+                "with `use_reentrant=True`, give `use_reentrant=False`, or `activation_checkpointing=True` to HiFT "
+                "instead; otherwise keep it out of the rotation with `frozen=[...]` patterns.",
                 stacklevel=3,
             )
