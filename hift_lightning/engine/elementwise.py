@@ -1,9 +1,11 @@
 """What an optimizer does to parameters one by one and element by element, found out by trying it."""
 
 import contextlib
+import dataclasses
+import enum
 import functools
 import math
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
@@ -45,22 +47,22 @@ class Probe:
     """Whether a parameter may be stepped in pieces of rows."""
     state_bytes: int
     """Bytes of state for each element of a parameter, if elementwise."""
-    self_contained: bool = True
-    """Whether it keeps everything in its ``state`` of parameters and in settings that a step replaces.
+    self_contained: bool
+    """Whether a step comes to the same with other parameter objects and a second call, without gradients, after it.
 
-    What stands elsewhere (a counter on the optimizer, momentum in an attribute) does not go with the pieces.
+    It does not where something is kept elsewhere than in the ``state`` of a parameter and in settings of its group.
     """
 
 
 def probe(
     optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None = None
 ) -> Probe:
-    """Try the optimizer, with its settings, on a small matrix: whole, in two parts together, and in each alone.
+    """Try the optimizer, with its settings, on a small matrix: whole, and in two parts, together and one by one.
 
-    Parameters are separate if two parts stepped together come out as each does alone, and no setting of the param group
-    changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for bit, in
-    weights and state, and every state tensor has the shape of the weights or none. A larger matrix is tried too (but
-    no larger than the largest tensor of the param group, since it takes memory).
+    Parameters are separate if two parts stepped together come out as one after the other, and no setting of the param
+    group changes in a step. The optimizer is elementwise if, moreover, the whole comes out as its parts do, bit for
+    bit, in weights and state, and every state tensor has the shape of the weights or none. A larger matrix is tried too
+    (but no larger than the largest tensor of the param group, since it takes memory).
 
     Args:
         optimizer: is left as it is.
@@ -87,14 +89,23 @@ def probe(
 _Same = Callable[[Tensor, Tensor], bool]
 
 
+class _Way(enum.Enum):
+    """How parts are stepped."""
+
+    AS_THEY_ARE = enum.auto()
+    """Together, as the optimizer's own call does."""
+    ONE_BY_ONE = enum.auto()
+    """In a call each, by the same optimizer, as pieces are."""
+    WITH_SECOND_CALL = enum.auto()
+    """Together, and then once more without gradients, as where masters are stepped before the optimizer's own call."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     leaves: list[list[Any]]
     """Of each part: its weights, and what its state consists of."""
     settings_change: bool
     """Whether a step changes a setting of the param group."""
-    self_contained: bool
-    """See :attr:`Probe.self_contained`."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +131,9 @@ class _Trials:
             found.append(self._compare_whole_with_parts(*shape))
             if not found[-1].separate:
                 return found[-1]
-        if not all(each.elementwise for each in found):
-            return Probe(separate=True, elementwise=False, state_bytes=0)
-        return found[-1]
+        if all(each.elementwise for each in found):
+            return found[-1]
+        return dataclasses.replace(found[-1], elementwise=False, state_bytes=0)
 
     @property
     def _group(self) -> dict[str, Any]:
@@ -135,41 +146,44 @@ class _Trials:
         gradients = [(count * (1.3 + step)).cos() * scale for step in range(STEPS)]
         del count
 
-        def step(*parts: slice) -> _Outcome:
-            return self._step([weights[p] for p in parts], [[gradient[p] for p in parts] for gradient in gradients])
+        def step(*parts: slice, way: _Way) -> _Outcome:
+            of_parts = [[gradient[p] for p in parts] for gradient in gradients]
+            return self._step([weights[p] for p in parts], of_parts, way)
 
-        top, bottom = slice(rows // 2), slice(rows // 2, rows)
-        outcomes = step(top, bottom), step(top), step(bottom), step(slice(rows))
-        self_contained = all(outcome.self_contained for outcome in outcomes)
-        if any(outcome.settings_change for outcome in outcomes) or not self_contained:
-            return Probe(separate=False, elementwise=False, state_bytes=0, self_contained=self_contained)
-        together, [alone_top], [alone_bottom], [whole] = (outcome.leaves for outcome in outcomes)
-        separate = all(_equal(same, *leaves) for leaves in zip(together, [alone_top, alone_bottom], strict=True))
-        same_leaves = len(whole) == len(alone_top)
-        if (
-            not separate
-            or not same_leaves
-            or not all(
-                _equals_parts(weights.shape, same, *leaves)
-                for leaves in zip(whole, alone_top, alone_bottom, strict=True)
-            )
-        ):
-            return Probe(separate, elementwise=False, state_bytes=0)
+        halves = slice(rows // 2), slice(rows // 2, rows)
+        together = step(*halves, way=_Way.AS_THEY_ARE)
+        with_second_call = step(*halves, way=_Way.WITH_SECOND_CALL)
+        self_contained = all(map(functools.partial(_equal, same), together.leaves, with_second_call.leaves))
+        one_by_one = step(*halves, way=_Way.ONE_BY_ONE)
+        separate = not together.settings_change and all(
+            map(functools.partial(_equal, same), together.leaves, one_by_one.leaves)
+        )
+        [whole] = step(slice(rows), way=_Way.ONE_BY_ONE).leaves
+        equals_parts = functools.partial(_equals_parts, same, weights.shape)
+        if not separate or len({len(whole), *map(len, one_by_one.leaves)}) > 1:
+            elementwise = False
+        else:
+            elementwise = all(map(equals_parts, whole, *one_by_one.leaves))
         shaped = [leaf for leaf in whole[1:] if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        return Probe(separate, elementwise=True, state_bytes=sum(leaf.element_size() for leaf in shaped))
+        state_bytes = sum(leaf.element_size() for leaf in shaped) if elementwise else 0
+        return Probe(separate, elementwise, state_bytes, self_contained)
 
-    def _step(self, weights: list[Tensor], gradients: list[list[Tensor]]) -> _Outcome:
+    def _step(self, weights: list[Tensor], gradients: list[list[Tensor]], way: _Way) -> _Outcome:
         """Step the parts with these gradients, one after the other."""
         try:
-            return self._run(weights, gradients, None)
+            return self._run(weights, gradients, way, None)
         except Exception:
             if not (state := self.optimizer.state.get(self.like)):
                 raise
         # its `step` expects what its constructor built (Adagrad)
-        return self._run(weights, gradients, functools.partial(_state_like, state, self.like, self.parked_dtype))
+        return self._run(weights, gradients, way, functools.partial(_state_like, state, self.like, self.parked_dtype))
 
     def _run(
-        self, weights: list[Tensor], gradients: list[list[Tensor]], make_state: Callable[[Tensor], Any] | None
+        self,
+        weights: list[Tensor],
+        gradients: list[list[Tensor]],
+        way: _Way,
+        make_state: Callable[[Tensor], Any] | None,
     ) -> _Outcome:
         settings = _copied({key: value for key, value in self._group.items() if key != "params"})
         if (rate := settings.get("lr")) is not None:
@@ -177,32 +191,33 @@ class _Trials:
         before = _copied(settings)
         # `copy.copy` would leave out what torch's own class does not know
         trial = object.__new__(type(self.optimizer))
-        trial.__dict__.update(_copied(_attributes(self.optimizer)))
-        trial.state, trial.param_groups = defaultdict(dict), [{**settings}]
+        apart = ("state", "param_groups")
+        trial.__dict__.update(_copied({key: value for key, value in vars(self.optimizer).items() if key not in apart}))
+        trial.state, trial.param_groups = defaultdict(dict), [settings]
         parameters = [nn.Parameter(part.to(self.dtype, copy=True)) for part in weights]
         if make_state is not None:
             for parameter in parameters:
                 trial.state[parameter] = make_state(parameter)
-        after_first: dict[str, Any] = {}
-        for number, parts in enumerate(gradients):
-            # in each step another object, as when pieces are stepped
-            stepped = [nn.Parameter(parameter.detach()) for parameter in parameters]
-            for parameter, former, part in zip(stepped, parameters, parts, strict=True):
+        for parts in gradients:
+            if way is not _Way.AS_THEY_ARE:  # pieces and masters are another object in each step
+                former, parameters = parameters, [nn.Parameter(parameter.detach()) for parameter in parameters]
+                for old, new in zip(former, parameters, strict=True):
+                    if state := trial.state.pop(old, None):
+                        trial.state[new] = state
+            for parameter, part in zip(parameters, parts, strict=True):
                 parameter.grad = part.to(self.dtype, copy=True)
-                if state := trial.state.pop(former, None):
-                    trial.state[parameter] = state
-            parameters = trial.param_groups[0]["params"] = stepped
-            raw_step(trial)
-            if number == 0:  # which may set up what later ones only look at
-                after_first = _copied(_attributes(trial))
+            for stepped in [[parameter] for parameter in parameters] if way is _Way.ONE_BY_ONE else [parameters]:
+                settings["params"] = stepped
+                raw_step(trial)
+            if way is _Way.WITH_SECOND_CALL:
+                first = {**settings}
+                for parameter in parameters:
+                    parameter.grad = None
+                raw_step(trial)
+                settings.update(first)
+        leaves = [[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters]
         after = {key: trial.param_groups[0].get(key) for key in before}
-        changed_in_place = not _alike(settings, before)
-        kept_apart = not trial.state.keys() <= set(parameters) or not _alike(_attributes(trial), after_first)
-        return _Outcome(
-            leaves=[[p.detach(), *flatten_state(trial.state[p])[0]] for p in parameters],
-            settings_change=not _alike(after, before),
-            self_contained=not changed_in_place and not kept_apart,
-        )
+        return _Outcome(leaves, settings_change=not all(map(_alike, tree_leaves(after), tree_leaves(before))))
 
 
 def number_of_group(optimizer: Optimizer, parameter: nn.Parameter) -> int:
@@ -241,28 +256,15 @@ def _numbers_where(like: Tensor) -> Iterator[torch.device]:
         yield torch.device("cpu")
 
 
-def _attributes(optimizer: Optimizer) -> dict[str, Any]:
-    return {name: value for name, value in vars(optimizer).items() if name not in ("state", "param_groups")}
-
-
 def _copied(value: Any) -> Any:
     """A copy of containers and of the tensors in them; parameters and other objects are the same ones."""
     return tree_map(lambda leaf: leaf.clone() if type(leaf) is Tensor else leaf, value)
 
 
 def _alike(left: Any, right: Any) -> bool:
-    """Whether two values are the same: containers, tensors and numbers by what they are, others by being one object."""
-    if left is right:
-        return True
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return isinstance(left, Tensor) and isinstance(right, Tensor) and _same(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        left, right = list(left.items()), list(right.items())
-    if isinstance(left, (list, tuple, deque)):
-        return len(left) == len(right) and all(map(_alike, left, right))
-    return isinstance(left, (bool, int, float, complex, str, bytes)) and left == right
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return _same(left, right)
+    return left is right or bool(left == right)
 
 
 def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, parameter: Tensor) -> Any:
@@ -287,7 +289,7 @@ def _equal(same: _Same, left: list[Any], right: list[Any]) -> bool:
     )
 
 
-def _equals_parts(shape: torch.Size, same: _Same, whole: Any, top: Any, bottom: Any) -> bool:
+def _equals_parts(same: _Same, shape: torch.Size, whole: Any, top: Any, bottom: Any) -> bool:
     if not isinstance(whole, Tensor):
         return bool(whole == top == bottom)
     if whole.dim() == 0:

@@ -138,7 +138,10 @@ def test_nothing_is_warned_of_where_weights_or_masters_have_32_bits(precision, m
 
 
 def test_masters_of_fp32_weights_are_refused():
-    with pytest.raises(ConfigurationError, match="weights are torch.float32; use `precision='bf16-true'`"):
+    with pytest.raises(
+        ConfigurationError,
+        match="`embedding.weight` is torch.float32; let all that is trained have 16 bits \\(`precision='bf16-true'`",
+    ):
         fit("32-true")
 
 
