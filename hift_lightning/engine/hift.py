@@ -107,6 +107,30 @@ class HiFT:
             the model), or a pattern in ``settings`` matches nothing.
     """
 
+    updates = 0
+    """Updates performed; the rotation is a function of this number."""
+    skipped_steps = 0
+    """Steps left out because of NaN or inf (``nonfinite="skip"``); those that a GradScaler skips do not count."""
+    last_step_skipped = False
+    """Whether the last ``optimizer.step()`` was one of them."""
+    half_updated: str | None = None
+    """A sentence on what a failed step has changed in part, until a step is completed or state is loaded."""
+    page_in_ms = 0.0
+    """Milliseconds that the host spent on paging in the state of the last update; its copies may take longer."""
+    clip_value: float | None = None
+    """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
+    reduction: GradientReduction | None = None
+    """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
+    averages_gradients = True
+    """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
+
+    _calls: StepCalls | None = None
+    _give_back: "weakref.finalize[[Freezing, ActivationCheckpointing], Any] | None" = None
+    _load_hook: RemovableHandle | None = None
+    _warned_of_skipping = False
+    _steps_without_gradient = 0
+    _counts_changes = False  # not known before the first update
+
     def __init__(
         self,
         model: nn.Module,
@@ -152,40 +176,18 @@ class HiFT:
         self._mesh = mesh_of(self.trained.values())
         self._update = self._make_update()
         self._checkpointing = ActivationCheckpointing(model, self._layers_to_checkpoint(others))
-        self.clip_value: float | None = None
-        """Largest absolute value of a gradient that ``update="fused"`` uses; ``None`` does not clip."""
-        self.updates = 0
-        """Updates performed; the rotation is a function of this number."""
-        self.skipped_steps = 0
-        """Steps left out because of NaN or inf (``nonfinite="skip"``); those that a GradScaler skips do not count."""
-        self.last_step_skipped = False
-        """Whether the last ``optimizer.step()`` was one of them."""
-        self.half_updated: str | None = None
-        """A sentence on what a failed step has changed in part, until a step is completed or state is loaded."""
-        self.page_in_ms = 0.0
-        """Milliseconds that the host spent on paging in the state of the last update; its copies may take longer."""
         self._freezing = Freezing(self._parameters, optimizer, others)
         forgotten = self._freezing.governed.keys() - self.trained.keys()
         warn_of_unoptimized(model, forgotten, settings.frozen)
         warn_of_compiled_blocks(model, self.plan)
-        self.reduction: GradientReduction | None = None
-        """What averages gradients over :class:`ranks <hift_lightning.engine.reduction.Ranks>`, if there are several."""
         if ranks is not None and ranks.size > 1:
             deliver = self._update_in_backward if settings.update == "fused" else None
             self.reduction = GradientReduction(ranks, bucket_bytes, deliver)
-        self.averages_gradients = True
-        """Whether the next backward pass ends with averages over the ranks; false but for the last of a window."""
         self._schedulers = DelayedSchedulers(
             settings.lr_update, lambda: self.cycle, lambda: self.last_step_skipped, lambda: self.active
         )
         self._reach = Reach(len(self.plan.blocks))
         self._step = Step(NonfiniteSearch(self._mesh))
-        self._calls: StepCalls | None = None
-        self._give_back: weakref.finalize[[Freezing, ActivationCheckpointing], Any] | None = None
-        self._load_hook: RemovableHandle | None = None
-        self._warned_of_skipping = False
-        self._steps_without_gradient = 0
-        self._counts_changes = False  # not known before the first update
 
     def _set_rotation(self, total_steps: int | None) -> None:
         blocks, settings = len(self.plan.blocks), self.settings
