@@ -121,7 +121,7 @@ def measure_paging(name: str, profile: Profile, layers: int) -> dict[str, object
         if job.strategy.get("update", "block") == "block":
             stack.enter_context(paging.marking())
         if not way.prefetch:
-            stack.enter_context(mock.patch.object(StatePrefetch, "page_in", return_value=None))
+            stack.enter_context(mock.patch.object(StatePrefetch, "page_in", autospec=True, return_value=None))
         outcome = outcome_of(lambda: train(job, profile, steps, [paging, watch, times]), watch)
         if outcome != RAN:
             return {"outcome": outcome}

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.shards import local
 from hift_lightning.engine.state_tensors import flatten_state
+from hift_lightning.engine.streams import device_module
 
 ROWS, COLUMNS, STEPS = 8, 16, 3
 
@@ -54,6 +55,10 @@ class Probe:
     """
 
 
+class TrialFailed(ConfigurationError):
+    """An optimizer that may work as it is used could not be tried."""
+
+
 def probe(
     optimizer: Optimizer, like: nn.Parameter, dtype: torch.dtype, parked_dtype: torch.dtype | None = None
 ) -> Probe:
@@ -65,24 +70,24 @@ def probe(
     (but no larger than the largest tensor of the param group, since it takes memory).
 
     Args:
-        optimizer: is left as it is.
+        optimizer: is left as it is, but for objects that it holds and steps change.
         like: a parameter that it holds, for its param group and device.
         dtype: in which the optimizer will see weights and gradients.
         parked_dtype: of state that is wider when it is paged in.
 
     Raises:
-        ConfigurationError: if it cannot be stepped so.
+        TrialFailed: if it cannot be stepped so.
     """
     try:
-        with _numbers_where(like) as device:
-            return _Trials(optimizer, like, dtype, parked_dtype, device).probe()
+        with _numbers_where(like) as device, _random_numbers_left_alone(device) as rewind:
+            return _Trials(optimizer, like, dtype, parked_dtype, device, rewind).probe()
     except (ConfigurationError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ConfigurationError(
+        raise TrialFailed(
             f"A step of the optimizer `{type(optimizer).__name__}` was tried on a small matrix, to see whether "
-            f"parameters may be stepped one by one, and failed ({type(error).__name__}: {error}); use `update='block'` "
-            "without `master_weights`, or an optimizer that steps any matrix."
+            f"parameters may be stepped one by one, and failed ({type(error).__name__}: {error}); use "
+            "`update='block'`, or an optimizer that steps any matrix."
         ) from error
 
 
@@ -117,6 +122,8 @@ class _Trials:
     dtype: torch.dtype
     parked_dtype: torch.dtype | None
     device: torch.device
+    rewind: Callable[[], None]
+    """Lets the random numbers begin anew."""
 
     def probe(self) -> Probe:
         """What all trials together show."""
@@ -185,6 +192,7 @@ class _Trials:
         way: _Way,
         make_state: Callable[[Tensor], Any] | None,
     ) -> _Outcome:
+        self.rewind()  # an optimizer may draw random numbers
         settings = _copied({key: value for key, value in self._group.items() if key != "params"})
         if (rate := settings.get("lr")) is not None:
             settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
@@ -247,6 +255,24 @@ def raw_step(optimizer: Optimizer) -> None:
 
 
 @contextlib.contextmanager
+def _random_numbers_left_alone(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Within it random numbers can be drawn as if none were; it gives a function that lets them begin anew."""
+    module = device_module(device)
+    of_device = module.get_rng_state(device) if hasattr(module, "get_rng_state") else None
+    of_cpu = torch.get_rng_state()
+
+    def rewind() -> None:
+        torch.set_rng_state(of_cpu)
+        if of_device is not None:
+            module.set_rng_state(of_device, device)
+
+    try:
+        yield rewind
+    finally:
+        rewind()
+
+
+@contextlib.contextmanager
 def _numbers_where(like: Tensor) -> Iterator[torch.device]:
     """The device on which the trial can run: that of a parameter, but the CPU while planning on fake tensors."""
     if not isinstance(local(like), FakeTensor):
@@ -284,9 +310,14 @@ def _state_like(state: Any, like: Tensor, parked_dtype: torch.dtype | None, para
 
 
 def _equal(same: _Same, left: list[Any], right: list[Any]) -> bool:
-    return len(left) == len(right) and all(
-        same(a, b) if isinstance(a, Tensor) else bool(a == b) for a, b in zip(left, right, strict=True)
-    )
+    def alike(one: Any, other: Any) -> bool:
+        if isinstance(one, Tensor):
+            return same(one, other)
+        if one is None or isinstance(one, bool | int | float | str):
+            return bool(one == other)
+        return type(one) is type(other)  # an object (GaLore's projector): what it does shows in the weights
+
+    return len(left) == len(right) and all(map(alike, left, right))
 
 
 def _equals_parts(same: _Same, shape: torch.Size, whole: Any, top: Any, bottom: Any) -> bool:
@@ -307,4 +338,5 @@ def _close(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape or not left.is_floating_point():
         return _same(left, right)
     within = 8 * torch.finfo(left.dtype).eps
+    left, right = left.float(), right.float()  # there is no `allclose` in 8 bits
     return torch.allclose(left, right, rtol=within, atol=within, equal_nan=True)

@@ -18,21 +18,19 @@ _started: "weakref.WeakSet[Freezing]" = weakref.WeakSet()
 """Those that have been started and not stopped, of all models."""
 
 
-def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-    """Raise if an optimizer holds parameters that are frozen for a training which has not been finished.
+def refuse_what_is_frozen_by_another(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise if parameters are frozen for a training which has not been finished.
 
     Args:
-        parameters: of the model, by name.
-        optimizer: that shall train them.
+        parameters: that an optimizer shall train, by name.
 
     Raises:
         ConfigurationError: if it does; blocks would be cut of the active ones only.
     """
-    optimized = parameters_of(optimizer)
 
     def frozen() -> str | None:
         governed = {p for freezing in _started for p in freezing.governed.values() if not p.requires_grad}
-        return next((name for name, p in parameters.items() if p in optimized and p in governed), None)
+        return next((name for name, p in parameters.items() if p in governed), None)
 
     if frozen() is not None:
         gc.collect()  # one that was dropped gives its model back when it goes
@@ -124,6 +122,8 @@ class Freezing:
 
     def freeze_again(self) -> None:
         """Let what is governed require a gradient if it is active, and nothing else, and free the other gradients."""
+        if not self.started:
+            return
         active = set(self._active)
         for parameter in self.governed.values():
             parameter.requires_grad_(parameter in active)

@@ -152,7 +152,8 @@ class HiFT:
         refuse_optimizer(optimizer)
         _refuse_what_does_not_go_together(model, settings, others)
         self._parameters = dict(model.named_parameters())
-        refuse_what_is_frozen_by_another(self._parameters, optimizer)
+        optimized = parameters_of(optimizer)
+        refuse_what_is_frozen_by_another({n: p for n, p in self._parameters.items() if p in optimized})
         self.optimizer = optimizer
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
         self.plan = partition(
@@ -261,6 +262,9 @@ class HiFT:
         check_masters(self.trained, self.settings.master_weights)
         self.shares.check_optimizer(self.optimizer)
         self._freezing.start(self.trained)
+        # an engine that nobody holds any more must not leave the model frozen
+        self._give_back = weakref.finalize(self, _give_back, self._freezing, self._checkpointing)
+        self._give_back.atexit = False
         self._calls = StepCalls(
             self.optimizer,
             before=self.pass_on_held_rates,
@@ -272,9 +276,6 @@ class HiFT:
         self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._adopt_state())
         self._adopt_state()
         self._checkpointing.start()
-        # an engine that is dropped in training (a notebook's cell that was interrupted) must not leave the model frozen
-        self._give_back = weakref.finalize(self, _give_back, self._freezing, self._checkpointing)
-        self._give_back.atexit = False
         self._activate()
 
     def finish(self) -> None:
@@ -304,7 +305,11 @@ class HiFT:
     def _activate(self) -> None:
         if self.reduction is not None:
             self.reduction.expect(self.block.index, self._block_parameters(), self.updates, self._plan_number)
-        self._freezing.activate(self._block_parameters(), self._hooks_of)
+        self._freezing.activate(self._block_parameters(), self._weak_hooks_of)
+
+    def _weak_hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
+        """As :meth:`_hooks_of`, but a parameter does not keep the engine, which may be dropped in training."""
+        return map(_weak, self._hooks_of(parameter))
 
     def _hooks_of(self, parameter: nn.Parameter) -> Iterator[GradientHook]:
         yield from self._update.hooks_of(parameter)
@@ -788,6 +793,16 @@ class HiFT:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]
 
 
+def _weak(hook: GradientHook) -> GradientHook:
+    method = weakref.WeakMethod(hook)
+
+    def call(parameter: Tensor) -> None:
+        if (alive := method()) is not None:
+            alive(parameter)
+
+    return call
+
+
 def _give_back(freezing: Freezing, checkpointing: ActivationCheckpointing) -> None:
     """Let the model be as it was before training."""
     freezing.stop()
@@ -797,8 +812,10 @@ def _give_back(freezing: Freezing, checkpointing: ActivationCheckpointing) -> No
 def _parameters_to_train(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> list[nn.Parameter]:
     """Those of all layers, from the bottom up, that no other optimizer has."""
     taken = parameters_of(*others)
-    free = [name for name, p in model.named_parameters() if p.requires_grad and p not in taken]
-    layers = partition(model, frozen=settings.frozen, trainable=free).layers
+    free = {name: p for name, p in model.named_parameters() if p not in taken}
+    refuse_what_is_frozen_by_another(free)
+    trainable = [name for name, p in free.items() if p.requires_grad]
+    layers = partition(model, frozen=settings.frozen, trainable=trainable).layers
     return [model.get_parameter(name) for layer in layers for name in layer.parameters]
 
 

@@ -147,6 +147,8 @@ class DelayedSchedulers:
 
     def delay(self, scheduler: Any) -> Any:
         """Give the scheduler to step: a :class:`DelayedLRScheduler`, or itself where ``lr_update`` is ``step``."""
+        if any(scheduler is one for one in self._delayed):
+            return scheduler
         held = 0
         if type(scheduler) is DelayedLRScheduler:  # of a training that has ended
             scheduler, held = scheduler._scheduler, scheduler.held_steps

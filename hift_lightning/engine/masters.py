@@ -52,8 +52,8 @@ def warn_of_rounded_state(names: Sequence[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
-            f"The optimizer state of `{names[0]}`{more} has come in 16 bits, as `optimizer.load_state_dict` casts it, "
-            "and steps fp32 masters, so this is not exactly the run that was saved; load it with "
+            f"The optimizer state of `{names[0]}`{more} has come in 16 bits, and will step fp32 masters: it may have "
+            "been rounded by `optimizer.load_state_dict`, which casts it to the dtype of the weights; load it with "
             "`HiFT.load_optimizer_state_dict`.",
             stacklevel=4,
         )

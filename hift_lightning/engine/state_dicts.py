@@ -28,7 +28,7 @@ def in_own_form(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, A
     called, with something in place of the tensors that it cannot cast or move.
 
     Args:
-        optimizer: its param groups are those of the state dict afterwards, and it has no state.
+        optimizer: where its ``load_state_dict`` is its own, it is left without state, and with the saved param groups.
         state_dict: what ``state_dict()`` of a like optimizer gave.
     """
     if casts_by_itself(optimizer):

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from hift_lightning.engine.nonfinite import NonfiniteSearch
 from hift_lightning.engine.shards import local
+from hift_lightning.engine.state_tensors import state_tensors
 
 
 @dataclass
@@ -51,7 +53,15 @@ class Step:
         if self.versions:  # a closure that is called again, after what the optimizer has done since
             return
         self.versions = {name: local(parameter)._version for name, parameter in parameters.items()}
-        self.bits = {} if counted else {name: _sum_of_bits(local(p).detach()) for name, p in parameters.items()}
+        self.bits = (
+            {}
+            if counted
+            else {
+                name: _sum_of_bits(local(p).detach())
+                for name, p in parameters.items()
+                if not isinstance(local(p), FakeTensor)  # which has none
+            }
+        )
         self.with_gradient = {name for name, parameter in parameters.items() if parameter.grad is not None}
 
     def counts_changes(self, parameters: Mapping[str, nn.Parameter]) -> bool:
@@ -70,11 +80,17 @@ class Step:
         return list(filter(is_touched, self.versions))
 
 
+_TOGETHER = 2**20
+"""Weights that are summed at a time, for the memory that it takes: torch makes a copy of them in 64 bits."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sum_of_bits(weights: Tensor) -> Tensor:
-    """A number that another value of any weight would change."""
-    if weights.is_complex():
-        weights = torch.view_as_real(weights)
-    return weights.view(_INTEGERS[weights.itemsize]).sum(dtype=torch.int64)
+    """A number that another value of any one weight would change."""
+    total = torch.zeros((), dtype=torch.int64, device=weights.device)
+    for part in state_tensors(weights):  # the weights themselves, or what they consist of
+        real = torch.view_as_real(part) if part.is_complex() else part
+        for some in real.view(_INTEGERS[real.itemsize]).reshape(-1).split(_TOGETHER):  # type: ignore[no-untyped-call]
+            total += some.sum(dtype=torch.int64)
+    return total

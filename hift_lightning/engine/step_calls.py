@@ -61,12 +61,12 @@ class StepCalls:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._call is not None and _is_running(self._call):
             return None
-        self._refuse_later_hooks()
         self._call = sys._getframe(1)
         self._before()
         optimizer_itself, *positional = args
         closure = positional[0] if positional else kwargs.get("closure")
         if not callable(closure):  # none, or an argument that only this optimizer knows
+            self._refuse_later_hooks()
             self._begin()
             return None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hift_lightning.engine.elementwise import Probe, number_of_group, probe, raw_step
+from hift_lightning.engine.elementwise import Probe, TrialFailed, number_of_group, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
 from hift_lightning.engine.optimizers import parameters_of
@@ -112,6 +112,7 @@ class PieceUpdate:
         self.residency = residency
         self.window = window
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
+        self._checked: set[nn.Parameter] = set()
         self._loading_ms = 0.0
         self.held_bytes = 0
         """Most bytes of state and masters that were on the device at one time since this was last set to 0."""
@@ -159,12 +160,18 @@ class PieceUpdate:
                 )
 
     def _refuse_what_is_kept_apart(self, parameter: nn.Parameter) -> None:
-        if not _is_sparse(parameter.grad) and not self._probe(parameter).self_contained:
+        if parameter in self._checked or _is_sparse(parameter.grad):
+            return
+        self._checked.add(parameter)
+        try:
+            self_contained = self._probe(parameter).self_contained
+        except TrialFailed:  # which says nothing of this, and parameters are stepped whole and together
+            return
+        if not self_contained:
             raise ConfigurationError(
-                f"The optimizer `{type(self.optimizer).__name__}` keeps something between its steps that is neither in "
-                "its `state` of a parameter nor a setting of a param group (a counter or tensors of its own), which "
-                "would go wrong where masters are stepped in place of the weights; keep it there, or drop "
-                "`master_weights`."
+                f"The optimizer `{type(self.optimizer).__name__}` does not come to the same where masters are stepped "
+                "in place of the weights, as one does not that keeps a counter or tensors outside of its `state` of a "
+                "parameter and the settings of a param group; keep them there, or drop `master_weights`."
             )
 
     def _cut(self, parameter: nn.Parameter, window: int) -> list[Piece]:

@@ -5,6 +5,7 @@ import gc
 import io
 import os
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,14 @@ def changed(model: nn.Module, before: dict[str, Tensor]) -> list[str]:
 # --- start and end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_engine_that_is_dropped_in_training_gives_the_model_back(checkpointing: bool) -> None:
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": True}, {"update": "fused"}], ids=str)
+def test_an_engine_that_is_dropped_in_training_gives_the_model_back(settings: dict[str, Any]) -> None:
     model = network()
     before = copy.deepcopy(model.state_dict())
 
     def interrupted() -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        HiFT(model, optimizer, HiFTSettings(activation_checkpointing=checkpointing)).start()
+        HiFT(model, optimizer, HiFTSettings(**settings)).start()
         steps(model, optimizer, 1)
 
     interrupted()
@@ -63,6 +64,40 @@ def test_an_engine_that_is_dropped_in_training_gives_the_model_back(checkpointin
         steps(model, optimizer, LAYERS)
     assert len(changed(model, before)) == 2 * LAYERS
     assert all("forward" not in vars(layer) for layer in model)
+
+
+@pytest.mark.parametrize("update", ["block", "fused"])
+def test_a_model_that_is_dropped_in_training_is_freed(update: str) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    HiFT(model, optimizer, HiFTSettings(update=update)).start()  # type: ignore[arg-type]
+    weight = weakref.ref(model[0][0].weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_model_in_training_is_not_given_to_another_that_makes_its_optimizer() -> None:
+    model = network()
+    with (
+        HiFT(model, torch.optim.SGD(model.parameters(), 0.1)),
+        pytest.raises(ConfigurationError, match="is in the blocks of another HiFT"),
+    ):
+        HiFT(model, lambda parameters: torch.optim.SGD(parameters, 0.1))
+
+
+def test_a_start_that_fails_leaves_a_model_that_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    hift = HiFT(model, torch.optim.SGD(model.parameters(), 0.1))
+
+    def full(self: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hift_lightning.engine.residency.Residency.adopt_state", full)
+    with pytest.raises(OSError, match="No space"):
+        hift.start()
+    hift.finish()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_training_can_go_on_without_hift() -> None:
@@ -138,7 +173,7 @@ def test_the_end_of_a_forked_process_leaves_parked_files_alone(tmp_path: Path) -
         if (child := os.fork()) == 0:
             try:
                 optimizer.state.clear()
-                del hift.residency
+                hift.residency._leaves.clear()
                 gc.collect()
             finally:
                 os._exit(0)
@@ -166,6 +201,19 @@ def test_a_delayed_schedule_goes_on_after_its_engine(then: str) -> None:
             steps(model, optimizer, 12, scheduler)
     assert scheduler.last_epoch == 22
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_a_schedule_that_is_delayed_again_by_the_same_engine_is_stepped_once() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler: Any = CosineAnnealingLR(optimizer, T_max=22)
+    hift = HiFT(model, optimizer)
+    for _ in range(2):
+        with hift:
+            scheduler = hift.delay(scheduler)
+            steps(model, optimizer, LAYERS // 2 + 1, scheduler)
+    assert scheduler.last_epoch == LAYERS
+    assert hift.state_dict()["held_lr_steps"] == [2]
 
 
 def test_what_is_set_on_a_delayed_scheduler_is_set_on_the_scheduler() -> None:
@@ -295,6 +343,20 @@ def test_a_step_hook_that_would_see_no_gradient_is_refused(update: str) -> None:
     assert seen == [update == "streamed"]
 
 
+def test_a_step_hook_that_a_closure_comes_after_is_not() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    seen = []
+
+    def closure() -> None:
+        model(batch()).square().mean().backward()
+
+    with HiFT(model, optimizer, HiFTSettings(update="streamed")) as hift:
+        optimizer.register_step_pre_hook(lambda *_: seen.append(hift.updates))
+        optimizer.step(closure)  # type: ignore[arg-type]
+        assert (seen, hift.updates) == ([0], 1)
+
+
 def test_a_scaled_loss_is_refused_where_gradients_are_used_in_backward() -> None:
     model = network()
     hift = HiFT(model, torch.optim.SGD(model.parameters(), 0.1), HiFTSettings(update="fused"))
@@ -329,6 +391,8 @@ def test_frozen_again_after_something_has_set_what_requires_a_gradient() -> None
             hift.freeze_again()
             steps(model, optimizer, 1)
         assert hift.updates == LAYERS
+    hift.freeze_again()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 # --- saving and resuming ----------------------------------------------------------------------------------------------
@@ -352,7 +416,7 @@ def test_state_that_was_rounded_in_loading_is_warned_of_where_there_are_masters(
         train(model, optimizer)
         saved, position = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(hift.state_dict())
     model, optimizer, hift = make()
-    told = pytest.warns(UserWarning, match=r"has come in 16 bits, as `optimizer.load_state_dict` casts it")
+    told = pytest.warns(UserWarning, match=r"has come in 16 bits.*rounded by `optimizer.load_state_dict`")
     if when == "before":
         optimizer.load_state_dict(saved)
     with told, hift:

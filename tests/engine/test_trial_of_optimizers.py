@@ -82,6 +82,26 @@ class CountsForItsLog(ByHand):
         self.calls += 1
 
 
+class Projector:
+    def apply(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+
+class KeepsAnObject(ByHand):
+    """As GaLore and APOLLO do."""
+
+    def direction(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        projector: Projector = self.state[parameter].setdefault("projector", Projector())
+        return projector.apply(gradient)
+
+
+class DrawsNoise(ByHand):
+    """Stochastic gradient Langevin dynamics."""
+
+    def direction(self, parameter: nn.Parameter, gradient: Tensor, group: dict[str, Any]) -> Tensor:
+        return gradient + 1e-3 * torch.randn_like(gradient)
+
+
 class FactorsLargeOnes(ByHand):
     """As variants of Adafactor that keep rows and columns of large matrices only."""
 
@@ -142,7 +162,9 @@ def test_what_is_kept_outside_of_the_state_is_refused_in_pieces(kind: type[Optim
 
 @pytest.mark.parametrize("kind", KEPT_APART)
 def test_what_is_kept_outside_of_the_state_is_refused_with_masters(kind: type[Optimizer]) -> None:
-    with pytest.raises(ConfigurationError, match=f"`{kind.__name__}` keeps something between its steps"):
+    with pytest.raises(
+        ConfigurationError, match=f"`{kind.__name__}` does not come to the same where masters are stepped"
+    ):
         run(kind, dtype=torch.bfloat16, master_weights=True)
 
 
@@ -152,6 +174,33 @@ def test_what_makes_no_difference_is_not(settings: dict[str, Any]) -> None:
     streamed = run(CountsForItsLog, **settings).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in streamed.items())
     run(CountsForItsLog, dtype=torch.bfloat16, master_weights=True)
+
+
+@pytest.mark.parametrize("kind", [KeepsAnObject, DrawsNoise, WantsHeads])
+def test_what_comes_to_the_same_with_masters_is_not(kind: type[Optimizer]) -> None:
+    run(kind, 96, dtype=torch.bfloat16, master_weights=True)
+
+
+def test_8_bit_state_of_large_matrices_is_tried() -> None:
+    from torchao.optim import AdamWFp8
+
+    run(AdamWFp8, 256, dtype=torch.bfloat16, master_weights=True)
+    run(AdamWFp8, 256, update="streamed")
+
+
+def test_a_trial_draws_no_random_numbers() -> None:
+    model = network()
+    before = torch.get_rng_state()
+    probe(DrawsNoise(model.parameters()), model[0].weight, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor, torch.optim.NAdam])
+def test_torchs_own_optimizers_come_to_the_same_with_masters(make: Callable[..., Optimizer]) -> None:
+    model = network(64)
+    found = probe(make(model.parameters()), model[0].weight, torch.float32)
+    assert found.self_contained
+    assert found.separate
 
 
 def test_a_trial_leaves_the_optimizer_as_it_is() -> None:
