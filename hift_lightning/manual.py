@@ -121,6 +121,11 @@ class HiFTManualMixin(_Base):
         owners = strategy.engines if isinstance(strategy, BlockwiseTraining) else (self.trainer,)
         return any(window.seen > 0 and window.owner in owners for window in self._windows.values())
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients of an open window, which Lightning would free before a validation within it."""
+        if not self.accumulating:
+            super().on_validation_model_zero_grad()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         return {key: value for key, value in state.items() if key != "_accumulation_windows"}  # they hold the engine

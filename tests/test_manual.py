@@ -57,6 +57,22 @@ def test_equals_automatic_optimization_exactly(strategy, accumulate, clip, algor
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("strategy", [HiFTStrategy, lambda: "auto"], ids=["hift", "plain"])
+def test_a_validation_within_a_window_leaves_its_gradients(strategy):
+    class Validated(Manual):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def fit(**arguments):
+        module = Validated(accumulate_grad_batches=4)
+        trainer_ = trainer(strategy(), num_sanity_val_steps=0, **arguments)
+        trainer_.fit(module, loader(make_batches(4 * LAYERS)), loader(make_batches(1)))
+        return module
+
+    expected = fit(limit_val_batches=0)
+    assert fit(val_check_interval=2).losses == expected.losses
+
+
 def test_rotates_and_frees_gradients():
     class Watched(Manual):
         def training_step(self, batch, batch_idx):

@@ -33,6 +33,8 @@ class EpochOrder(Sampler[list[int]]):
         """Batches of this epoch that have been handed out, on all ranks together."""
         self.told: int | None = None
         """The Trainer's epoch; this one is ahead of it after more than one pass, beside a loader with more batches."""
+        self.over = False
+        """Whether a checkpoint was made between two passes of one epoch of the Trainer."""
         self.resumed = False
         """Whether the position is that of a checkpoint, and the Trainer has not told its epoch since."""
 
@@ -50,6 +52,8 @@ class EpochOrder(Sampler[list[int]]):
         """Go to the beginning of an epoch of the Trainer, unless it is the one that is going on."""
         if epoch != (self.told if self.resumed else self.epoch):
             self.epoch, self.first, self.given = epoch, 0, 0
+        elif self.resumed and self.over:  # nothing is left of its pass, and a longer loader's goes on
+            self.epoch, self.first, self.given = epoch, self.batches_in_epoch, self.batches_in_epoch
         self.told, self.resumed = epoch, False
 
     def begin(self) -> int:
@@ -67,8 +71,9 @@ class EpochOrder(Sampler[list[int]]):
         if self.resumed:  # in a plain loop, or by a Trainer that is about to tell of the next epoch
             self.told, self.resumed = None, False
 
-    def go_on(self, epoch: int, batches: int, told: int) -> None:
+    def go_on(self, epoch: int, batches: int, told: int, begun: bool) -> None:
         """Begin the next pass where a checkpoint was made."""
+        self.over = epoch > told and batches == 0 and not begun
         self.epoch, self.first, self.given, self.told, self.resumed = epoch, batches, batches, told, True
 
     @property
@@ -100,6 +105,9 @@ class TrainingLoader:
         seed: as in `EpochOrder`.
         arguments: of `DataLoader`.
     """
+
+    draws_as_before = True
+    """Whether fetching the first batch after a resume draws the random numbers that it would have drawn."""
 
     def __init__(
         self,
@@ -170,10 +178,7 @@ class TrainingLoader:
                 stacklevel=2,
             )
         epoch, batches = state_dict["epoch"], state_dict["batches"]
-        told = state_dict.get("told", epoch)
-        if epoch > told and batches == 0 and "begun" not in state_dict:
-            epoch, batches = told, now  # nothing is left of its pass, and a longer loader's goes on
-        order.go_on(epoch, batches, told)
+        order.go_on(epoch, batches, state_dict.get("told", epoch), "begun" in state_dict)
         self._begun_epoch = order.epoch if "begun" in state_dict else None
 
 

@@ -285,14 +285,16 @@ class HiFT:
         """
         if not self.active:
             return
-        self.settle()
         assert self._give_back is not None
-        self._give_back()
-        assert self._calls is not None
-        assert self._load_hook is not None
-        self._calls.stop()
-        self._load_hook.remove()
-        self._calls = self._load_hook = None
+        try:
+            self.settle()
+        finally:
+            self._give_back()
+            if self._calls is not None:  # unless `start` has failed
+                self._calls.stop()
+            if self._load_hook is not None:
+                self._load_hook.remove()
+            self._calls = self._load_hook = None
         self.residency.synchronize()
 
     def _adopt_state(self) -> None:

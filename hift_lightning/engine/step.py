@@ -74,23 +74,25 @@ class Step:
 
         def is_touched(name: str) -> bool:
             weights = local(parameters[name]).detach()
-            changed = name in self.bits and bool(self.bits[name] != _sum_of_bits(weights))
-            return changed or weights._version != self.versions[name]
+            if weights._version != self.versions[name]:
+                return True
+            # in host memory: that of the device may have run out
+            return name in self.bits and bool(self.bits[name].cpu() != _sum_of_bits(weights.cpu()))
 
         return list(filter(is_touched, self.versions))
 
-
-_TOGETHER = 2**20
-"""Weights that are summed at a time, for the memory that it takes: torch makes a copy of them in 64 bits."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _sum_of_bits(weights: Tensor) -> Tensor:
-    """A number that another value of any one weight would change."""
+    """A number that another value of any one weight would change; it takes no memory on the device but its own."""
     total = torch.zeros((), dtype=torch.int64, device=weights.device)
     for part in state_tensors(weights):  # the weights themselves, or what they consist of
-        real = torch.view_as_real(part) if part.is_complex() else part
-        for some in real.view(_INTEGERS[real.itemsize]).reshape(-1).split(_TOGETHER):  # type: ignore[no-untyped-call]
-            total += some.sum(dtype=torch.int64)
+        flat = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
+        if flat.storage_offset() * flat.itemsize % torch.int64.itemsize != 0:
+            flat = flat.clone()
+        in_words = flat.numel() - flat.numel() % (torch.int64.itemsize // flat.itemsize)
+        total += flat[:in_words].view(torch.int64).sum()  # of narrower integers torch would make a wide copy first
+        total += flat[in_words:].view(_INTEGERS[flat.itemsize]).sum()
     return total

@@ -198,8 +198,14 @@ def _for_copy(configured: Any, module: nn.Module, fake_module: nn.Module) -> Any
     if held.isdisjoint(module.parameters()):
         return configured
     fakes = dict(fake_module.named_parameters())
+    memo: dict[int, Any] = {id(parameter): fakes[name] for name, parameter in module.named_parameters()}
     with _disable_current_modes():
-        return copy.deepcopy(configured, {id(parameter): fakes[name] for name, parameter in module.named_parameters()})
+        for each in optimizers:
+            # whole: what `Optimizer.__getstate__` leaves out too, but for the `step` that a scheduler has wrapped
+            memo[id(each)] = twin = object.__new__(type(each))
+            own = {name: value for name, value in vars(each).items() if name != "step"}
+            vars(twin).update(copy.deepcopy(own, memo))
+        return copy.deepcopy(configured, memo)
 
 
 def _no_value(*args: Any, **kwargs: Any) -> Tensor:

@@ -203,7 +203,7 @@ class BlockwiseCheckpoints(_Base):
         states = checkpoint["optimizer_states"] or [None] * len(positions)
         if len(states) != len(self.engines):
             raise ConfigurationError(
-                f"The checkpoint has the state of {len(states)} optimizers and this run has {len(self.engines)}; "
+                f"The checkpoint was made with {len(states)} optimizers and this run has {len(self.engines)}; "
                 "resume with the optimizers that it was made with."
             )
         if self._being_loaded is not None and self.restore_checkpoint_after_setup:

@@ -72,7 +72,7 @@ class ExactResume:
         self._record: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
         self._counts_before_validation: dict[str, dict[str, Any]] = {}  # of EarlyStopping
-        # the random numbers after each validation of the open window, by the batches of the run before it
+        # the random numbers after each validation since the boundary, by the batches of the run before it
         self._validated: dict[int, dict[str, Any]] = {}
         self._validated_before_stop: dict[int, dict[str, Any]] = {}  # of those to come in a window that is done again
         self._state_at_batch_start: dict[str, Any] | None = None
@@ -154,6 +154,9 @@ class ExactResume:
         Returns:
             Whether a run can go on from it; it cannot if an update has been completed and its batch has not.
         """
+        if self._record is not None:  # nothing has been done since it was loaded
+            checkpoint["hift"]["resume"] = self._record
+            return True
         fit = self._trainer.fit_loop
         batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
         in_batch = batches.ready != batches.processed or self._begun == self._total_batches
@@ -171,12 +174,11 @@ class ExactResume:
         batches_over = not set_back and fit.epoch_loop._num_ready_batches_reached()
         within_epoch = epochs.started == epochs.ready > 0 and not (batches_over and epochs.processed == epochs.ready)
         to_do = "nothing" if set_back else self._still_to_do(within_epoch)
-        validated: dict[int, dict[str, Any]] = {}
+        batches_done = self._total_batches
         if set_back:
             assert boundary is not None
             _set_back(checkpoint, boundary)
-            state = boundary.random_state
-            validated = self._validated_after(boundary)
+            state, batches_done = boundary.random_state, boundary.total_batches
         else:
             before_validation = None if to_do == "end_of_batch_after_validation" else self._before_validation
             state = self._state_at_batch_start or before_validation or random_state(self._device)
@@ -190,8 +192,6 @@ class ExactResume:
                 "another optimizer has been stepped since they began; they are not in it, so a run that goes on from "
                 "it accumulates them anew. Save where no optimizer is within its accumulation."
             )
-        metrics = self._trainer.callback_metrics
-        monitors = [config.monitor for config in self._trainer.lr_scheduler_configs if config.reduce_on_plateau]
         checkpoint["hift"]["resume"] = {
             "within_epoch": within_epoch,
             "epoch": epochs.ready - 1 if within_epoch else epochs.processed,
@@ -199,18 +199,18 @@ class ExactResume:
             "ranks": self._trainer.world_size,
             "batches_in_epoch": self._trainer.num_training_batches,
             "to_do": to_do,
-            "monitored": {name: metrics[name].cpu() for name in monitors if name in metrics},
+            "monitored": {name: metric.cpu() for name, metric in self._trainer.callback_metrics.items()},
             "random_state": _plain(state),
-            "validated": {done: _plain(after) for done, after in validated.items()},
+            "validated": self._validated_after(batches_done),
         }
         return True
 
-    def _validated_after(self, boundary: _Boundary) -> dict[int, dict[str, Any]]:
+    def _validated_after(self, batches: int) -> dict[int, dict[str, Any]]:
         """The validations that have been done since, or had been in the run that this one goes on from."""
         validated = {**self._validated, **self._validated_before_stop}
         if self._trainer.validating and self._validation_is_over:
             validated[self._total_batches] = random_state(self._device)
-        return {done: after for done, after in validated.items() if done > boundary.total_batches}
+        return {done: _plain(after) for done, after in validated.items() if done > batches}
 
     def _accumulates_by_hand(self) -> bool:
         """Whether gradients wait for a step of `hift_step`; others may be left over, as those of a GAN's other net."""
@@ -232,7 +232,10 @@ class ExactResume:
             return "end_of_batch"
         if not self._trainer.validating:
             return "nothing"
-        return "end_of_batch_after_validation" if self._validation_is_over else "validation"
+        if self._validation_is_over:
+            return "end_of_batch_after_validation"
+        # where the last batch is that of the validation before, this one's data loader has drawn nothing yet
+        return "end_of_batch" if self._validated_last_batch and self._before_validation is None else "validation"
 
     @property
     def _validation_is_over(self) -> bool:
@@ -243,7 +246,9 @@ class ExactResume:
         failed = self._trainer.state.status == TrainerStatus.INTERRUPTED and self._before_validation is not None
         # Lightning takes the outputs out between `on_validation_epoch_end` and `on_validation_end`
         outputs = self._trainer.fit_loop.epoch_loop.val_loop._logged_outputs
-        return self._validated_last_batch and not outputs and not failed
+        # one that has not begun has those of the one before it
+        begun = self._before_validation is not None or self._total_batches in self._validated
+        return begun and self._validated_last_batch and not outputs and not failed
 
     @property
     def within_validation(self) -> bool:
@@ -336,9 +341,16 @@ class ExactResume:
             # so restarted, the loop adds a step to the logged ones and fetches the next batch
             batch_loop._restart_stage = BatchRestart.NONE
             batch_loop._batches_that_stepped -= 1
-            # not before the batch is fetched: a loader that begins anew may draw random numbers then
-            self._state_at_batch_start = random_state(self._device)
-            set_random_state(untouched, self._device)
+            now = random_state(self._device)
+            assert fit._combined_loader is not None
+            if record["at_batch_start"] or not all(
+                getattr(one, "draws_as_before", False) for one in fit._combined_loader.flattened
+            ):
+                # not before the batch is fetched: a loader that begins anew may draw random numbers then
+                self._state_at_batch_start = now
+                set_random_state(untouched, self._device)
+            else:  # it draws as the run that went straight on: nothing, or for a pass that begins with this batch
+                self._set_before_fetch(now)
             self._warn_of_loaders_without_state()
         else:
             _set_restarting(batch_loop, False)
@@ -353,6 +365,17 @@ class ExactResume:
             iter(fetcher)  # again, since a pass may begin by drawing random numbers
             if record["at_batch_start"]:
                 self._state_at_batch_start = record["random_state"]
+
+    def _set_before_fetch(self, state: dict[str, Any]) -> None:
+        """Set the random numbers right before the next batch is fetched; Lightning may draw some until then."""
+        loop = self._trainer.fit_loop.epoch_loop
+
+        def set_once() -> None:
+            if loop.__dict__.pop("_on_before_fetch", None) is not None:  # the fetcher goes on to call this function
+                set_random_state(state, self._device)
+            loop._on_before_fetch()
+
+        loop._on_before_fetch = set_once  # type: ignore[method-assign]
 
     def _warn_of_loaders_without_state(self) -> None:
         loader = self._trainer.fit_loop._combined_loader

@@ -169,11 +169,20 @@ def test_the_state_goes_on_with_another_number_of_workers(workers: tuple[int, in
     assert seen == whole
 
 
+class SeesTensors(Sees):
+    """Notes batches that are tensors."""
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:  # type: ignore[override]
+        self.seen.append((self.current_epoch, batch.tolist()))
+        return self.layer(torch.ones(1)).sum()
+
+
 class SeesBoth(Sees):
     """Notes the batches of two loaders, of which the second has none where it is over."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
-        self.seen.append((self.current_epoch, [None if each is None else each.tolist() for each in batch.values()]))
+        seen = [None if each is None else each.tolist() for each in batch.values()]
+        self.seen.append((self.current_epoch, seen, torch.rand(1).item()))
         return self.layer(torch.ones(1)).sum()
 
 
@@ -183,6 +192,7 @@ def test_beside_a_longer_loader_it_goes_on_where_it_was(shorter: int, mode: Any,
     def part(stop_at: int | None, ckpt_path: Path | None = None) -> list[Any]:
         callbacks = [] if stop_at is None else [StopsAt("on_train_batch_end", stop_at, raise_stop)]
         trainer_ = trainer("hift", callbacks=callbacks, max_epochs=2)
+        torch.manual_seed(1 if ckpt_path is None else 2)
         module = SeesBoth()
         with contextlib.suppress(Stop):
             trainer_.fit(
@@ -196,6 +206,44 @@ def test_beside_a_longer_loader_it_goes_on_where_it_was(shorter: int, mode: Any,
     for first in range(1, len(whole) - 2):
         seen = part(first) + part(2, tmp_path / "last.ckpt") + part(None, tmp_path / "last.ckpt")
         assert seen == whole
+
+
+def test_used_by_a_trainer_and_then_in_a_plain_loop_it_goes_on_with_the_next_pass() -> None:
+    first, second = rows(), rows()
+    trainer("hift", max_epochs=1).fit(SeesTensors(), first)
+    for _ in range(2):
+        assert len(list(first)) == len(first)
+    second.load_state_dict(first.state_dict())
+    assert [batch.tolist() for batch in second] == [batch.tolist() for batch in first]
+
+
+class Augmented(torch.utils.data.Dataset[torch.Tensor]):
+    """Draws random numbers for each row."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(())
+
+
+@pytest.mark.parametrize("stop_at", [3, 10, 13])
+def test_random_numbers_that_a_data_set_draws_go_on_too(stop_at: int, tmp_path: Path) -> None:
+    def augmented() -> TrainingLoader:
+        generator = torch.Generator()
+        batches = BatchSampler(RandomSampler(range(40), generator=generator), 4, drop_last=False)
+        return TrainingLoader(Augmented(), batches, generator, 5)
+
+    def fit(save_at: int | None, ckpt_path: Path | None = None) -> list[Any]:
+        torch.manual_seed(1 if ckpt_path is None else 2)
+        path = tmp_path / "saved.ckpt"
+        saves = [] if save_at is None else [StopsAt("on_train_batch_end", save_at, lambda t: t.save_checkpoint(path))]
+        module = SeesTensors()
+        trainer("hift", callbacks=saves, max_epochs=2).fit(module, augmented(), ckpt_path=ckpt_path)
+        return module.seen
+
+    whole = fit(stop_at)
+    assert fit(None, tmp_path / "saved.ckpt") == whole[stop_at:]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:

@@ -216,12 +216,23 @@ def test_metrics_loggers_callbacks_and_schedules_do_not_disturb_planning(strateg
 @pytest.mark.parametrize("strategy", ["hift", "full"])
 @pytest.mark.parametrize("place", ["attribute", "closure", "LightningCLI"])
 def test_an_optimizer_that_was_made_with_the_module_is_planned(place, strategy):
+    class KeepsASetting(torch.optim.AdamW):  # on itself, which is in no pickle of an optimizer
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            self.own = 1.0
+
+        def step(self, closure=None):
+            assert place == "attribute" or self.own
+            return super().step(closure)
+
     class Holds(SmallTransformer):
         def configure_optimizers(self):
             return self.optimizer
 
     module = Holds()
-    module.optimizer = optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    module.optimizer = optimizer = KeepsASetting(module.parameters(), lr=1e-2)
+    if place != "attribute":
+        del module.optimizer
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     if place == "closure":
         module.configure_optimizers = lambda: ([optimizer], [schedule])

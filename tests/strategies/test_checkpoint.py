@@ -343,7 +343,7 @@ def test_another_number_of_optimizers_is_told(tmp_path):
     checkpoint = torch.load(tmp_path / "stopped.ckpt", weights_only=True)
     checkpoint["optimizer_states"] *= 2
     torch.save(checkpoint, tmp_path / "two.ckpt")
-    with pytest.raises(ConfigurationError, match="the state of 2 optimizers and this run has 1"):
+    with pytest.raises(ConfigurationError, match="was made with 2 optimizers and this run has 1"):
         fit(epochs=2, ckpt_path=tmp_path / "two.ckpt")
 
 

@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from torch.utils.data import BatchSampler, RandomSampler
 
+from hift_lightning.data.loading import TrainingLoader
 from tests.comparing import assert_same
 from tests.resuming import Case, Stop, StopsAt, raise_stop, samples
 from tests.small_transformer import SmallTransformer, loader, make_batches, trainer
@@ -130,4 +132,99 @@ def test_stopped_in_a_validation_of_averages_it_goes_on_with_the_weights(hook: s
         run(averaging(), StopsAt(hook, 1, raise_stop), OnExceptionCheckpoint(tmp_path, "stopped"))
     resumed, _ = run(averaging(), ckpt_path=tmp_path / "stopped.ckpt")
     assert resumed.losses == whole.losses[8:]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+class SaveAt(Callback):
+    """Saves when so many batches of the run are done."""
+
+    def __init__(self, folder: Path, *batches: int) -> None:
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if (done := trainer.fit_loop.epoch_loop.total_batch_idx + 1) in self.batches:
+            trainer.save_checkpoint(self.folder / f"{done}.ckpt")
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_a_validation_has_measured_is_known_at_the_end_of_the_epoch(accumulate: int, tmp_path: Path) -> None:
+    def at_end_of_epoch() -> EarlyStopping:
+        return EarlyStopping("val_loss", patience=5, check_on_train_epoch_end=True)
+
+    arguments = {"accumulate_grad_batches": accumulate, "val_check_interval": 6}
+    whole, _ = run(SaveAt(tmp_path, 7), at_end_of_epoch(), **arguments)
+    resumed, _ = run(at_end_of_epoch(), ckpt_path=tmp_path / "7.ckpt", **arguments)
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("batches", [3, 4, 7])
+def test_saved_before_the_first_batch_of_a_resumed_run_it_goes_on_as_from_the_first_checkpoint(
+    batches: int, tmp_path: Path
+) -> None:
+    def save_again(trainer: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "again.ckpt")
+
+    arguments = {"accumulate_grad_batches": 4, "val_check_interval": 2}
+    whole, _ = run(SaveAt(tmp_path, batches), never_better(), **arguments)
+    again = StopsAt("on_train_start", 1, save_again)
+    run(never_better(), again, ckpt_path=tmp_path / f"{batches}.ckpt", **arguments)
+    resumed, _ = run(never_better(), ckpt_path=tmp_path / "again.ckpt", **arguments)
+    assert resumed.validated_after == [done for done in whole.validated_after if done >= batches]
+    assert resumed.seen == whole.seen[len(whole.seen) - len(resumed.seen) :]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_stopped_before_the_first_batch_of_a_window_done_again_its_validations_are_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreadable(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            raise Stop
+
+    readable = samples
+
+    def unreadable(case: Case) -> TrainingLoader:
+        whole = readable(case)
+        generator = torch.Generator()
+        batches = BatchSampler(RandomSampler(range(len(whole.dataset)), generator=generator), 4, drop_last=False)  # type: ignore[arg-type]
+        return TrainingLoader(Unreadable(whole.dataset), batches, generator, 3)  # type: ignore[arg-type, call-overload]
+
+    arguments = {"accumulate_grad_batches": 4, "val_check_interval": 2, "max_epochs": 1}
+    whole, _ = run(SaveAt(tmp_path, 3), never_better(), **arguments)
+    with monkeypatch.context() as broken:
+        broken.setattr("tests.strategies.test_validation_resume.samples", unreadable)
+        with pytest.raises(Stop):
+            run(never_better(), OnExceptionCheckpoint(tmp_path, "again"), ckpt_path=tmp_path / "3.ckpt", **arguments)
+    resumed, _ = run(never_better(), ckpt_path=tmp_path / "again.ckpt", **arguments)
+    assert whole.validated_after == [2, 4, 6, 8]
+    assert resumed.validated_after == [4, 6, 8]
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_validation_that_fails_before_it_begins_is_done_when_the_run_goes_on(tmp_path: Path) -> None:
+    class Reloads(DrawsInValidation):
+        fails_at = 0
+        calls = 0
+
+        def val_dataloader(self) -> Any:
+            self.calls += 1
+            if self.calls == self.fails_at:
+                raise Stop
+            return loader(make_batches(2, seed=5))
+
+    def fit(fails_at: int, *callbacks: Callback, ckpt_path: Any = None) -> Reloads:
+        module = Reloads()
+        module.fails_at = fails_at
+        torch.manual_seed(11 if ckpt_path is None else 12)
+        settings = {"num_sanity_val_steps": 0, "reload_dataloaders_every_n_epochs": 1, "max_epochs": 3}
+        trainer_ = trainer(callbacks=list(callbacks), enable_checkpointing=bool(callbacks), **settings)
+        trainer_.fit(module, samples(Case(batches=8)), ckpt_path=ckpt_path)
+        return module
+
+    whole = fit(0)
+    with pytest.raises(Stop):
+        fit(2, OnExceptionCheckpoint(tmp_path, "stopped"))
+    resumed = fit(0, ckpt_path=tmp_path / "stopped.ckpt")
+    assert whole.validated_after == [8, 16, 24]
+    assert resumed.validated_after == [16, 24]
     assert_same(resumed.state_dict(), whole.state_dict())
