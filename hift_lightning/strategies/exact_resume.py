@@ -199,11 +199,17 @@ class ExactResume:
             "ranks": self._trainer.world_size,
             "batches_in_epoch": self._trainer.num_training_batches,
             "to_do": to_do,
-            "monitored": {name: metric.cpu() for name, metric in self._trainer.callback_metrics.items()},
+            "monitored": self._monitored(),
             "random_state": _plain(state),
             "validated": self._validated_after(batches_done),
         }
         return True
+
+    def _monitored(self) -> dict[str, torch.Tensor]:
+        """The metrics that schedules and callbacks look at, at the end of an epoch too, after the validation."""
+        monitors: set[str | None] = {config.monitor for config in self._trainer.lr_scheduler_configs}
+        monitors.update(getattr(callback, "monitor", None) for callback in self._trainer.callbacks)  # type: ignore[attr-defined]
+        return {name: metric.cpu() for name, metric in self._trainer.callback_metrics.items() if name in monitors}
 
     def _validated_after(self, batches: int) -> dict[int, dict[str, Any]]:
         """The validations that have been done since, or had been in the run that this one goes on from."""
