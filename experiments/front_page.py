@@ -62,7 +62,7 @@ def text() -> str:
         markdown(HEAD, [*_memory(), *_steps(), *_quality(), *_language_model()]),
         f"{NONE}: not planned, since the paper's table has no LoRA.",
         "![Peak bytes of each method](memory/memory.png)",
-        "![Accuracy of each method over full fine-tuning](quality/quality.png)",
+        "![Accuracy of each method against peak memory](quality/against_memory.png)",
         "Nothing here was measured on a GPU: bytes are counted on a simulated accelerator or planned, times are of a "
         "CPU. [gpu_check](gpu_check/summary.md) is the page that waits for one.",
     ]

@@ -3,10 +3,10 @@
     python -m experiments.quality [--data-sets "film reviews"] [--methods "full AdamW" HiFT] [--jobs 1] [--again]
 
 A run takes about a minute and a half of one core. Runs that `search.csv` and `final.csv` have are not done again unless
-`--again` is given, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md` and `quality.png`
-are made of what there is. Three other commands have records for the page: `python -m experiments.quality.cost` and
-`python -m experiments.quality.pair_times`, which want the machine for themselves, and
-`python -m experiments.quality.variants`. Three of the methods are packages:
+`--again` is given, so that it can be stopped and go on. Then, or at once with `--page`, `summary.md`, `quality.png` and
+`against_memory.png` are made of what there is. Three other commands have records for the page:
+`python -m experiments.quality.cost` and `python -m experiments.quality.pair_times`, which want the machine for
+themselves, and `python -m experiments.quality.variants`. Three of the methods are packages:
 
     pip install peft
     pip install --no-deps badam galore-torch bitsandbytes
@@ -20,7 +20,7 @@ from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, complete
 from experiments.quality.methods import CONTESTANTS
 from experiments.quality.pair_times import TABLE as PAIRS
-from experiments.quality.plot import plot
+from experiments.quality.plot import against_memory, plot
 from experiments.quality.summary import summary
 from experiments.quality.variants import TABLE as VARIANTS
 
@@ -40,6 +40,7 @@ def main() -> None:
     (HERE / "summary.md").write_text(text)
     if in_time := accuracies(final, equal_time):
         plot(in_time, accuracies(final, equal_steps), HERE / "quality.png")
+        against_memory(in_time, peaks, HERE / "against_memory.png")
     print(text)
 
 

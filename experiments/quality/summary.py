@@ -204,7 +204,8 @@ def _cells(found: Results, method: str, shown: Collection[str], common: Collecti
 
 def _in_memory(in_time: Results, lost: Results, peaks: Rows) -> list[str]:
     tables = [part for lora, method in MOST_TEXTS.items() for part in _within(in_time, lost, peaks, method, lora)]
-    return ["## In equal peak memory", *tables] if tables else []
+    picture = "![Mean accuracy against peak memory](against_memory.png)"
+    return ["## In equal peak memory", picture, *tables] if tables else []
 
 
 def _within(in_time: Results, lost: Results, peaks: Rows, method: str, lora: str) -> list[str]:
