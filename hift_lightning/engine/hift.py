@@ -689,26 +689,33 @@ class HiFT:
         """Whether a saved position was one in this plan, with this order and as many steps to a block."""
         return is_same_plan(state_dict, self._plan_record)
 
-    def check_state_dict(
-        self, state_dict: dict[str, Any] | None = None, optimizer_state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Raise if what was saved cannot be loaded here; nothing is changed.
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise if a saved position cannot be loaded here; nothing is changed.
 
         Args:
             state_dict: what :meth:`state_dict` gave.
-            optimizer_state_dict: what ``optimizer.state_dict()`` gave with it, or without HiFT.
 
         Raises:
-            ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``, or to another
-                optimizer or other parameters.
+            ConfigurationError: if it belongs to another plan and ``settings.resume_plan`` is ``"same"``.
         """
-        if state_dict is not None:
-            check_record(state_dict)
-        if optimizer_state_dict is not None:
-            saved_names = None if state_dict is None else state_dict["parameters"]
-            check_optimizer(self.optimizer, self._names_in_groups(), optimizer_state_dict, saved_names)
-        if state_dict is not None and self.settings.resume_plan == "same":
+        check_record(state_dict)
+        if self.settings.resume_plan == "same":
             refuse_other_plan(state_dict, self._plan_record)
+
+    def check_optimizer_state_dict(self, state_dict: dict[str, Any], position: dict[str, Any] | None = None) -> None:
+        """Raise if saved optimizer state cannot be loaded here; nothing is changed.
+
+        Args:
+            state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
+            position: what :meth:`state_dict` gave with it, which has the names of its parameters.
+
+        Raises:
+            ConfigurationError: if it belongs to another optimizer or other parameters.
+        """
+        if position is not None:
+            check_record(position)
+        saved_names = None if position is None else position["parameters"]
+        check_optimizer(self.optimizer, self._names_in_groups(), state_dict, saved_names)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position, see :meth:`settle`; masters are copied, a tensor at a time.
@@ -745,7 +752,7 @@ class HiFT:
         Raises:
             ConfigurationError: if it belongs to another optimizer or other parameters.
         """
-        self.check_state_dict(optimizer_state_dict=state_dict)
+        self.check_optimizer_state_dict(state_dict)
         state_dict = self.shares.own_part(self.optimizer, state_dict)
         dtypes = {} if position is None else position["dtypes"]
         self.residency.load_state_dict(

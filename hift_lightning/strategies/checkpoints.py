@@ -209,7 +209,10 @@ class BlockwiseCheckpoints(_Base):
         if self._being_loaded is not None and self.restore_checkpoint_after_setup:
             self.divide_steps()  # before it was read, the engines could not know how many had been done
         for engine, position, state in zip(self.engines, positions, states, strict=True):
-            engine.check_state_dict(position, state)
+            if state is not None:
+                engine.check_optimizer_state_dict(state, position)
+            if position is not None:
+                engine.check_state_dict(position)
         for engine, position, state in zip(self.engines, positions, states, strict=True):
             if state is not None:
                 if engine.updates == 0:  # and not where a run goes back to where it was, as after a search for the rate
