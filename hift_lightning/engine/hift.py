@@ -746,13 +746,14 @@ class HiFT:
 
         Args:
             state_dict: what ``optimizer.state_dict()`` gave, under HiFT or not.
-            position: what :meth:`state_dict` gave with it, which tells the dtypes that parked state has on the device;
-                without it, state is cast as torch casts what it loads.
+            position: what :meth:`state_dict` gave with it, which tells of which parameters it is, and the dtypes that
+                parked state has on the device; without it, parameters are taken in their order, as torch takes them,
+                and state is cast as torch casts what it loads.
 
         Raises:
             ConfigurationError: if it belongs to another optimizer or other parameters.
         """
-        self.check_optimizer_state_dict(state_dict)
+        self.check_optimizer_state_dict(state_dict, position)
         state_dict = self.shares.own_part(self.optimizer, state_dict)
         dtypes = {} if position is None else position["dtypes"]
         self.residency.load_state_dict(

@@ -168,6 +168,16 @@ def test_state_dict_brings_the_position_back():
         assert torch.equal(left, right)
 
 
+def test_state_of_parameters_in_another_order_is_refused_where_their_names_are_known():
+    model = SmallTransformer()
+    optimizer = torch.optim.AdamW(model.parameters())
+    hift, _ = plain_loop(model, optimizer, None, make_batches(LAYERS))
+    saved = optimizer.state_dict(), hift.state_dict()
+    other = HiFT(model, torch.optim.AdamW(list(model.parameters())[::-1]))
+    with pytest.raises(ConfigurationError, match="the same parameters in another order or other param groups"):
+        other.load_optimizer_state_dict(*saved)
+
+
 @pytest.mark.parametrize("group_size", [0, -1, True, 1.5, "2"])
 def test_a_bad_group_size_is_named(group_size):
     with pytest.raises(ConfigurationError, match="`group_size="):
