@@ -50,7 +50,12 @@ from hift_lightning.engine.masters import (
     warn_of_rounded_state,
 )
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
-from hift_lightning.engine.optimizers import parameters_of, refuse_optimizer
+from hift_lightning.engine.optimizers import (
+    names_in_optimizer,
+    parameters_of,
+    refuse_optimizer,
+    warn_of_unoptimized,
+)
 from hift_lightning.engine.partition import Block, partition
 from hift_lightning.engine.reach import Reach
 from hift_lightning.engine.reduction import GradientReduction, Ranks
@@ -62,7 +67,6 @@ from hift_lightning.engine.shards import local, mesh_of
 from hift_lightning.engine.shares import Shares
 from hift_lightning.engine.step import Step
 from hift_lightning.engine.step_calls import StepCalls
-from hift_lightning.engine.trained import names_in_optimizer, warn_of_unoptimized
 from hift_lightning.engine.update import PieceUpdate, WholeUpdate
 
 
