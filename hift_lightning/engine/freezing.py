@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.engine.optimizers import parameters_of
+from hift_lightning.engine.optimizers import parameters_in
 
 GradientHook = Callable[[Tensor], None]
 """Called with a parameter when its gradient is there."""
@@ -55,12 +55,12 @@ class Freezing:
         self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, others: Sequence[Optimizer]
     ) -> None:
         self._alone = not others
-        left_alone = parameters_of(*others)
+        left_alone = parameters_in(*others)
         self.governed = {name: p for name, p in parameters.items() if p.requires_grad and p not in left_alone}
         """What is frozen and activated, by name."""
         self._name_of = {parameter: name for name, parameter in parameters.items()}
         self._optimizer = weakref.ref(optimizer)  # which knows the engine, that may be dropped in training
-        optimized = parameters_of(optimizer)
+        optimized = parameters_in(optimizer)
         self._optimized = _count(optimizer)
         self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
         self._required_grad: list[bool] | None = None

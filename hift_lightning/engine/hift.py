@@ -52,7 +52,7 @@ from hift_lightning.engine.masters import (
 from hift_lightning.engine.nonfinite import LOSS, NonfiniteSearch, broken_weight, kind_of_loss
 from hift_lightning.engine.optimizers import (
     names_in_optimizer,
-    parameters_of,
+    parameters_in,
     refuse_optimizer,
     warn_of_unoptimized,
 )
@@ -156,7 +156,7 @@ class HiFT:
         refuse_optimizer(optimizer)
         _refuse_what_does_not_go_together(model, settings, others)
         self._parameters = dict(model.named_parameters())
-        optimized = parameters_of(optimizer)
+        optimized = parameters_in(optimizer)
         refuse_what_is_frozen_by_another({n: p for n, p in self._parameters.items() if p in optimized})
         self.optimizer = optimizer
         self._name_of = {parameter: name for name, parameter in self._parameters.items()}
@@ -825,7 +825,7 @@ def _give_back(freezing: Freezing, checkpointing: ActivationCheckpointing) -> No
 
 def _parameters_to_train(model: nn.Module, settings: HiFTSettings, others: Sequence[Optimizer]) -> list[nn.Parameter]:
     """Those of all layers, from the bottom up, that no other optimizer has."""
-    taken = parameters_of(*others)
+    taken = parameters_in(*others)
     free = {name: p for name, p in model.named_parameters() if p not in taken}
     refuse_what_is_frozen_by_another(free)
     trainable = [name for name, p in free.items() if p.requires_grad]

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from hift_lightning.engine.errors import ConfigurationError
 
 
-def parameters_of(*optimizers: Optimizer) -> dict[nn.Parameter, None]:
+def parameters_in(*optimizers: Optimizer) -> dict[nn.Parameter, None]:
     """The parameters in the param groups, each once, in their order."""
     return {p: None for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
 
@@ -52,7 +52,7 @@ def names_in_optimizer(parameters: dict[str, nn.Parameter], optimizer: Optimizer
     Raises:
         ConfigurationError: if there is none, or the groups hold one that is not the model's.
     """
-    optimized = parameters_of(optimizer)
+    optimized = parameters_in(optimizer)
     names = [name for name, p in parameters.items() if p in optimized and p.requires_grad]
     if not names:
         raise ConfigurationError(

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from hift_lightning.engine.elementwise import Probe, TrialFailed, number_of_group, probe, raw_step
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import follow_weights
-from hift_lightning.engine.optimizers import parameters_of
+from hift_lightning.engine.optimizers import parameters_in
 from hift_lightning.engine.prefetch import StatePrefetch
 from hift_lightning.engine.residency import Place, Residency
 from hift_lightning.engine.shards import local, mesh_of
@@ -151,7 +151,7 @@ class PieceUpdate:
         Raises:
             ConfigurationError: if it does not treat each element by itself.
         """
-        for parameter in parameters_of(self.optimizer):
+        for parameter in parameters_in(self.optimizer):
             if mesh_of([parameter]) is not None and not self._probe(parameter).elementwise:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` does not treat each element of a weight by "

@@ -24,7 +24,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from hift_lightning.engine.optimizers import parameters_of
+from hift_lightning.engine.optimizers import parameters_in
 from hift_lightning.engine.settings import HiFTSettings
 
 
@@ -100,7 +100,7 @@ def refuse_optimizers(optimizers: list[Optimizer], module: LightningModule) -> N
         )
     seen: set[Tensor] = set()
     for optimizer in optimizers:
-        parameters = parameters_of(optimizer).keys()
+        parameters = parameters_in(optimizer).keys()
         if shared := seen & parameters:
             raise MisconfigurationException(
                 f"{len(shared)} parameters are in more than one optimizer of "
