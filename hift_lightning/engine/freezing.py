@@ -61,7 +61,7 @@ class Freezing:
         self._name_of = {parameter: name for name, parameter in parameters.items()}
         self._optimizer = weakref.ref(optimizer)  # which knows the engine, that may be dropped in training
         optimized = parameters_in(optimizer)
-        self._optimized = _count(optimizer)
+        self._optimized_count = _count(optimizer)
         self._watched = list(dict.fromkeys([*self.governed.values(), *optimized]))
         self._required_grad: list[bool] | None = None
         self._active: list[nn.Parameter] = []
@@ -150,7 +150,7 @@ class Freezing:
         """
         optimizer = self._optimizer()
         assert optimizer is not None
-        added = _count(optimizer) - self._optimized
+        added = _count(optimizer) - self._optimized_count
         if added > 0:
             raise ConfigurationError(
                 f"{added} parameters have come to the optimizer since the blocks were cut (`add_param_group`), and no "
