@@ -43,10 +43,10 @@ class Ranks:
         self.size = dist.get_world_size(self.group)
         in_host_memory = "cpu:" in dist.get_backend_config(self.group)
         members = dist.get_process_group_ranks(self.group)
-        self.telling = (
+        self.host_group = (
             self.group if in_host_memory else dist.new_group(members, backend="gloo", use_local_synchronization=True)
         )
-        """The group for what lies in host memory."""
+        """The same ranks, for what lies in host memory."""
 
     def tell(self, *numbers: int) -> "Told":
         """Tell all other ranks a few integers, and begin to hear theirs.
@@ -56,7 +56,7 @@ class Ranks:
         """
         own = torch.tensor(numbers, dtype=torch.int64)
         heard = [own.clone() for _ in range(self.size)]
-        work = dist.all_gather(heard, own, group=self.telling, async_op=True)
+        work = dist.all_gather(heard, own, group=self.host_group, async_op=True)
         assert work is not None
         return Told(work, heard)
 
@@ -70,7 +70,7 @@ class Ranks:
         under_way = []
         for tensor in tensors:
             dense = tensor.contiguous()  # backends send nothing else
-            group = self.telling if tensor.device.type == "cpu" else self.group
+            group = self.host_group if tensor.device.type == "cpu" else self.group
             under_way.append((tensor, dense, dist.broadcast(dense, group=group, group_src=rank, async_op=True)))
         for tensor, dense, work in under_way:
             assert work is not None

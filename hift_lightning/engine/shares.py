@@ -86,7 +86,7 @@ class Shares:
         Yields:
             On the first rank every parameter with its value; on the others those of their own share.
         """
-        rank, group = self._rank, None if self._ranks is None else self._ranks.telling
+        rank, group = self._rank, None if self._ranks is None else self._ranks.host_group
         for parameter in parameters:
             keeper = self._keeper[parameter]
             if keeper == rank:

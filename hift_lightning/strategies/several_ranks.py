@@ -61,7 +61,7 @@ class SeveralRanks(BlockwiseCheckpoints):
         except ParkedStateError as error:
             problem = error
         told: list[str | None] = [None] * self._ranks.size
-        dist.all_gather_object(told, problem and str(problem), group=self._ranks.telling)
+        dist.all_gather_object(told, problem and str(problem), group=self._ranks.host_group)
         if problem is not None:
             raise problem
         for rank, text in enumerate(told):
@@ -70,11 +70,11 @@ class SeveralRanks(BlockwiseCheckpoints):
         record = checkpoint["hift"]["resume"]
         for own, all_ranks in _OF_RANKS.items():
             record[all_ranks] = [None] * self._ranks.size
-            dist.all_gather_object(record[all_ranks], record[own], group=self._ranks.telling)
+            dist.all_gather_object(record[all_ranks], record[own], group=self._ranks.host_group)
 
     def _all_come(self) -> bool:
         try:
-            dist.monitored_barrier(self._ranks.telling, _PATIENCE)
+            dist.monitored_barrier(self._ranks.host_group, _PATIENCE)
         except RuntimeError:
             return False
         return True

@@ -55,7 +55,7 @@ class ShardedCheckpoints(SeveralRanks):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        self._host_mesh = DeviceMesh.from_group(self._ranks.telling, "cpu")
+        self._host_mesh = DeviceMesh.from_group(self._ranks.host_group, "cpu")
 
     @property
     @override
@@ -99,7 +99,7 @@ class ShardedCheckpoints(SeveralRanks):
             return
 
         def put_together(name: str, shard: Tensor, parameter: DTensor) -> Tensor | None:
-            return whole_on_first_rank(local(shard), parameter, self._ranks.telling)
+            return whole_on_first_rank(local(shard), parameter, self._ranks.host_group)
 
         checkpoint = self._with_shards_changed(checkpoint, put_together, _now)
         self._on_first_rank(lambda: self._write_file(checkpoint, path))
@@ -129,7 +129,7 @@ class ShardedCheckpoints(SeveralRanks):
         temporary = _hidden(path)
         self._on_first_rank(lambda: _make_anew(temporary))
         try:
-            save(shards, storage_writer=FileSystemWriter(temporary), process_group=self._ranks.telling)
+            save(shards, storage_writer=FileSystemWriter(temporary), process_group=self._ranks.host_group)
         except CheckpointException as error:
             rank, cause = next(iter(error.failures.items()))
             raise ConfigurationError(
