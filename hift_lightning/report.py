@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hift_lightning.callbacks.monitor import HiFTMonitor
-from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, tell
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, ParkedStateError, add_note
 
 METRICS_FILE = "metrics.json"
 
@@ -217,7 +217,7 @@ def failure_names_checkpoint(
         mendable = isinstance(error, (ConfigurationError, MisconfigurationException))
         if trainer.interrupted and not (mendable and last() in (None, ckpt_path and Path(ckpt_path))):
             told = _way_on(last())
-            tell(error, f"{told[0].upper()}{told[1:]}")
+            add_note(error, f"{told[0].upper()}{told[1:]}")
         raise
 
 

@@ -26,8 +26,8 @@ class ParkedStateError(OSError):
     """
 
 
-def tell(error: BaseException, sentence: str) -> None:
-    """Let an error tell more below its traceback.
+def add_note(error: BaseException, sentence: str) -> None:
+    """Let an error tell more below its traceback; before Python 3.11, which brought that, a warning tells it.
 
     Args:
         error: whatever has been raised; it stays what it is.
@@ -35,7 +35,7 @@ def tell(error: BaseException, sentence: str) -> None:
     """
     if sys.version_info >= (3, 11):
         error.add_note(sentence)
-    else:  # whose tracebacks have no place for it
+    else:
         warnings.warn(sentence, stacklevel=2)
 
 

@@ -39,7 +39,7 @@ from hift_lightning.engine.compatibility import (
     refuse_other_plan,
 )
 from hift_lightning.engine.compilation import warn_of_compiled_blocks
-from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, tell
+from hift_lightning.engine.errors import ConfigurationError, NonfiniteError, add_note
 from hift_lightning.engine.freezing import Freezing, GradientHook, refuse_what_is_frozen_by_another
 from hift_lightning.engine.lr import DelayedSchedulers, warn_of_cycle_at_0
 from hift_lightning.engine.masters import (
@@ -625,7 +625,7 @@ class HiFT:
             if (error := sys.exc_info()[1]) is not None:
                 memory = isinstance(error, torch.OutOfMemoryError)
                 remedy = " Use a smaller batch, `update='streamed'` or a smaller `window`." if memory else ""
-                tell(error, self.half_updated + remedy)
+                add_note(error, self.half_updated + remedy)
         elif self._step.versions and any(map(self.residency.steps_in_place, self._block_parameters())):
             # state that the optimizer computes on where it is parked may have changed, and there is no other
             self.half_updated = f"{begun}its optimizer state may have changed in part; load the last checkpoint."

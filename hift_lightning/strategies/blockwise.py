@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from hift_lightning.engine.conversion import parameters_stay_themselves, replaces_parameters
-from hift_lightning.engine.errors import ConfigurationError, chain, tell
+from hift_lightning.engine.errors import ConfigurationError, add_note, chain
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.layers import class_of
 from hift_lightning.engine.lr import DelayedLRScheduler
@@ -428,7 +428,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if _WANTS_A_FROZEN_WEIGHT in str(exception) and any(engine.active for engine in self.engines):
-            tell(
+            add_note(
                 exception,
                 "Under HiFT only the weights of the active block require a gradient; name those whose gradients the "
                 "module asks for itself, as with `torch.autograd.grad`, in `always_active=[...]`.",

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 from typing_extensions import override
 
-from hift_lightning.engine.errors import ConfigurationError, tell
+from hift_lightning.engine.errors import ConfigurationError, add_note
 from hift_lightning.engine.partition import partition
 from hift_lightning.engine.pinned import can_pin
 from hift_lightning.engine.settings import check_switch
@@ -239,7 +239,7 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if "mixed torch.Tensor and DTensor" in str(exception):
-            tell(
+            add_note(
                 exception,
                 "`hift_fsdp2` gathers weights when their module is called, and here some were used without calling it; "
                 "name that module in `HiFTFSDP2Strategy(whole=[...])`, and it is gathered at the start of a step.",
