@@ -25,8 +25,6 @@ from hift_lightning.engine.tiers import ALL_ROWS, Buffer, make_tier
 # fp16 is not among them: its smallest number is far above Adam's second moments
 PARKED_DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-_NONE: Mapping[Tensor, Sequence[str]] = MappingProxyType({})
-
 Place = Callable[[Tensor, torch.dtype], Tensor]
 """Puts a host tensor on the device, in a dtype."""
 
@@ -84,12 +82,16 @@ class Residency:
         self._tier = make_tier(offload)
         self.parked_dtype = PARKED_DTYPES[parked_dtype]
         """Of moments in :attr:`~torch.optim.Optimizer.state` while they are parked; ``None``: their own."""
-        self._leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
+        self._parked_leaves: dict[Tensor, list[_ParkedLeaf | None]] = {}
+        """Where each leaf of a parameter's state is parked, also while it is paged in; ``None`` for one that is not."""
         self._parked: set[Tensor] = set()
         self._last_parked: dict[Tensor, Any] = {}
-        self._mastered: set[Tensor] = set()
+        """The state of parameters that are paged in, as it was before."""
+        self._with_master: set[Tensor] = set()
+        """Parameters that are stepped through a master, which may be made in their first update only."""
         self._masters: dict[Tensor, Buffer] = {}
         self._unfinished_masters: dict[Tensor, Buffer] = {}
+        """Masters of which not all rows have been parked yet, in a parameter's first update."""
         self._copying_from: set[torch.device] = set()
         self.adopt_state()
 
@@ -104,7 +106,7 @@ class Residency:
             The parameters whose state has come in 16 bits and will step fp32 masters, with something in it already.
         """
         self.synchronize()
-        known_before, self._leaves = self._leaves, {}
+        known_before, self._parked_leaves = self._parked_leaves, {}
         self._parked.clear()
         self._last_parked.clear()
         if self._tier.in_host_memory:  # where it is pinned if the parameters have come to a device meanwhile
@@ -120,7 +122,7 @@ class Residency:
         return rounded
 
     def _is_rounded(self, parameter: Tensor) -> bool:
-        if parameter not in self._mastered or self.parked_dtype is not None:
+        if not self.has_master(parameter) or self.parked_dtype is not None:
             return False
         tensors = state_tensors(self.optimizer.state[parameter])
         return not is_quantized(tensors) and any(
@@ -136,7 +138,7 @@ class Residency:
         To be saved beside the state, whose parked tensors may be narrower; see :meth:`load_state_dict`.
         """
         leaves, _ = flatten_state(self.optimizer.state.get(parameter, {}))
-        known = self._leaves.get(parameter, [])
+        known = self._parked_leaves.get(parameter, [])
         if len(known) != len(leaves):  # an optimizer may add tensors to state that it computes on where it is parked
             known = [None for _ in leaves]
         on_device = [
@@ -145,7 +147,9 @@ class Residency:
         ]
         return [str(dtype).removeprefix("torch.") for dtype in (self._stepped_dtype(parameter), *on_device)]
 
-    def load_state_dict(self, state_dict: dict[str, Any], dtypes: Mapping[Tensor, Sequence[str]] = _NONE) -> None:
+    def load_state_dict(
+        self, state_dict: dict[str, Any], dtypes: Mapping[Tensor, Sequence[str]] = MappingProxyType({})
+    ) -> None:
         """Load the optimizer's state without putting it on the device; it is copied, a tensor at a time.
 
         :meth:`torch.optim.Optimizer.load_state_dict` casts every state tensor to its parameter's device and dtype,
@@ -163,10 +167,10 @@ class Residency:
             ValueError: if the param groups do not match (raised by torch).
         """
         self.synchronize()  # what is still being parked would arrive on top of what is loaded
-        known_before = dict(self._leaves)
+        known_before = dict(self._parked_leaves)
         state_dict = in_own_form(self.optimizer, state_dict)
         self.optimizer.load_state_dict({**state_dict, "state": {}})
-        self._leaves.clear()
+        self._parked_leaves.clear()
         self._parked.clear()
         self._last_parked.clear()
         self.optimizer.state.clear()
@@ -232,7 +236,7 @@ class Residency:
             own = ours.get(id(leaf))
             dtype = dtypes[i] if dtypes else None
             dtype = dtype or (self._own_dtype(parameter, leaf, quantized) if own is None else own.dtype)
-            if parameter in self._mastered and dtype.is_floating_point and not quantized:
+            if self.has_master(parameter) and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
             if self.offload == "none":
                 leaves[i] = leaf.to(parameter.device, dtype, copy=loaded)
@@ -251,7 +255,7 @@ class Residency:
             leaves[i] = buffer.tensor
         self.optimizer.state[parameter] = put_together(leaves)
         if self.offload != "none":
-            self._leaves[parameter] = known
+            self._parked_leaves[parameter] = known
             self._parked.add(parameter)
 
     def _copied(self, leaf: Tensor, dtype: torch.dtype, device: torch.device, former: _ParkedLeaf | None) -> Buffer:
@@ -285,7 +289,7 @@ class Residency:
 
     def device_bytes(self, parameter: Tensor) -> int:
         """Bytes on the device of the parameter's parked state, once it is paged in."""
-        known = self._leaves.get(parameter, [])
+        known = self._parked_leaves.get(parameter, [])
         return sum(leaf.buffer.tensor.numel() * leaf.dtype.itemsize for leaf in known if leaf is not None)
 
     # --- whole parameters, in place in `optimizer.state` -------------------------------------------------------------
@@ -354,7 +358,7 @@ class Residency:
             return self.optimizer.state[parameter]
         place = place or _own_memory_on(parameter.device)
         leaves, put_together = flatten_state(self.optimizer.state[parameter])
-        for i, known in enumerate(self._leaves[parameter]):
+        for i, known in enumerate(self._parked_leaves[parameter]):
             if known is not None:
                 source = known.buffer.read(rows if leaves[i].dim() else ALL_ROWS)
                 leaves[i] = place(source, known.dtype)
@@ -379,9 +383,9 @@ class Residency:
             return
         leaves, put_together = flatten_state(state)
         quantized = is_quantized(leaves)
-        known = self._leaves.get(parameter, [])
+        known = self._parked_leaves.get(parameter, [])
         if len(known) != len(leaves):
-            known = self._leaves[parameter] = [None for _ in leaves]
+            known = self._parked_leaves[parameter] = [None for _ in leaves]
         for i, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not self._departs_with(leaf, parameter):
                 continue
@@ -425,18 +429,18 @@ class Residency:
         Raises:
             ParkedStateError: if a file is gone or too short.
         """
-        buffers = [leaf.buffer for known in self._leaves.values() for leaf in known if leaf is not None]
+        buffers = [leaf.buffer for known in self._parked_leaves.values() for leaf in known if leaf is not None]
         for buffer in (*buffers, *self._masters.values()):
             buffer.check()
 
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
-        in_place = parameter.device.type == "cpu" and self._tier.in_host_memory and self.parked_dtype is None
+        in_place = self._computes_on_parked(parameter) and self.parked_dtype is None
         return self.offload != "none" and not in_place
 
     def steps_in_place(self, parameter: Tensor) -> bool:
         """Whether a step changes what is parked, state or master, so that there is nothing to go back to."""
-        master = parameter in self._masters and self._steps_masters_in_place(parameter)
+        master = parameter in self._masters and self._computes_on_parked(parameter)
         return master or not self.copies(parameter)
 
     def _departs_with(self, leaf: Tensor, parameter: Tensor) -> bool:
@@ -450,7 +454,7 @@ class Residency:
 
     def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
         """Of the parameter as the optimizer sees it."""
-        return torch.float32 if parameter in self._mastered else parameter.dtype
+        return torch.float32 if self.has_master(parameter) else parameter.dtype
 
     def _kept_dtype(self, leaf: Tensor, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         """In which a state tensor is parked that has this dtype on the device."""
@@ -467,19 +471,19 @@ class Residency:
             weights: its values before rounding; they are kept in fp32.
         """
         self.synchronize()
-        self._mastered.add(parameter)
+        self._with_master.add(parameter)
         if parameter not in self._masters:
             self._masters[parameter] = self._tier.allocate(weights, torch.float32, parameter.device)
         self._masters[parameter].write(weights)
 
     def make_master_when_updated(self, parameter: Tensor) -> None:
         """Have a master from the next update on; until then the 16-bit weights, which were never rounded, are it."""
-        self._mastered.add(parameter)
+        self._with_master.add(parameter)
         self._masters.pop(parameter, None)
 
     def has_master(self, parameter: Tensor) -> bool:
         """Whether the parameter is stepped through a master."""
-        return parameter in self._mastered
+        return parameter in self._with_master
 
     def master(self, parameter: Tensor) -> Tensor | None:
         """The parked master of a parameter as a host tensor, fp32; ``None`` where there is none (yet)."""
@@ -493,7 +497,7 @@ class Residency:
             weights = local(parameter).detach()
             return place(weights if rows == ALL_ROWS else weights[rows], torch.float32)
         source = self._masters[parameter].read(rows)
-        if self._steps_masters_in_place(parameter):
+        if self._computes_on_parked(parameter):
             return source
         self.bytes_paged_in += source.nbytes
         return place(source, torch.float32)
@@ -501,7 +505,7 @@ class Residency:
     def store_master(self, parameter: Tensor, values: Tensor, rows: slice, *, last: bool) -> None:
         """Park rows of the master; arguments as in :meth:`store`."""
         made = parameter in self._masters
-        if made and self._steps_masters_in_place(parameter):
+        if made and self._computes_on_parked(parameter):
             return
         if not made and parameter not in self._unfinished_masters:
             self._unfinished_masters[parameter] = self._tier.allocate(local(parameter), torch.float32, parameter.device)
@@ -511,7 +515,8 @@ class Residency:
         if last and not made:
             self._masters[parameter] = self._unfinished_masters.pop(parameter)
 
-    def _steps_masters_in_place(self, parameter: Tensor) -> bool:
+    def _computes_on_parked(self, parameter: Tensor) -> bool:
+        """Whether the device is the CPU, and what is parked lies in memory that it can compute on."""
         return parameter.device.type == "cpu" and self._tier.in_host_memory
 
 

@@ -173,7 +173,7 @@ def test_the_end_of_a_forked_process_leaves_parked_files_alone(tmp_path: Path) -
         if (child := os.fork()) == 0:
             try:
                 optimizer.state.clear()
-                hift.residency._leaves.clear()
+                hift.residency._parked_leaves.clear()
                 gc.collect()
             finally:
                 os._exit(0)
