@@ -243,7 +243,7 @@ def _unless_forked(process: int, remove: Callable[[], None]) -> None:
 class _FileBuffer(Buffer):
     def __init__(self, tier: Files, path: Path, like: Tensor, dtype: torch.dtype) -> None:
         self._tier = tier  # the folder lives as long as a buffer in it
-        self.path, self.shape, self.dtype = path, tuple(like.shape), dtype
+        self.path = path
         self._nbytes = like.numel() * dtype.itemsize
         descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
         try:
@@ -261,7 +261,7 @@ class _FileBuffer(Buffer):
         # what is mapped of it stays
         weakref.finalize(self, _unless_forked, os.getpid(), functools.partial(path.unlink, missing_ok=True))
         flat = torch.from_file(str(path), shared=True, size=like.numel(), dtype=dtype)
-        self.tensor = flat.as_strided(self.shape, dense_strides(like))
+        self.tensor = flat.as_strided(like.shape, dense_strides(like))
 
     def read(self, rows: slice = ALL_ROWS) -> Tensor:
         if not self._lie_together(rows):
@@ -274,13 +274,13 @@ class _FileBuffer(Buffer):
         if not self._lie_together(rows):
             self._rows(rows).copy_(values)
             return
-        values = values.to("cpu", self.dtype)
+        values = values.to("cpu", self.tensor.dtype)
         if values.stride() != (like := self._rows(rows)).stride():
             values = torch.empty_like(like).copy_(values)
         self._transfer(values, rows, os.O_WRONLY, os.pwritev)
 
     def _rows(self, rows: slice) -> Tensor:
-        return self.tensor[rows] if self.shape else self.tensor
+        return self.tensor if rows == ALL_ROWS else self.tensor[rows]
 
     def _lie_together(self, rows: slice) -> bool:
         """Whether they are one stretch of the file; otherwise they are reached through its map."""
@@ -305,8 +305,10 @@ class _FileBuffer(Buffer):
     ) -> None:
         if values.numel() == 0:
             return
-        start = rows.indices(self.shape[0])[0] if self.shape else 0
-        offset = start * (self._nbytes // self.shape[0]) if self.shape else 0
+        offset = 0
+        if rows != ALL_ROWS:
+            all_rows = self.tensor.shape[0]
+            offset = rows.indices(all_rows)[0] * (self._nbytes // all_rows)
         in_memory = values.as_strided((values.numel(),), (1,))  # in whatever order the dimensions lie there
         view = memoryview(in_memory.view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
