@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,15 @@ class Piece:
     def whole(self) -> bool:
         """Whether it is the whole parameter."""
         return self.rows == ALL_ROWS
+
+
+class _Loaded(NamedTuple):
+    """A piece on the device."""
+
+    piece: Piece
+    weights: nn.Parameter
+    """What the optimizer steps: the piece's weights, or the rows of their master."""
+    state: Any
 
 
 class WholeUpdate:
@@ -140,8 +149,7 @@ class PieceUpdate:
         if self.window is None:
             for parameter in with_gradient:
                 self._refuse_what_is_kept_apart(parameter)
-            pieces = [Piece(p, ALL_ROWS, last=True) for p in with_gradient]
-            self._step([(piece, *self._load(piece, None)) for piece in pieces])
+            self._step([self._load(Piece(p, ALL_ROWS, last=True), None) for p in with_gradient])
         else:
             self._stream([piece for p in with_gradient for piece in self._cut(p, self.window)], self.window)
 
@@ -239,19 +247,17 @@ class PieceUpdate:
         arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window, len(pieces))
         self.held_bytes = max(self.held_bytes, arena.nbytes)
         loaded = self._load(pieces[0], arena.place(0))
-        for i, piece in enumerate(pieces):
+        for turn, following in enumerate([*pieces[1:], None], start=1):
             current = loaded
-            if arena.holds_two and i + 1 < len(pieces):
+            if following is not None and arena.holds_two:
                 with arena.prefetching():
-                    loaded = self._load(pieces[i + 1], arena.place(i + 1))
-            self._step([(piece, *current)])
+                    loaded = self._load(following, arena.place(turn))
+            self._step([current])
             arena.finish_prefetch()
-            del current
-            if not arena.holds_two and i + 1 < len(pieces):
-                loaded = self._load(pieces[i + 1], arena.place(i + 1))
+            if following is not None and not arena.holds_two:
+                loaded = self._load(following, arena.place(turn))
 
-    def _load(self, piece: Piece, place: Place | None) -> tuple[nn.Parameter, Any]:
-        """The parameter that the optimizer will step, and its state, on the device."""
+    def _load(self, piece: Piece, place: Place | None) -> _Loaded:
         started = time.perf_counter()
         state = self.residency.load(piece.parameter, piece.rows, place)
         if self.residency.has_master(piece.parameter):
@@ -259,9 +265,9 @@ class PieceUpdate:
         else:
             weights = _rows_of(piece)
         self._loading_ms += (time.perf_counter() - started) * 1000
-        return nn.Parameter(weights), state
+        return _Loaded(piece, nn.Parameter(weights), state)
 
-    def _step(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
+    def _step(self, loaded: list[_Loaded]) -> None:
         for piece, weights, state in loaded:
             assert piece.parameter.grad is not None
             gradient = local(piece.parameter.grad)
@@ -271,8 +277,7 @@ class PieceUpdate:
             if state:
                 self.optimizer.state[weights] = state
         try:
-            groups = [number_of_group(self.optimizer, piece.parameter) for piece, _, _ in loaded]
-            with self._only([(group, weights) for group, (_, weights, _) in zip(groups, loaded, strict=True)]):
+            with self._only([(number_of_group(self.optimizer, one.piece.parameter), one.weights) for one in loaded]):
                 raw_step(self.optimizer)
         except BaseException:
             for _, weights, _ in loaded:
@@ -290,7 +295,7 @@ class PieceUpdate:
             if piece.last:
                 parameter.grad = None
 
-    def _count_held(self, loaded: list[tuple[Piece, nn.Parameter, Any]]) -> None:
+    def _count_held(self, loaded: list[_Loaded]) -> None:
         held = 0
         for piece, weights, _ in loaded:
             held += sum(tensor.nbytes for tensor in state_tensors(self.optimizer.state.get(weights, {})))
