@@ -194,23 +194,36 @@ class PieceUpdate:
             )
         if not self.residency.copies(parameter):
             return whole
-        half = window // 2
-        fused = bool(self.optimizer.param_groups[number_of_group(self.optimizer, parameter)].get("fused"))
-        has_rows = parameter.dim() > 0 and local(parameter).numel() > 0
-        if not trial.elementwise or not has_rows or (fused and not has_rows_in_memory(local(parameter))):
+        if not self._has_rows_to_cut(parameter, trial):
             if (needed := self._bytes(whole[0])) > window:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor of shape "
                     f"{tuple(parameter.shape)}, which has {needed:,} bytes of state; use a `window` of at least that."
                 )
             return whole
-        master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
         all_rows = local(parameter).shape[0]
-        row = local(parameter).numel() // all_rows
-        bytes_of_row = row * (trial.state_bytes + master_bytes)
-        rows = (half - _SLACK) // max(bytes_of_row, 1)
+        rows = self._rows_in_half(parameter, trial.state_bytes, window)
         if rows >= all_rows:
             return whole
+        starts = range(0, all_rows, rows)
+        return [Piece(parameter, slice(i, i + rows), last=i + rows >= all_rows) for i in starts]
+
+    def _has_rows_to_cut(self, parameter: nn.Parameter, trial: Probe) -> bool:
+        weights = local(parameter)
+        if not trial.elementwise or weights.dim() == 0 or weights.numel() == 0:
+            return False
+        group = self.optimizer.param_groups[number_of_group(self.optimizer, parameter)]
+        return not group.get("fused") or has_rows_in_memory(weights)
+
+    def _rows_in_half(self, parameter: nn.Parameter, state_bytes: int, window: int) -> int:
+        """How many rows fit into half of the window, which holds two pieces; `state_bytes` are those of an element."""
+        weights = local(parameter)
+        all_rows = weights.shape[0]
+        row = weights.numel() // all_rows
+        master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
+        bytes_of_row = row * (state_bytes + master_bytes)
+        half = window // 2
+        rows = (half - _SLACK) // max(bytes_of_row, 1)
         if rows < 1:
             raise ConfigurationError(
                 f"One row of a tensor of shape {tuple(parameter.shape)} has {bytes_of_row:,} bytes of state, and a "
@@ -218,9 +231,7 @@ class PieceUpdate:
                 f"{2 * (bytes_of_row + _SLACK):,} bytes."
             )
         together = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
-        rows -= rows % together if rows > together else 0
-        starts = range(0, all_rows, rows)
-        return [Piece(parameter, slice(i, i + rows), last=i + rows >= all_rows) for i in starts]
+        return rows - rows % together if together < rows < all_rows else rows
 
     def _probe(self, parameter: nn.Parameter) -> Probe:
         dtype = torch.float32 if self.residency.has_master(parameter) else parameter.dtype
