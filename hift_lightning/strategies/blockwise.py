@@ -457,11 +457,9 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         if training and not closure_loss.requires_grad:
             # no parameter of the active block took part in the loss, so there is nothing to go back through
             loss = closure_loss.detach()
-        elif several:
-            with averaging_later(training):
-                loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         else:
-            loss = super().backward(closure_loss, optimizer, *args, **kwargs)
+            with averaging_later(training if several else []):
+                loss = super().backward(closure_loss, optimizer, *args, **kwargs)
         if several:
             for engine in training:
                 engine.note_backward()
