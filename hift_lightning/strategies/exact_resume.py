@@ -26,6 +26,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import RestartStage as EpochRestart
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
@@ -288,9 +289,8 @@ class ExactResume:
             count.ready = count.started = count.completed = count.processed
         if fit._combined_loader is not None:
             # made early, as by `trainer.estimated_stepping_batches`; then Lightning leaves its state unloaded
-            assert fit._data_fetcher is not None
             fit._load_combined_loader_states()
-            iter(fit._data_fetcher)
+            iter(self._fetcher)
 
     def train_starts(self) -> None:
         """Do what was still to be done when the run stopped, and restore the random numbers."""
@@ -313,8 +313,6 @@ class ExactResume:
 
     def _go_on(self, record: dict[str, Any]) -> None:
         fit, batch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop
-        fetcher = fit._data_fetcher
-        assert fetcher is not None
         untouched = random_state(self._device)
         set_random_state(record["random_state"], self._device)
         self._trainer.callback_metrics.update(record["monitored"])
@@ -327,7 +325,15 @@ class ExactResume:
         fit._restarting = False
         _set_restarting(batch_loop.val_loop, False)
         batch_loop.val_loop.reset_restart_stage()
-        within_epoch = record["within_epoch"]
+        within_epoch = self._do_what_was_left(record)
+        if within_epoch and batch_loop.batch_progress.current.ready:
+            self._go_on_within_epoch(record, untouched)
+        else:
+            self._begin_pass(record, within_epoch)
+
+    def _do_what_was_left(self, record: dict[str, Any]) -> bool:
+        """Do what was still to be done of a batch or an epoch; tell whether the run goes on within an epoch."""
+        fit, batch_loop = self._trainer.fit_loop, self._trainer.fit_loop.epoch_loop
         if record["to_do"] == "end_of_epoch":
             epochs = fit.epoch_progress.current
             epochs.completed -= 1
@@ -337,40 +343,52 @@ class ExactResume:
             batch_loop._skip_next_val = record["to_do"] == "end_of_batch_after_validation"
             if record["to_do"] == "validation":
                 self._state_at_validation_start = record["random_state"]
-            batch_loop.on_advance_end(fetcher)
+            batch_loop.on_advance_end(self._fetcher)
+        within_epoch: bool = record["within_epoch"]
         if within_epoch and batch_loop._num_ready_batches_reached():
             fit.on_advance_end()
             within_epoch = False
         if not within_epoch:
             fit._restart_stage = EpochRestart.NONE
-        if within_epoch and batch_loop.batch_progress.current.ready:
-            # so restarted, the loop adds a step to the logged ones and fetches the next batch
-            batch_loop._restart_stage = BatchRestart.NONE
-            batch_loop._batches_that_stepped -= 1
-            now = random_state(self._device)
-            assert fit._combined_loader is not None
-            if record["at_batch_start"] or not all(
-                getattr(one, "draws_as_before", False) for one in fit._combined_loader.flattened
-            ):
-                # not before the batch is fetched: a loader that begins anew may draw random numbers then
-                self._state_at_batch_start = now
-                set_random_state(untouched, self._device)
-            else:  # it draws as the run that went straight on: nothing, or for a pass that begins with this batch
-                self._set_before_fetch(now)
-            self._warn_of_loaders_without_state()
-        else:
-            _set_restarting(batch_loop, False)
-            now = random_state(self._device)
-            # a `TrainingLoader` tells that it was fetching the first batch of a pass
-            passes_over = any("begun" not in state for state in self._loader_states())
-            if fit.epoch_progress.current.ready > within_epoch and passes_over:
-                # they were saved at the end of a pass, which has to be over before the next one
-                with contextlib.suppress(StopIteration):
-                    next(fetcher)
-            set_random_state(now, self._device)
-            iter(fetcher)  # again, since a pass may begin by drawing random numbers
-            if record["at_batch_start"]:
-                self._state_at_batch_start = record["random_state"]
+        return within_epoch
+
+    def _go_on_within_epoch(self, record: dict[str, Any], untouched: dict[str, Any]) -> None:
+        """Go on with the batch after those that were done; `untouched` are the random numbers before the resume."""
+        loader, batch_loop = self._trainer.fit_loop._combined_loader, self._trainer.fit_loop.epoch_loop
+        # so restarted, the loop adds a step to the logged ones and fetches the next batch
+        batch_loop._restart_stage = BatchRestart.NONE
+        batch_loop._batches_that_stepped -= 1
+        now = random_state(self._device)
+        assert loader is not None
+        if record["at_batch_start"] or not all(getattr(one, "draws_as_before", False) for one in loader.flattened):
+            # not before the batch is fetched: a loader that begins anew may draw random numbers then
+            self._state_at_batch_start = now
+            set_random_state(untouched, self._device)
+        else:  # it draws as the run that went straight on: nothing, or for a pass that begins with this batch
+            self._set_before_fetch(now)
+        self._warn_of_loaders_without_state()
+
+    def _begin_pass(self, record: dict[str, Any], within_epoch: bool) -> None:
+        """Begin with the first batch of a pass over the data."""
+        fit = self._trainer.fit_loop
+        _set_restarting(fit.epoch_loop, False)
+        now = random_state(self._device)
+        # a `TrainingLoader` tells that it was fetching the first batch of a pass
+        passes_over = any("begun" not in state for state in self._loader_states())
+        if fit.epoch_progress.current.ready > within_epoch and passes_over:
+            # they were saved at the end of a pass, which has to be over before the next one
+            with contextlib.suppress(StopIteration):
+                next(self._fetcher)
+        set_random_state(now, self._device)
+        iter(self._fetcher)  # again, since a pass may begin by drawing random numbers
+        if record["at_batch_start"]:
+            self._state_at_batch_start = record["random_state"]
+
+    @property
+    def _fetcher(self) -> _DataFetcher:
+        fetcher = self._trainer.fit_loop._data_fetcher
+        assert fetcher is not None
+        return fetcher
 
     def _set_before_fetch(self, state: dict[str, Any]) -> None:
         """Set the random numbers right before the next batch is fetched; Lightning may draw some until then."""
