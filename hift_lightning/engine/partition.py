@@ -157,20 +157,20 @@ def partition(
                 "model before it is partitioned."
             )
 
-    placed = _override(layers_of(model), _matched("layers", layers, aliases))
+    trained = _restricted(_override(layers_of(model), _matched("layers", layers, aliases)), chosen)
     check_always_active(always_active)
     if isinstance(always_active, int):
-        constant = {name for layer in _restricted(placed, chosen)[-always_active:] for name in layer.parameters}
+        constant = {name for layer in trained[-always_active:] for name in layer.parameters}
     else:
         constant = _matched("always_active", always_active, aliases).keys() & chosen
-    kept = _restricted(placed, chosen - constant)
+    kept = _restricted(trained, chosen - constant)
     if not kept:
         raise ConfigurationError(
             f"`always_active={always_active}` takes all parameters of `{class_of(model).__name__}` that this optimizer "
-            f"trains (they are in {len(_restricted(placed, chosen))} layers), and none is left to take turns: narrow "
-            "it, or use full fine-tuning."
+            f"trains (they are in {len(trained)} layers), and none is left to take turns: narrow it, or use full "
+            "fine-tuning."
         )
-    everywhere = tuple(name for layer in _restricted(placed, constant) for name in layer.parameters)
+    everywhere = tuple(name for layer in trained for name in layer.parameters if name in constant)
     groups = [tuple(kept[start : start + group_size]) for start in range(0, len(kept), group_size)]
     blocks = tuple(_block(index, group, weights, everywhere) for index, group in enumerate(groups))
     always = _block(len(blocks), (Layer("always active", everywhere),), weights) if everywhere else None
