@@ -55,9 +55,9 @@ class NonfiniteSearch:
         Returns:
             The name of the first (the loss goes before all) and ``"NaN"`` or ``"inf"``; ``None`` if there is none.
         """
-        if self._mesh is None:
-            return self._first_here()
         here = self._first_here()
+        if self._mesh is None:
+            return here
         found_any = torch.tensor(here is not None, dtype=torch.int32, device=self._mesh.device_type)
         dist.all_reduce(found_any, dist.ReduceOp.MAX, self._mesh.get_group())
         if isinstance(found_any, FakeTensor) or not found_any.item():  # as in `_first_here`
