@@ -22,9 +22,9 @@ from hift_lightning.engine.shards import local
 from hift_lightning.engine.state_tensors import flatten_state
 from hift_lightning.engine.streams import device_module
 
-ROWS, COLUMNS, STEPS = 8, 16, 3
+_ROWS, _COLUMNS, _STEPS = 8, 16, 3
 
-RATE = 1e-2
+_RATE = 1e-2
 """Learning rate of the trial: at that of the param group, 0 while a warm-up begins, nothing might be seen to move."""
 
 _SCALES = 2.0**-13, 2.0**13, 1.0
@@ -79,7 +79,7 @@ def probe(
         TrialFailed: if it cannot be stepped so.
     """
     try:
-        with _numbers_where(like) as device, _random_numbers_left_alone(device) as rewind:
+        with _device_of_trial(like) as device, _random_numbers_left_alone(device) as rewind:
             return _Trials(optimizer, like, dtype, parked_dtype, device, rewind).probe()
     except (ConfigurationError, torch.OutOfMemoryError):
         raise
@@ -128,7 +128,7 @@ class _Trials:
     def probe(self) -> Probe:
         """What all trials together show."""
         scales = _SCALES_FP16 if self.dtype == torch.float16 else _SCALES
-        shapes: list[tuple[int, int, float, _Same]] = [(ROWS, COLUMNS, scale, _same) for scale in scales]
+        shapes: list[tuple[int, int, float, _Same]] = [(_ROWS, _COLUMNS, scale, _same) for scale in scales]
         most = max(local(p).numel() for p in self._group["params"])
         rows = min(_LARGE, math.isqrt(most)) // _QUANTIZED_TOGETHER * _QUANTIZED_TOGETHER
         if rows > 0:
@@ -150,7 +150,7 @@ class _Trials:
         # numbers without pattern that the device makes itself: nothing is copied to it, and no generator moves on
         count = torch.arange(1.0, rows * columns + 1, device=self.device).view(rows, columns)
         weights = (count * 0.7).sin()
-        gradients = [(count * (1.3 + step)).cos() * scale for step in range(STEPS)]
+        gradients = [(count * (1.3 + step)).cos() * scale for step in range(_STEPS)]
         del count
 
         def step(*parts: slice, way: _Way) -> _Outcome:
@@ -195,7 +195,7 @@ class _Trials:
         self.rewind()  # an optimizer may draw random numbers
         settings = _copied({key: value for key, value in self._group.items() if key != "params"})
         if (rate := settings.get("lr")) is not None:
-            settings["lr"] = torch.full_like(rate, RATE, dtype=torch.float32) if isinstance(rate, Tensor) else RATE
+            settings["lr"] = torch.full_like(rate, _RATE, dtype=torch.float32) if isinstance(rate, Tensor) else _RATE
         before = _copied(settings)
         # `copy.copy` would leave out what torch's own class does not know
         trial = object.__new__(type(self.optimizer))
@@ -273,7 +273,7 @@ def _random_numbers_left_alone(device: torch.device) -> Iterator[Callable[[], No
 
 
 @contextlib.contextmanager
-def _numbers_where(like: Tensor) -> Iterator[torch.device]:
+def _device_of_trial(like: Tensor) -> Iterator[torch.device]:
     """The device on which the trial can run: that of a parameter, but the CPU while planning on fake tensors."""
     if not isinstance(local(like), FakeTensor):
         yield like.device
