@@ -41,7 +41,8 @@ class DelayedLRScheduler:
         active: tells whether training goes on by blocks; steps after its end are passed on at once.
     """
 
-    _OWN = frozenset({"_scheduler", "_lr_update", "_cycles", "_skipped", "_active", "cycle", "held_steps"})
+    _OWN_ATTRIBUTES = frozenset({"_scheduler", "_lr_update", "_cycles", "_skipped", "_active", "cycle", "held_steps"})
+    """What is set on the stand-in itself; all else is set on the scheduler."""
 
     def __init__(
         self,
@@ -106,7 +107,7 @@ class DelayedLRScheduler:
         self._scheduler.load_state_dict(state_dict)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._OWN:
+        if name in self._OWN_ATTRIBUTES:
             object.__setattr__(self, name, value)
         else:
             setattr(self._scheduler, name, value)
