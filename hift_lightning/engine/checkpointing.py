@@ -49,23 +49,23 @@ class ActivationCheckpointing:
 
     def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
         self._layers = [model.get_submodule(name) for name in layers]
-        self._own: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._own_forwards: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def start(self) -> None:
         """Begin to checkpoint."""
         for layer in self._layers:
-            self._own.append((layer, layer.__dict__.get("forward")))
+            self._own_forwards.append((layer, layer.__dict__.get("forward")))
             # bound to the layer, so that a deep copy of the model computes with its own
             layer.forward = MethodType(_checkpointed(_function_of(layer)), layer)
 
     def stop(self) -> None:
         """Give the layers their own ``forward`` back."""
-        for layer, own in self._own:
+        for layer, own in self._own_forwards:
             if own is None:
                 del layer.__dict__["forward"]
             else:
                 layer.forward = own
-        self._own = []
+        self._own_forwards = []
 
 
 def _function_of(layer: nn.Module) -> Callable[..., Any]:
