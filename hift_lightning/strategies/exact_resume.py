@@ -132,12 +132,22 @@ class ExactResume:
 
     def _here(self, loaders: list[dict[str, Any]]) -> _Boundary:
         return _Boundary(
-            _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current).processed,
+            self._batches.processed,
             self._total_batches,
             [engine.updates for engine in self._engines],
             loaders,
             random_state(self._device),
         )
+
+    @property
+    def _epochs(self) -> _ProcessedTracker:
+        """Lightning's counts of epochs."""
+        return _processed(self._trainer.fit_loop.epoch_progress.current)
+
+    @property
+    def _batches(self) -> _ProcessedTracker:
+        """Lightning's counts of the batches of this epoch."""
+        return _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current)
 
     @property
     def _total_batches(self) -> int:
@@ -159,7 +169,7 @@ class ExactResume:
             checkpoint["hift"]["resume"] = self._record
             return True
         fit = self._trainer.fit_loop
-        batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
+        batches, epochs = self._batches, self._epochs
         in_batch = batches.ready != batches.processed or self._begun == self._total_batches
         in_window = any(engine.within_step for engine in self._engines)
         if batches.started != batches.ready and not in_window and not self._noted_this_batch():
@@ -231,8 +241,7 @@ class ExactResume:
 
     def _still_to_do(self, within_epoch: bool) -> str:
         """What a run that goes straight on does next and the resumed one would not."""
-        fit = self._trainer.fit_loop
-        batches, epochs = _processed(fit.epoch_loop.batch_progress.current), _processed(fit.epoch_progress.current)
+        batches, epochs = self._batches, self._epochs
         if not within_epoch:
             return "end_of_epoch" if epochs.completed < epochs.processed else "nothing"
         if batches.completed < batches.processed:
@@ -279,7 +288,7 @@ class ExactResume:
         fit = self._trainer.fit_loop
         # also after a whole epoch: otherwise Lightning does not load the states of data loaders
         _set_restarting(fit, True)
-        behind = _processed(fit.epoch_progress.current).processed - record["epoch"]
+        behind = self._epochs.processed - record["epoch"]
         for epochs in map(_processed, (fit.epoch_progress.current, fit.epoch_progress.total)):
             epochs.processed -= behind
             epochs.completed = epochs.processed
@@ -307,7 +316,7 @@ class ExactResume:
         if ranks == self._trainer.world_size or length == self._trainer.num_training_batches:
             return
         self._validated_before_stop = {}
-        count = _processed(self._trainer.fit_loop.epoch_loop.batch_progress.current)
+        count = self._batches
         count.processed = count.processed * ranks // self._trainer.world_size
         count.ready = count.started = count.completed = count.processed
 
