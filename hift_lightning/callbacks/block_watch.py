@@ -99,7 +99,7 @@ class BlockWatch:
         self._norms = {}
         parts = engine.active_parts
         for part in parts:
-            gradients = [p.grad for p in self.engine.parameters_of(part) if p.grad is not None]
+            gradients = [p.grad for p in engine.parameters_of(part) if p.grad is not None]
             if gradients:
                 self._norms[part.index] = _norm(gradients) / scale
         if not (self._norms or self.fused):
@@ -110,7 +110,7 @@ class BlockWatch:
         visits = engine.rotation.visits(engine.block.index, engine.updates)
         if self._ratio_every and visits % self._ratio_every == 0:
             for part in parts:
-                self._ratios[part.index].begin(self.engine.parameters_of(part))
+                self._ratios[part.index].begin(engine.parameters_of(part))
 
     def end_update(self) -> None:
         """Record an update, if there was one since it was begun."""

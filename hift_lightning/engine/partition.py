@@ -181,7 +181,7 @@ def check_patterns(argument: str, patterns: Any) -> None:
     """Raise unless they are a list of strings, or `None`.
 
     Args:
-        argument: for the message.
+        argument: its name, for the message.
         patterns: the value.
 
     Raises:
@@ -197,13 +197,13 @@ def check_patterns(argument: str, patterns: Any) -> None:
 
 
 def check_always_active(always_active: Sequence[str] | int | None) -> None:
-    """Raise if it is a number that is none of layers.
+    """Raise unless it is a number of layers, a list of patterns, or `None`.
 
     Args:
-        always_active: patterns, or a number of layers from the top.
+        always_active: the value.
 
     Raises:
-        ConfigurationError: if it is a number below 1, true or false, or no list of patterns.
+        ConfigurationError: if it is something else: a number below 1, true or false, a number as text.
     """
     if isinstance(always_active, str) and always_active.isdecimal():
         raise ConfigurationError(

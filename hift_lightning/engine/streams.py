@@ -52,7 +52,7 @@ class SideStream:
         if self._stream is not None:
             self._module.current_stream(self._device).wait_stream(self._stream)
 
-    def memory(self) -> "DeviceMemory | None":
+    def memory(self) -> DeviceMemory | None:
         """What the device counts of its memory; ``None`` where it keeps no count."""
         if not hasattr(self._module, "memory_stats"):
             return None

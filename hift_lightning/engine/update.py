@@ -70,7 +70,7 @@ class WholeUpdate:
         self._prefetch = StatePrefetch(residency)
         self._loading_ms = 0.0
         self.held_bytes = 0
-        """Of pieces, which there are none."""
+        """As :attr:`PieceUpdate.held_bytes`, which counts pieces; here are none."""
         self.in_last_backward = self._prefetch.allowed
         """To be entered for the last backward before a step, in which state may come beside it."""
 
