@@ -74,7 +74,8 @@ class Residency:
     def __init__(self, optimizer: Optimizer, offload: str | Path = "cpu", parked_dtype: str | None = None) -> None:
         check_parked_dtype(parked_dtype)
         self.optimizer = optimizer
-        self.offload = offload
+        self._parks_state = offload != "none"
+        """Whether state leaves the device; masters do in any case."""
         self.bytes_paged_in = 0
         """Bytes copied from host to device so far."""
         self.bytes_parked = 0
@@ -238,7 +239,7 @@ class Residency:
             dtype = dtype or (self._own_dtype(parameter, leaf, quantized) if own is None else own.dtype)
             if self.has_master(parameter) and dtype.is_floating_point and not quantized:
                 dtype = torch.float32  # it may have been built with the 16-bit weights; it will step fp32 masters
-            if self.offload == "none":
+            if not self._parks_state:
                 leaves[i] = leaf.to(parameter.device, dtype, copy=loaded)
                 continue
             kept = self._kept_dtype(leaf, dtype, quantized)
@@ -254,7 +255,7 @@ class Residency:
             known[i] = _ParkedLeaf(buffer, dtype)
             leaves[i] = buffer.tensor
         self.optimizer.state[parameter] = put_together(leaves)
-        if self.offload != "none":
+        if self._parks_state:
             self._parked_leaves[parameter] = known
             self._parked.add(parameter)
 
@@ -314,7 +315,7 @@ class Residency:
         Args:
             parameters: those that are parked or have no state are passed over.
         """
-        if self.offload == "none":
+        if not self._parks_state:
             return
         for parameter in parameters:
             if parameter not in self._parked and self.optimizer.state.get(parameter):
@@ -327,7 +328,7 @@ class Residency:
         What is computed on in place (``offload="none"``, or host memory on a CPU device) stays as it is.
         """
         self._unfinished_masters.clear()
-        if self.offload == "none":
+        if not self._parks_state:
             return
         for parameter in parameters:
             if parameter in self._last_parked:
@@ -378,7 +379,7 @@ class Residency:
         """
         if not self.copies(parameter):
             self.optimizer.state[parameter] = state
-            if self.offload != "none":
+            if self._parks_state:
                 self._parked.add(parameter)
             return
         leaves, put_together = flatten_state(state)
@@ -436,7 +437,7 @@ class Residency:
     def copies(self, parameter: Tensor) -> bool:
         """Whether paging in copies; otherwise the optimizer computes on the tensors where they are."""
         in_place = self._computes_on_parked(parameter) and self.parked_dtype is None
-        return self.offload != "none" and not in_place
+        return self._parks_state and not in_place
 
     def steps_in_place(self, parameter: Tensor) -> bool:
         """Whether a step changes what is parked, state or master, so that there is nothing to go back to."""
