@@ -169,7 +169,7 @@ class Rotation:
                 f"`order={self.order!r}` gave the turns {turns} in cycle {cycle}, but each of the {self.blocks} blocks "
                 "must have exactly one turn a cycle; mend the function registered under that name."
             )
-        return turns
+        return tuple(map(int, turns))  # numpy's integers are not written into a checkpoint
 
     @property
     def cycle_length(self) -> int:

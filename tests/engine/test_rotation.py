@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -101,6 +102,11 @@ def test_a_registered_order_that_is_no_permutation_is_refused(registries):
     register_order("lazy")(lambda blocks, cycle, seed: [0] * blocks if cycle == 3 else range(blocks))
     with pytest.raises(ConfigurationError, match=r"\(0, 0, 0\) in cycle 3, .* exactly one turn a cycle"):
         Rotation(3, "lazy")
+
+
+def test_a_registered_order_may_give_numbers_of_numpy(registries):
+    register_order("permutation")(lambda blocks, cycle, seed: np.random.default_rng([seed, cycle]).permutation(blocks))
+    assert {type(block) for block in Rotation(3, "permutation").turns} == {int}
 
 
 def test_a_registered_order_that_gives_other_turns_when_asked_again_is_refused(registries):
