@@ -49,8 +49,8 @@ class DelayedLRScheduler:
         scheduler: Any,
         lr_update: str,
         cycles: Callable[[], int],
-        skipped: Callable[[], bool] = lambda: False,
-        active: Callable[[], bool] = lambda: True,
+        skipped: Callable[[], bool],
+        active: Callable[[], bool],
     ) -> None:
         self._scheduler = scheduler
         self._lr_update = lr_update

@@ -90,7 +90,7 @@ def kind_of_loss(loss: Tensor, scaled: bool) -> str | None:
     return None if found is None else found[1]
 
 
-def broken_weight(weights: Mapping[str, Tensor], mesh: DeviceMesh | None = None) -> tuple[str, str] | None:
+def broken_weight(weights: Mapping[str, Tensor], mesh: DeviceMesh | None) -> tuple[str, str] | None:
     """Find the first weight that an update has broken: it has NaN, or inf in fp16.
 
     In wider dtypes nothing overflows so soon, and a weight may be infinite on purpose.

@@ -125,12 +125,12 @@ class GradientReduction:
     Args:
         ranks: which average.
         bucket_bytes: gradients of so many bytes are sent together.
-        deliver: for an update inside backward: called with each parameter when its gradient is the average, in the same
-            order on every rank. Then every parameter is a bucket of its own, which is waited for when the next one has
-            begun, or at the end.
+        deliver: for an update inside backward, else ``None``: called with each parameter when its gradient is the
+            average, in the same order on every rank. Then every parameter is a bucket of its own, which is waited for
+            when the next one has begun, or at the end.
     """
 
-    def __init__(self, ranks: Ranks, bucket_bytes: int, deliver: Callable[[nn.Parameter], None] | None = None) -> None:
+    def __init__(self, ranks: Ranks, bucket_bytes: int, deliver: Callable[[nn.Parameter], None] | None) -> None:
         self._ranks = ranks
         self._bucket_bytes = bucket_bytes
         self._deliver = deliver

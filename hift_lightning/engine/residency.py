@@ -491,7 +491,7 @@ class Residency:
         buffer = self._masters.get(parameter)
         return None if buffer is None else buffer.tensor
 
-    def load_master(self, parameter: Tensor, rows: slice, place: Place | None = None) -> Tensor:
+    def load_master(self, parameter: Tensor, rows: slice, place: Place | None) -> Tensor:
         """Rows of the master on the parameter's device, fp32; see :meth:`load`."""
         place = place or _own_memory_on(parameter.device)
         if parameter not in self._masters:

@@ -12,7 +12,7 @@ def make(lr_update="cycle", length=3):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     updates = [0]
     scheduler = LinearLR(optimizer, 1.0, 0.0, total_iters=12)
-    delayed = DelayedLRScheduler(scheduler, lr_update, lambda: updates[0] // length)
+    delayed = DelayedLRScheduler(scheduler, lr_update, lambda: updates[0] // length, lambda: False, lambda: True)
 
     def update():
         updates[0] += 1
