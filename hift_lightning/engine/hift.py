@@ -274,7 +274,7 @@ class HiFT:
             before=self.pass_on_held_rates,
             begin=self._begin_update,
             end=self._end_update,
-            goes_last=isinstance(self._update, PieceUpdate),
+            goes_last=self._update.uses_gradients_up,
             around_closure=self._update.in_last_backward,
         )
         self._load_hook = self.optimizer.register_load_state_dict_post_hook(lambda _: self._adopt_state())

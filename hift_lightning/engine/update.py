@@ -65,6 +65,9 @@ class WholeUpdate:
         residency: where state is parked.
     """
 
+    uses_gradients_up = False
+    """As :attr:`PieceUpdate.uses_gradients_up`; here the optimizer's own call does."""
+
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._prefetch = StatePrefetch(residency)
@@ -110,6 +113,9 @@ class PieceUpdate:
         ConfigurationError: if the optimizer is a wrapper of another one; while stepping, if it does not treat
             parameters one by one, or the state of a tensor that cannot be cut does not fit the window.
     """
+
+    uses_gradients_up = True
+    """Whether no gradient is left after :meth:`step`, for the optimizer's own call and for other hooks."""
 
     def __init__(self, optimizer: Optimizer, residency: Residency, window: int | None) -> None:
         if not hasattr(type(optimizer).step, "__wrapped__"):  # which torch gives the class of every optimizer
