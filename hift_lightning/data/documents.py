@@ -1,10 +1,12 @@
 """Texts from files: plain text, JSON lines and parquet, checked line by line and split in three parts."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hift_lightning.data.encoding import ASSISTANT, Encoder, Message, Piece
 from hift_lightning.data.sentences import Part, cannot_be_read, part_of
@@ -13,7 +15,9 @@ from hift_lightning.engine.errors import ConfigurationError
 TEXT_FILES = (".txt", ".md")
 LINE_FILES = (".jsonl",)
 TABLE_FILES = (".parquet",)
-KEYS = ("text", "prompt", "completion", "messages")
+KEYS_OF_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+KEYS = tuple(key for form in KEYS_OF_FORMS for key in form)
+KEYS_OF_MESSAGE = ("role", "content")
 FORMS = '`{"text": ...}`, `{"prompt": ..., "completion": ...}` or `{"messages": [{"role": ..., "content": ...}]}`'
 # a tokenizer needs hundreds of bytes of memory for each byte of a text that it is given at once
 LARGEST_PIECE = 2**20
@@ -30,11 +34,13 @@ class Document:
         place: the file and where in it, for messages.
         part: what the document is for.
         pieces: what it consists of, in their order.
+        is_example: whether it is one of a prompt and what to say to it, and not a text.
     """
 
     place: str
     part: Part
     pieces: Sequence[Piece]
+    is_example: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ def check_files(paths: Sequence[Path]) -> None:
     if not paths:
         raise ConfigurationError("`data.path=[]` names no file; give the path of one, or several in a list.")
     for path in paths:
+        if path.is_dir():
+            raise ConfigurationError(
+                f"The data file `{path}` is a folder; give `data.path` a file in it, or several as `[one.txt,two.txt]`."
+            )
         if not path.is_file():
             raise ConfigurationError(f"The data file `{path}` does not exist; give `data.path` the path of a file.")
         known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
@@ -89,7 +99,7 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
       of it is trained.
     - JSON lines (`.jsonl`): a document a line, of one of three forms: `text`, all of it trained; `prompt` and
       `completion`, of which the completion is trained; `messages`, each with `role` and `content`, of which the
-      assistant's are trained. Other keys are not read. A hash of the texts decides the part.
+      assistant's are trained. Other keys are not read, which a warning tells. A hash of the texts decides the part.
     - Parquet (`.parquet`), where the package `pyarrow` is installed: a document a row, with such columns.
 
     Args:
@@ -107,12 +117,18 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
         if path in texts:
             yield from _documents_of_text(path, begin, bounds)
             begin += path.stat().st_size
-        elif path.suffix.lower() in LINE_FILES:
-            for place, line in _lines(path):
-                yield _document(_parsed(line, place), place, encoder, split)
+            continue
+        unread: dict[str, None] = {}
+        if path.suffix.lower() in LINE_FILES:
+            examples: Iterable[tuple[str, Any]] = ((place, _parsed(line, place)) for place, line in _lines(path))
         else:
-            for place, row in _rows(path):
-                yield _document(row, place, encoder, split)
+            examples = _rows(path, unread)
+        for place, example in examples:
+            yield from _documents(example, place, encoder, split, unread)
+        if unread:
+            rank_zero_warn(
+                f"Nothing is made of {', '.join(f'`{key}`' for key in unread)} in `{path}`; what is read is {FORMS}."
+            )
 
 
 def _documents_of_text(path: Path, begin: int, bounds: Mapping[Part, tuple[int, int]]) -> Iterator[Document]:
@@ -190,7 +206,7 @@ def _parsed(line: str, place: str) -> Any:
         ) from error
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _rows(path: Path, unread: dict[str, None]) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -202,7 +218,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         with ParquetFile(path) as table:
             names = table.schema_arrow.names
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in names if name in KEYS] or None):
+            if not any(set(form) <= set(names) for form in KEYS_OF_FORMS):
+                raise ConfigurationError(f"`{path}` has the columns {', '.join(names)}; write {FORMS}, a column a key.")
+            unread.update(dict.fromkeys(name for name in names if name not in KEYS))
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in names if name in KEYS]):
                 for row in batch.to_pylist():
                     number += 1
                     # a row has all columns of its table, with nothing in those that it does not use
@@ -218,33 +237,45 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
 
 
-def _document(example: Any, place: str, encoder: Encoder, split: Split) -> Document:
-    forms = [form for form in ("text", "completion", "messages") if isinstance(example, dict) and form in example]
-    if len(forms) != 1:
+def _documents(example: Any, place: str, encoder: Encoder, split: Split, unread: dict[str, None]) -> Iterator[Document]:
+    """Make the documents of an example: one, or of a conversation one for each answer; note keys that are not read."""
+    forms = [form for form in KEYS_OF_FORMS if isinstance(example, dict) and not example.keys().isdisjoint(form)]
+    if len(forms) != 1 or not set(forms[0]) <= example.keys():
         found = f"the keys {', '.join(example)}" if isinstance(example, dict) else f"`{example!r:.60}`"
         raise ConfigurationError(f"{place}: found {found}; write {FORMS}.")
-    if forms == ["messages"]:
-        messages = _messages(example["messages"], place)
+    form = forms[0]
+    unread.update(dict.fromkeys(key for key, value in example.items() if key not in form and value is not None))
+    if form == ("messages",):
+        messages = _messages(example["messages"], place, unread)
         texts = [message["content"] for message in messages]
-        pieces = encoder.chat(messages, place)
-    elif forms == ["completion"]:
-        texts = [_string(example, "prompt", place), _string(example, "completion", place)]
-        pieces = [Piece(texts[0], False), Piece(texts[1], True)]
+        documents = encoder.chat(messages, place)
+    elif form == ("prompt", "completion"):
+        texts = [_string(example, key, place) for key in form]
+        documents = [[Piece(texts[0], False), Piece(texts[1], True)]]
     else:
         texts = [_string(example, "text", place)]
-        pieces = [Piece(piece, True) for piece in _in_lines(texts[0])]
-    if not any(piece.trained and piece.text for piece in pieces):
-        raise ConfigurationError(f"{place}: there is nothing to train on; give a text, a completion or an answer.")
-    return Document(place, part_of(" ".join(texts), split.test_fraction, split.validation_fraction), pieces)
+        documents = [[Piece(piece, True) for piece in _in_lines(texts[0])]]
+    part = part_of(" ".join(texts), split.test_fraction, split.validation_fraction)
+    for pieces in documents:
+        if not any(piece.trained and piece.text for piece in pieces):
+            raise ConfigurationError(f"{place}: there is nothing to train on; give a text, a completion or an answer.")
+        yield Document(place, part, pieces, is_example=form != ("text",))
 
 
-def _messages(messages: Any, place: str) -> list[Message]:
+def _messages(messages: Any, place: str, unread: dict[str, None]) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise ConfigurationError(f"{place}: `messages` is `{messages!r:.60}`; write {FORMS}.")
-    checked = [
-        {key: _string(message, key, f"{place}, message {number}") for key in ("role", "content")}
-        for number, message in enumerate(messages, start=1)
-    ]
+    checked = []
+    for number, message in enumerate(messages, start=1):
+        here = f"{place}, message {number}"
+        if isinstance(message, dict) and message.get("tool_calls"):
+            raise ConfigurationError(
+                f"{here}: it has `tool_calls`, which are not written down, so the model would learn to say nothing; "
+                "leave the example out, or give it as `prompt` and `completion`."
+            )
+        checked.append({key: _string(message, key, here) for key in KEYS_OF_MESSAGE})
+        others = (key for key, value in message.items() if key not in KEYS_OF_MESSAGE and value is not None)
+        unread.update(dict.fromkeys(f"messages.{key}" for key in others))
     if not any(message["role"] == ASSISTANT and message["content"] for message in checked):
         raise ConfigurationError(f"{place}: there is nothing to train on; give a message of the role `{ASSISTANT}`.")
     return checked

@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 from hift_lightning.engine.errors import ConfigurationError
 
 Message = dict[str, str]
@@ -42,8 +44,8 @@ class Encoder(Protocol):
     def encode(self, text: str, after: int | None = None) -> Sequence[int]:
         """Return the ids of a piece of a document that stands `after` an id, or begins the document."""
 
-    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
-        """Write a conversation down; the assistant's turns are trained."""
+    def chat(self, messages: Sequence[Message], place: str) -> list[list[Piece]]:
+        """Write a conversation down, as one document or as several; the assistant's turns are trained, each once."""
 
 
 class ByteEncoder:
@@ -58,9 +60,9 @@ class ByteEncoder:
         """Return the bytes of `text`."""
         return text.encode("utf-8")
 
-    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
+    def chat(self, messages: Sequence[Message], place: str) -> list[list[Piece]]:
         """Write a conversation down as `plain_chat` does."""
-        return plain_chat(messages)
+        return [plain_chat(messages)]
 
 
 class TokenizerEncoder:
@@ -88,6 +90,7 @@ class TokenizerEncoder:
         self._added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
         # SentencePiece sets a space before a text, and none within it
         self._sets_space = self._ids_behind("\n", "a") not in (None, self._ids("a"))
+        self._warned_of_template = False
 
     def encode(self, text: str, after: int | None = None) -> Sequence[int]:
         """Return the ids of a piece of a document, without tokens that the tokenizer would set around it."""
@@ -114,38 +117,48 @@ class TokenizerEncoder:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
-    def chat(self, messages: Sequence[Message], place: str) -> list[Piece]:
+    def chat(self, messages: Sequence[Message], place: str) -> list[list[Piece]]:
         """Write a conversation down with the tokenizer's chat template, or as `plain_chat` does without one.
 
+        Where the template writes a turn of the assistant in another way when others follow, as those do that leave out
+        earlier thoughts, each of them ends a document of its own, as it would be said.
+
         Raises:
-            ConfigurationError: the template refuses the conversation, or writes the assistant's turns in another
-                way when others follow.
+            ConfigurationError: the template refuses the conversation, or does not begin a turn as it asks for one.
         """
         if not self._tokenizer.chat_template:
-            return plain_chat(messages)
+            self._warn_of_template()
+            return [plain_chat(messages)]
+        turns = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
         whole = self._written(messages, place)
-        pieces = []
-        position = 0
-        for index, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
-                continue
-            after = self._written(messages[: index + 1], place)
-            if index:
-                before = self._written(messages[:index], place, add_generation_prompt=True)
-            else:  # templates refuse a conversation without messages
-                before, _, _ = self._written([{**message, "content": _NO_CONTENT}], place).partition(_NO_CONTENT)
-            if not (after.startswith(before) and whole.startswith(after)):
-                raise ConfigurationError(
-                    f"{place}: the chat template of `{self._tokenizer.name_or_path}` writes message {index + 1} in "
-                    "another way when others follow, so what to train on cannot be told; leave these out, or give "
-                    "`prompt` and `completion`."
-                )
-            pieces += [Piece(whole[position : len(before)], False), Piece(whole[len(before) : len(after)], True)]
-            position = len(after)
-        if position < len(whole):
-            return [*pieces, Piece(whole[position:].rstrip(), False)]
-        # the line break that many templates set after the end of a turn is nothing for the model to say
-        return [*pieces[:-1], Piece(pieces[-1].text.rstrip(), True)]
+        bounds = [self._bounds(messages[: index + 1], place) for index in turns]
+        if all(whole.startswith(after) for _, after in bounds):
+            return [_pieces(whole, [(len(before), len(after)) for before, after in bounds])]
+        return [_pieces(after, [(len(before), len(after))]) for before, after in bounds]
+
+    def _bounds(self, messages: Sequence[Message], place: str) -> tuple[str, str]:
+        """Write a conversation that ends with a turn of the assistant down, without that turn and with it."""
+        after = self._written(messages, place)
+        if len(messages) > 1:
+            before = self._written(messages[:-1], place, add_generation_prompt=True)
+        else:  # templates refuse a conversation without messages
+            before, _, _ = self._written([{**messages[0], "content": _NO_CONTENT}], place).partition(_NO_CONTENT)
+        if not after.startswith(before):
+            raise ConfigurationError(
+                f"{place}: the chat template of `{self._tokenizer.name_or_path}` does not begin message "
+                f"{len(messages)} as it asks for an answer, so what to train on cannot be told; leave these out, or "
+                "give `prompt` and `completion`."
+            )
+        return before, after
+
+    def _warn_of_template(self) -> None:
+        if not self._warned_of_template:
+            self._warned_of_template = True
+            rank_zero_warn(
+                f"The tokenizer `{self._tokenizer.name_or_path}` has no chat template, so conversations are written as "
+                "lines `role: content`, and the model learns to answer after `assistant:`; ask it so, or give a "
+                "tokenizer that has one with `model.tokenizer.pretrained=/path/to/folder`."
+            )
 
     def _written(self, messages: Sequence[Message], place: str, **options: Any) -> str:
         from jinja2 import TemplateError
@@ -172,6 +185,19 @@ def plain_chat(messages: Sequence[Message]) -> list[Piece]:
         trained = message["role"] == ASSISTANT
         pieces += [Piece(f"{message['role']}:", False), Piece(f" {message['content']}\n", trained)]
     return pieces
+
+
+def _pieces(text: str, turns: Sequence[tuple[int, int]]) -> list[Piece]:
+    """Cut a conversation in what is trained, its assistant's turns, and what is not."""
+    pieces: list[Piece] = []
+    position = 0
+    for begin, end in turns:
+        # the line break that many templates set after the end of a turn is nothing for the model to say
+        said = text[begin:end].rstrip()
+        pieces += [Piece(text[position:begin], False), Piece(said, True)]
+        position = begin + len(said)
+    rest = text[position:].rstrip()
+    return [*pieces, Piece(rest, False)] if rest else pieces
 
 
 def _fingerprint(tokenizer: Any) -> str:

@@ -1,38 +1,41 @@
-"""Texts for causal language models, tokenised once and packed into rows of one length."""
+"""Texts and examples for causal language models, tokenised once."""
 
 import hashlib
 import importlib.resources
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
-from lightning_utilities.core.rank_zero import rank_zero_info
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler
 
 from hift_lightning.cache import cache_root, digest_of_file, made_once
 from hift_lightning.data.documents import Split, check_files, read_documents
 from hift_lightning.data.encoding import encoder_of
 from hift_lightning.data.loading import TrainingLoader, evaluation_loader
-from hift_lightning.data.packing import PARTS, PackedRows, write_tokens
+from hift_lightning.data.packing import PARTS, ExampleRows, PackedRows, Row, batch_of, write_tokens
 from hift_lightning.data.sentences import Part
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
 
 MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
 # raised whenever the same files and settings give other tokens
-VERSION = 2
+VERSION = 3
 
 
 class TextDataModule(L.LightningDataModule):
-    """Batches of packed texts for training, validation and test.
+    """Batches of texts and examples for training, validation and test.
 
     Files are read, checked and tokenised at once, so that a bad line ends a run before a model is loaded; the tokens
-    are kept in a cache folder and mapped into memory. A batch has `input_ids` and `labels` (batch x `max_length`), as
-    `hift_lightning.data.packing.PackedRows` makes them. Attention goes across the ends of documents within a row.
+    are kept in a cache folder and mapped into memory. A batch has `input_ids` and `labels` (batch x tokens of its
+    longest row, at most `max_length`). Texts follow each other in rows of one length
+    (`hift_lightning.data.packing.PackedRows`), where attention goes across their ends; an example of a prompt and what
+    to say to it has a row of its own (`ExampleRows`).
 
     Args:
         tokenizer: the model's own, of transformers; `None` to take the bytes of UTF-8 as tokens.
@@ -40,7 +43,7 @@ class TextDataModule(L.LightningDataModule):
             packaged chapters of Moby-Dick.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation and test.
-        max_length: tokens of a row, 2 or more.
+        max_length: most tokens of a row, 2 or more; longer examples are cut, and a warning tells how many.
         test_fraction: share of all texts for the test.
         validation_fraction: share of the others for validation.
         cache_dir: the folder that keeps tokens; `None` for `~/.cache/hift_lightning`.
@@ -90,13 +93,25 @@ class TextDataModule(L.LightningDataModule):
         made_from += [(one.suffix.lower(), digest_of_file(one)) for one in paths]
         name = hashlib.sha256(json.dumps(made_from).encode("utf-8")).hexdigest()[:32]
         self.folder = made_once(cache_root(cache_dir) / "tokens" / name, tokenise, "data.cache_dir")
-        self.rows = {part: PackedRows(self.folder, part, max_length, encoder.end) for part in PARTS}
-        for part, rows in self.rows.items():
-            if not len(rows):
+        texts = {part: PackedRows(self.folder, part, max_length) for part in PARTS}
+        examples = {part: ExampleRows(self.folder, part, max_length) for part in PARTS}
+        self.rows: dict[Part, ConcatDataset[Row]] = {
+            part: ConcatDataset([texts[part], examples[part]]) for part in PARTS
+        }
+        self._batch_of = partial(batch_of, filling=encoder.end)
+        for part in PARTS:
+            if not len(self.rows[part]) and not examples[part].examples:
                 raise ConfigurationError(
                     f"Nothing of `data.path={path}` falls to the {part} part; give more data or another "
                     "`data.test_fraction` and `data.validation_fraction`."
                 )
+        _tell_of_examples(list(examples.values()), max_length)
+        told = []
+        for part in PARTS:
+            tokens = [texts[part].tokens, examples[part].tokens]
+            count, trained = (sum(of) for of in zip(*((each.count, each.trained) for each in tokens), strict=True))
+            told.append(f"{part} {len(self.rows[part]):,} rows of {count:,} tokens, {trained:,} of them trained")
+        rank_zero_info(f"Data: {'; '.join(told)}.")
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Training batches: rows shuffled anew in each epoch.
@@ -112,6 +127,7 @@ class TextDataModule(L.LightningDataModule):
             self.seed,
             generator=generator,
             num_workers=self.num_workers,
+            collate_fn=self._batch_of,
         )
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
@@ -122,8 +138,29 @@ class TextDataModule(L.LightningDataModule):
         """Test batches, in the order of the text."""
         return self._eval_dataloader("test")
 
-    def _eval_dataloader(self, part: Part) -> DataLoader[dict[str, torch.Tensor]]:
-        return evaluation_loader(self.rows[part], batch_size=self.eval_batch_size, num_workers=self.num_workers)
+    def _eval_dataloader(self, part: Part) -> DataLoader[Row]:
+        return evaluation_loader(
+            self.rows[part],
+            batch_size=self.eval_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self._batch_of,
+        )
+
+
+def _tell_of_examples(parts: Sequence[ExampleRows], max_length: int) -> None:
+    """Warn of examples that are longer than a row.
+
+    Raises:
+        ConfigurationError: nothing is left to train on of all those of a part.
+    """
+    count, rows, cut = (sum(of) for of in zip(*((part.examples, len(part), part.cut) for part in parts), strict=True))
+    if not cut:
+        return
+    left_out = f"; {count - rows:,} of them are left out, since nothing to train on is left" if rows < count else ""
+    told = f"{cut:,} of {count:,} examples have more than `data.max_length={max_length}` tokens"
+    if any(part.examples and not len(part) for part in parts):
+        raise ConfigurationError(f"{told}, and of a whole part nothing to train on is left; give more.")
+    rank_zero_warn(f"{told} and are cut{left_out}; give more, where the memory allows it.")
 
 
 def _check_numbers(

