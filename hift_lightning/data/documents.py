@@ -48,8 +48,8 @@ class Split:
     """How much is kept for validation and test.
 
     Attributes:
-        test_fraction: share of all, above 0 and below 1.
-        validation_fraction: share of the rest, above 0 and below 1.
+        test_fraction: share of all, from 0 on and below 1.
+        validation_fraction: share of the rest, from 0 on and below 1.
     """
 
     test_fraction: float
@@ -62,25 +62,29 @@ class Split:
         return {"train": (0, validation), "validation": (validation, test), "test": (test, size)}
 
 
-def check_files(paths: Sequence[Path]) -> None:
+def check_files(paths: Sequence[Path], name: str = "data.path") -> None:
     """Raise unless every file can be a source of documents.
+
+    Args:
+        paths: the files.
+        name: of the setting that names them, for messages.
 
     Raises:
         ConfigurationError: no file is given, one does not exist, is empty, or has an ending that is not known.
     """
     if not paths:
-        raise ConfigurationError("`data.path=[]` names no file; give the path of one, or several in a list.")
+        raise ConfigurationError(f"`{name}=[]` names no file; give the path of one, or several in a list.")
     for path in paths:
         if path.is_dir():
             raise ConfigurationError(
-                f"The data file `{path}` is a folder; give `data.path` a file in it, or several as `[one.txt,two.txt]`."
+                f"The data file `{path}` is a folder; give `{name}` a file in it, or several as `[one.txt,two.txt]`."
             )
         if not path.is_file():
-            raise ConfigurationError(f"The data file `{path}` does not exist; give `data.path` the path of a file.")
+            raise ConfigurationError(f"The data file `{path}` does not exist; give `{name}` the path of a file.")
         known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
         if path.suffix.lower() not in known:
             raise ConfigurationError(
-                f"`{path}` is of no kind that can be read; give `data.path` a file that ends with one of "
+                f"`{path}` is of no kind that can be read; give `{name}` a file that ends with one of "
                 f"{', '.join(known)}."
             )
         try:
@@ -88,7 +92,7 @@ def check_files(paths: Sequence[Path]) -> None:
         except OSError as error:
             raise cannot_be_read(path, error) from error
         if not path.stat().st_size:
-            raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+            raise ConfigurationError(f"The data file `{path}` is empty; give `{name}` another one.")
 
 
 def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Iterator[Document]:

@@ -1,9 +1,10 @@
 """Texts and examples for causal language models, tokenised once."""
 
+import dataclasses
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler
 
 from hift_lightning.cache import cache_root, digest_of_file, made_once
-from hift_lightning.data.documents import Split, check_files, read_documents
+from hift_lightning.data.documents import Document, Split, check_files, read_documents
 from hift_lightning.data.encoding import encoder_of
 from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.data.packing import PARTS, ExampleRows, PackedRows, Row, batch_of, write_tokens
@@ -26,6 +27,8 @@ from hift_lightning.progress import PreparationBar
 MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
 # raised whenever the same files and settings give other tokens
 VERSION = 3
+OWN_PATHS: dict[Part, str] = {"validation": "validation_path", "test": "test_path"}
+"""What names the files that are for a part alone."""
 
 
 class TextDataModule(L.LightningDataModule):
@@ -41,6 +44,9 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: the model's own, of transformers; `None` to take the bytes of UTF-8 as tokens.
         path: a file as `hift_lightning.data.documents.read_documents` takes it, or a list of several; `None` for the
             packaged chapters of Moby-Dick.
+        validation_path: files of the same kinds, all for validation, so that nothing of `path` is; `None` for
+            `validation_fraction` of it.
+        test_path: likewise for the test.
         batch_size: rows in a training batch.
         eval_batch_size: rows in a batch of validation and test.
         max_length: most tokens of a row, 2 or more; longer examples are cut, and a warning tells how many.
@@ -59,6 +65,8 @@ class TextDataModule(L.LightningDataModule):
         self,
         tokenizer: Any,
         path: str | Sequence[str] | None = None,
+        validation_path: str | Sequence[str] | None = None,
+        test_path: str | Sequence[str] | None = None,
         batch_size: int = 8,
         eval_batch_size: int = 16,
         max_length: int = 128,
@@ -76,21 +84,36 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        paths = [MOBY_DICK] if path is None else [Path(one) for one in ([path] if isinstance(path, str) else path)]
-        check_files(paths)
+        paths = {
+            "path": [MOBY_DICK] if path is None else _paths(path),
+            "validation_path": _paths(validation_path),
+            "test_path": _paths(test_path),
+        }
+        for name, files in paths.items():
+            if name == "path" or files:
+                check_files(files, f"data.{name}")
+        everything = [file for files in paths.values() for file in files]
         encoder = encoder_of(tokenizer)
         self.vocab_size = encoder.vocab_size
-        split = Split(test_fraction, validation_fraction)
+        split = Split(
+            0 if paths["test_path"] else test_fraction, 0 if paths["validation_path"] else validation_fraction
+        )
+
+        def documents() -> Iterator[Document]:
+            yield from read_documents(paths["path"], encoder, split)
+            for part, own in OWN_PATHS.items():
+                for document in read_documents(paths[own], encoder, Split(0, 0)):
+                    yield dataclasses.replace(document, part=part)
 
         def tokenise(folder: Path) -> None:
-            rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in paths)}.")
+            rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in everything)}.")
             with PreparationBar("tokenising") as bar:
                 # of what is no text in the files (keys, quotes) the bar never hears, so it goes before it is full
-                bar.is_at(0, of=sum(one.stat().st_size for one in paths))
-                write_tokens(read_documents(paths, encoder, split), encoder, folder, bar.moves_by)
+                bar.is_at(0, of=sum(one.stat().st_size for one in everything))
+                write_tokens(documents(), encoder, folder, bar.moves_by)
 
-        made_from = [VERSION, encoder.fingerprint, test_fraction, validation_fraction]
-        made_from += [(one.suffix.lower(), digest_of_file(one)) for one in paths]
+        made_from = [VERSION, encoder.fingerprint, split.test_fraction, split.validation_fraction]
+        made_from += [(name, one.suffix.lower(), digest_of_file(one)) for name, files in paths.items() for one in files]
         name = hashlib.sha256(json.dumps(made_from).encode("utf-8")).hexdigest()[:32]
         self.folder = made_once(cache_root(cache_dir) / "tokens" / name, tokenise, "data.cache_dir")
         texts = {part: PackedRows(self.folder, part, max_length) for part in PARTS}
@@ -102,16 +125,17 @@ class TextDataModule(L.LightningDataModule):
         for part in PARTS:
             if not len(self.rows[part]) and not examples[part].examples:
                 raise ConfigurationError(
-                    f"Nothing of `data.path={path}` falls to the {part} part; give more data or another "
-                    "`data.test_fraction` and `data.validation_fraction`."
+                    f"Nothing of `data.path={path}` falls to the {part} part; give more data, another "
+                    "`data.test_fraction` and `data.validation_fraction`, or files of their own with "
+                    "`data.validation_path` and `data.test_path`."
                 )
         _tell_of_examples(list(examples.values()), max_length)
         told = []
         for part in PARTS:
             tokens = [texts[part].tokens, examples[part].tokens]
             count, trained = (sum(of) for of in zip(*((each.count, each.trained) for each in tokens), strict=True))
-            told.append(f"{part} {len(self.rows[part]):,} rows of {count:,} tokens, {trained:,} of them trained")
-        rank_zero_info(f"Data: {'; '.join(told)}.")
+            told.append(f"{part} {len(self.rows[part]):,} ({count:,} tokens, {trained:,} of them trained)")
+        rank_zero_info(f"Rows: {', '.join(told)}.")
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Training batches: rows shuffled anew in each epoch.
@@ -161,6 +185,10 @@ def _tell_of_examples(parts: Sequence[ExampleRows], max_length: int) -> None:
     if any(part.examples and not len(part) for part in parts):
         raise ConfigurationError(f"{told}, and of a whole part nothing to train on is left; give more.")
     rank_zero_warn(f"{told} and are cut{left_out}; give more, where the memory allows it.")
+
+
+def _paths(given: str | Sequence[str] | None) -> list[Path]:
+    return [Path(one) for one in ([given] if isinstance(given, str) else given or [])]
 
 
 def _check_numbers(

@@ -17,7 +17,8 @@ from transformers import LlamaTokenizer
 from hift_lightning.data import TextDataModule
 from hift_lightning.data.documents import Document
 from hift_lightning.data.encoding import ByteEncoder, Piece, TokenizerEncoder
-from hift_lightning.data.packing import NOT_COUNTED, ExampleRows, PackedRows, batch_of, write_tokens
+from hift_lightning.data.packing import NOT_COUNTED, PARTS, ExampleRows, PackedRows, batch_of, write_tokens
+from hift_lightning.data.sentences import Part
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import load_tokenizer
 
@@ -294,7 +295,33 @@ def test_rows_and_tokens_of_each_part_are_told(tmp_path: Path, monkeypatch: pyte
     numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", told[0])]
     assert [sum(numbers[column::3]) for column in range(3)] == [rows, tokens, trained]
     assert told == [told[0]]
-    assert told[0].startswith(f"Data: train {len(data.rows['train'])} rows of ")
+    assert told[0].startswith(f"Rows: train {len(data.rows['train'])} (")
+
+
+def test_files_of_their_own_are_all_for_validation_or_the_test_and_what_is_left_is_for_training(tmp_path: Path) -> None:
+    def file(name: str, word: str, count: int) -> str:
+        (tmp_path / name).write_text("".join(f'{{"text": "{word} {number}"}}\n' for number in range(count)))
+        return str(tmp_path / name)
+
+    def texts(data: TextDataModule, part: Part) -> str:
+        return "".join(chr(token) for row in data.rows[part] for token in row["input_ids"].tolist() if token < 256)
+
+    own = {"path": file("a.jsonl", "train", 50), "test_path": file("c.jsonl", "exam", 3)}
+    data = data_module(tmp_path, max_length=2000, **own, validation_path=file("b.jsonl", "check", 2))
+    assert [texts(data, part).count(word) for part, word in zip(PARTS, ("train", "check", "exam"), strict=True)] == [
+        50, 2, 3
+    ]  # fmt: skip
+    shared = data_module(tmp_path, max_length=2000, **own)
+    assert texts(shared, "train").count("train") + texts(shared, "validation").count("train") == 50
+    assert shared.folder != data.folder
+    book = tmp_path / "book.txt"
+    book.write_text("to be read\n" * 100)
+    data = data_module(
+        tmp_path, max_length=2000, path=str(book), test_path=own["test_path"], validation_path=[own["path"]]
+    )
+    assert [texts(data, part).count("to be read") for part in PARTS] == [100, 0, 0]
+    with pytest.raises(ConfigurationError, match=r"nothing\.txt` does not exist; give `data\.test_path`"):
+        data_module(tmp_path, max_length=2000, path=own["path"], test_path=str(tmp_path / "nothing.txt"))
 
 
 def test_the_order_of_training_is_that_of_the_seed_whatever_else_draws_numbers(tmp_path: Path) -> None:
