@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
@@ -105,8 +106,11 @@ def check_vocabulary(tokenizer: Any, model: Any) -> None:
 def check_positions(network: nn.Module, max_length: int) -> None:
     """Raise if rows of `max_length` tokens are longer than the network's table of positions.
 
+    Positions that are computed, as rotary ones are, have no such end: a warning tells where rows are longer than those
+    that the configuration of the model names.
+
     Args:
-        network: with a model of transformers in it. Positions that are computed, as rotary ones are, have no such end.
+        network: with a model of transformers in it.
         max_length: tokens of the longest row.
 
     Raises:
@@ -117,6 +121,13 @@ def check_positions(network: nn.Module, max_length: int) -> None:
         raise ConfigurationError(
             f"`data.max_length={max_length}` is more than the {known} positions of the model; give "
             f"`data.max_length={known}` or less."
+        )
+    configs = (getattr(module, "config", None) for module in network.modules())
+    named = min(getattr(config, "max_position_embeddings", None) or max_length for config in configs)
+    if max_length > named:
+        rank_zero_warn(
+            f"`data.max_length={max_length}` is more than the {named} positions that the model is made for, and it may "
+            f"not tell those behind them apart; give `data.max_length={named}` or less."
         )
 
 
