@@ -20,6 +20,8 @@ from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
 
 SENTENCES_AT_ONCE = 1000  # between two moves of the progress bar
+FEW_CUT = 0.05
+"""Share of sentences that may be cut at `max_length` without a word."""
 FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
 Part = Literal["train", "validation", "test"]
@@ -257,6 +259,7 @@ class SentenceDataModule(L.LightningDataModule):
             with PreparationBar("tokenising") as bar:
                 bar.is_at(0, of=sum(map(len, self.sentences.values())))
                 self._tokenised = {part: self._tokenise(sentences, bar) for part, sentences in self.sentences.items()}
+            self._tell_what_is_cut()
 
     def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Training batches: shuffled anew in each epoch, sentences of about one length together.
@@ -301,6 +304,25 @@ class SentenceDataModule(L.LightningDataModule):
             tokenised += [(torch.tensor(row), label) for row, (_, label) in zip(rows, some, strict=True)]
             bar.moves_by(len(some))
         return tokenised
+
+    def _tell_what_is_cut(self) -> None:
+        texts = [
+            sentence
+            for part, sentences in self.sentences.items()
+            for (sentence, _), (row, _) in zip(sentences, self._tokenised[part], strict=True)
+            if len(row) == self.max_length
+        ]
+        of, at_least = sum(map(len, self.sentences.values())), self.max_length + 1
+        if len(texts) <= FEW_CUT * of:
+            return
+        cut = sum(
+            len(row) == at_least for row in self.tokenizer(texts, truncation=True, max_length=at_least)["input_ids"]
+        )
+        if cut > FEW_CUT * of:
+            rank_zero_warn(
+                f"{cut} of {of} sentences have more than `data.max_length={self.max_length}` tokens and are cut; give "
+                "more, which costs nothing for the others, since a batch is padded to its own longest sentence."
+            )
 
     def _eval_dataloader(self, part: Part) -> EVAL_DATALOADERS:
         # sentences of one length together, so that little is padded; the order does not change a metric

