@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.resources
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ FEW_CUT = 0.05
 """Share of sentences that may be cut at `max_length` without a word."""
 FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
+# a field as the csv module quotes it: each quotation mark in it is doubled
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+
 Part = Literal["train", "validation", "test"]
 LabelledSentence = tuple[str, int]
 TokenisedSentence = tuple[Tensor, int]
@@ -35,6 +39,9 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     The header says how the first column is read: `label<TAB>sentence` holds classes 0, 1, ... as whole
     numbers; `rating<TAB>sentence` holds numbers of which the negative ones are class 0 and the positive ones
     class 1.
+
+    A field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as they read it, and
+    may have tabs or line breaks in it. In any other, such as `"Great", he said`, quotation marks are characters.
 
     Args:
         path: the file, UTF-8, with or without a byte order mark.
@@ -53,18 +60,14 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
         raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
     except OSError as error:
         raise cannot_be_read(path, error) from error
-    header = lines[0] if lines else ""
-    if header not in ("label\tsentence", "rating\tsentence"):
+    header = [_unquoted(name) for name in lines[0].split("\t")]
+    if header not in (["label", "sentence"], ["rating", "sentence"]):
         raise ConfigurationError(
-            f"`{path}`, line 1: the header is {header[:60]!r}; "
+            f"`{path}`, line 1: the header is {lines[0][:60]!r}; "
             "write `label<TAB>sentence` (classes 0, 1, ...) or `rating<TAB>sentence` (below or above 0)."
         )
-    rated = header.startswith("rating")
-    sentences = [
-        _parse(line, f"`{path}`, line {number}", rated, num_classes)
-        for number, line in enumerate(lines[1:], start=2)
-        if line.strip()
-    ]
+    rated = header[0] == "rating"
+    sentences = [_parse(row, f"`{path}`, line {number}", rated, num_classes) for number, row in _rows(lines)]
     if not sentences:
         raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
     return sentences
@@ -77,13 +80,43 @@ def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
     )
 
 
-def _parse(line: str, place: str, rated: bool, num_classes: int) -> LabelledSentence:
-    columns = line.split("\t")
-    if len(columns) != 2 or not columns[1].strip():
+def _rows(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """The rows below the header that are not blank, each with the number of its first line."""
+    start = 1
+    while start < len(lines):
+        end = _end_of_row(lines, start)
+        row = "\n".join(lines[start:end])
+        if row.strip():
+            yield start + 1, row
+        start = end
+
+
+def _end_of_row(lines: Sequence[str], start: int) -> int:
+    """The line behind a row: of a quoted field the lines go on without a tab, until one closes it."""
+    field = lines[start].partition("\t")[2]
+    if not field.startswith('"') or field.count('"') % 2 == 0:
+        return start + 1
+    for end in range(start + 1, len(lines)):
+        if "\t" in lines[end]:
+            break
+        if lines[end].count('"') % 2 == 1:
+            closed = _QUOTED.fullmatch("\n".join([field, *lines[start + 1 : end + 1]]))
+            return end + 1 if closed else start + 1
+    return start + 1
+
+
+def _unquoted(field: str) -> str:
+    quoted = _QUOTED.fullmatch(field)
+    return field if quoted is None else quoted[1].replace('""', '"')
+
+
+def _parse(row: str, place: str, rated: bool, num_classes: int) -> LabelledSentence:
+    value, _, field = row.partition("\t")
+    value, sentence = _unquoted(value), _unquoted(field)
+    if not sentence.strip() or ("\t" in field and not _QUOTED.fullmatch(field)):
         raise ConfigurationError(
-            f"{place}: `{line[:60]}` is not a class and a sentence with one tab between them; mend or remove the row."
+            f"{place}: `{row[:60]}` is not a class and a sentence with one tab between them; mend or remove the row."
         )
-    value, sentence = columns
     try:
         number = float(value) if rated else int(value)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """The sentences: parsing, the split, and the batches."""
 
+import csv
+import hashlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ def test_the_packaged_film_reviews_are_what_the_documentation_says() -> None:
     sentences = read_sentences(FILM_REVIEWS, num_classes=2)
     assert len(sentences) == 10_072
     assert sum(label for _, label in sentences) == 4_996
+    # to which the records of the experiments belong
+    digest = hashlib.sha256(repr(sentences).encode()).hexdigest()
+    assert digest == "3582795389f1e13622569bbaa291c1feb17f1547b3eec9264b88f6c63071aa1f"
     assert FILM_REVIEWS.stat().st_size < 1.25 * 2**20
     assert "The MIT License" in (FILM_REVIEWS.parent / "LICENSE").read_text()
 
@@ -61,6 +66,63 @@ def test_labels_and_ratings_are_read_by_the_header(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     assert read_sentences(written(tmp_path, "\ufefflabel\tsentence\n1\tgood\n"), 2) == [("good", 1)]
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ('"He said ""great"""', 'He said "great"'),
+        ('"""Great"" is what he said."', '"Great" is what he said.'),
+        ('"plain"', "plain"),
+        ('"two\tcolumns"', "two\tcolumns"),
+        ('"two\n\nlines, one ""good"""', 'two\n\nlines, one "good"'),
+        ('"Great", he said', '"Great", he said'),
+        ('"Great" and "good"', '"Great" and "good"'),
+        ('"Great', '"Great'),
+        ('"', '"'),
+        ('""Great""', '""Great""'),
+        ('He said ""great""', 'He said ""great""'),
+    ],
+)
+def test_a_quoted_field_is_read_as_the_csv_module_reads_it_and_no_other(
+    tmp_path: Path, field: str, sentence: str
+) -> None:
+    path = written(tmp_path, f"label\tsentence\n1\t{field}\n0\tnext\n\n0\tlast\n")
+    assert read_sentences(path, 2) == [(sentence, 1), ("next", 0), ("last", 0)]
+
+
+_TEXTS = st.lists(st.text(alphabet='ab" \n,') | st.text(alphabet='ab" \t'), min_size=1).map(
+    lambda texts: [f"x{text}x" if number % 2 else f'"{text}x' for number, text in enumerate(texts)]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_TEXTS, st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+def test_what_the_csv_module_has_written_is_read_again(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], quoting: Any
+) -> None:
+    path = tmp_path_factory.mktemp("written") / "sentences.tsv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, "excel-tab", quoting=quoting).writerows(
+            [("label", "sentence"), *((1, text) for text in texts)]
+        )
+    assert read_sentences(path, 2) == [(text, 1) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ('1\t"two\nlines"\n7\tfine', ["line 4", "`7`"]),
+        ('1\t"not closed\n7\tfine', ["line 3", "`7`"]),
+        ('1\t"not closed\nno tab', ["line 3", "`no tab`"]),
+        ('1\t"not closed\nno tab, "here" or there\n7\tfine', ["line 3", "`no tab, "]),
+        ('7\t"two\nlines"', ["line 2", "`7`"]),
+    ],
+)
+def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows: str, named: list[str]) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        read_sentences(written(tmp_path, f"label\tsentence\n{rows}\n"), num_classes=2)
+    assert all(part in str(caught.value) for part in named)
 
 
 @pytest.mark.parametrize(
