@@ -4,6 +4,7 @@ import hashlib
 import importlib.resources
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
@@ -23,6 +24,7 @@ from hift_lightning.progress import PreparationBar
 SENTENCES_AT_ONCE = 1000  # between two moves of the progress bar
 FEW_CUT = 0.05
 """Share of sentences that may be cut at `max_length` without a word."""
+CLASSES_TOLD = 10  # of more than so many, only the smallest and the largest
 FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
 # a field as the csv module quotes it: each quotation mark in it is doubled
@@ -150,6 +152,14 @@ def _check_classes(path: str, num_classes: int, trained: Collection[int]) -> Non
             f"No sentence of `{path}` for training is of class {', '.join(map(str, missing[:5]))}"
             f"{', …' if len(missing) > 5 else ''}; classes are counted from 0 to `data.num_classes` - 1."
         )
+
+
+def _of_each_class(sentences: Sequence[LabelledSentence], num_classes: int) -> str:
+    counted = Counter(label for _, label in sentences)
+    counts = [counted[label] for label in range(num_classes)]
+    if num_classes <= CLASSES_TOLD:
+        return ", ".join(map(str, counts))
+    return f"{len(sentences)}, from {min(counts)} to {max(counts)} of a class"
 
 
 def normalised(sentence: str) -> str:
@@ -284,6 +294,8 @@ class SentenceDataModule(L.LightningDataModule):
                     "`data.test_fraction` and `data.validation_fraction`."
                 )
         _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
+        parts = [f"{part} {_of_each_class(sentences, num_classes)}" for part, sentences in self.sentences.items()]
+        rank_zero_info(f"Sentences of class 0 to {num_classes - 1}: {'; '.join(parts)}.")
         self._tokenised: dict[Part, list[TokenisedSentence]] = {}
 
     def setup(self, stage: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,25 @@ def test_sentences_of_one_class_are_refused_and_a_class_without_sentences_is_war
         data_module(path=of_classes(tmp_path, 1))
     with pytest.warns(match=r"No sentence of .* for training is of class 2, 3; classes are counted from 0"):
         data_module(path=of_classes(tmp_path, 2), num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (3, r"^Sentences of class 0 to 2: train \d+, \d+, \d+; validation \d+, \d+, \d+; test \d+, \d+, \d+\.$"),
+        (12, r"^Sentences of class 0 to 11: train (\d+), from \d+ to \d+ of a class; validation "),
+    ],
+)
+def test_sentences_of_each_part_and_class_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, classes: int, told: str
+) -> None:
+    with caplog.at_level("INFO"):
+        data = data_module(path=of_classes(tmp_path, classes, sentences=1000), num_classes=classes)
+    (line,) = [record.message for record in caplog.records if record.message.startswith("Sentences of")]
+    assert re.search(told, line)
+    counts = [sum(label == 0 for _, label in data.sentences[part]) for part in ("train", "validation", "test")]
+    if classes == 3:
+        assert [int(count) for count in re.findall(r"(?:train|validation|test) (\d+),", line)] == counts
 
 
 def test_a_folder_in_the_place_of_the_file_is_told(tmp_path: Path) -> None:
