@@ -40,7 +40,7 @@ class BlockRecord:
     gradient_norm: Mean = field(default_factory=Mean)
     """Of its gradients; unknown under `update="fused"`."""
     update_ratio: Mean = field(default_factory=Mean)
-    """The norm of its updates over that of its weights, in the updates in which it was measured."""
+    """The norm of its updates over that of its weights, in the updates in which it was measured; at rate 0 none is."""
     page_in_ms: Mean = field(default_factory=Mean)
     """Milliseconds that the host spent on paging state in for a step, that of what is always active with it."""
     rate: float | None = None
@@ -73,6 +73,8 @@ class BlockWatch:
         self._ratios = {
             part.index: UpdateRatio(engine.residency, engine.settings.master_weights) for part in engine.plan.parts
         }
+        self._not_measured: set[int] = set()
+        """Indices of the blocks whose turn to be measured came in an update at rate 0."""
         self._begun: tuple[tuple[Block, ...], int] | None = None
         self._norms: dict[int, float] = {}
         self._cycle: dict[str, list[float]] = {}
@@ -107,8 +109,9 @@ class BlockWatch:
         self._begun = parts, engine.updates
         if self._norms:
             self.gradient_norm = math.hypot(*self._norms.values())
-        visits = engine.rotation.visits(engine.block.index, engine.updates)
-        if self._ratio_every and visits % self._ratio_every == 0:
+        block = engine.block.index
+        visits = engine.rotation.visits(block, engine.updates)
+        if self._ratio_every and (visits % self._ratio_every == 0 or block in self._not_measured):
             for part in parts:
                 self._ratios[part.index].begin(engine.parameters_of(part))
 
@@ -125,12 +128,16 @@ class BlockWatch:
             if (norm := self._norms.get(part.index)) is not None:
                 record.gradient_norm.add(norm)
                 self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(norm)
-            if (ratio := self._ratios[part.index].finish()) is not None:
+            record.rate = self._rate_of(part)
+            ratio = self._ratios[part.index].finish()
+            if ratio is not None and record.rate == 0:  # as in the first cycle of a warm-up: nothing was to move
+                self._not_measured.add(part.index)
+            elif ratio is not None:
+                self._not_measured.discard(part.index)
                 record.update_ratio.add(ratio)
                 self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
                 if part is block:
                     self._cycle.setdefault("hift/update_ratio", []).append(ratio)
-            record.rate = self._rate_of(part)
             if record.rate is not None:
                 self._cycle.setdefault(f"hift_lr/{name}", []).append(record.rate)
         self.records[block.index].page_in_ms.add(self.engine.page_in_ms)

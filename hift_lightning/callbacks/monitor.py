@@ -41,8 +41,9 @@ class HiFTMonitor(L.Callback):
     The update ratio is the norm of an update over that of the weights before it. Measuring it takes a copy of the
     active block's weights (or masters) in host memory, two transfers of them and a wait for the device, which is why it
     is done in one of `update_ratio_every` updates of a block; the device needs 4 MiB for it, when gradients are gone.
-    It is not measured where ranks split the masters of a block (`shard_parked_state` with `master_weights`). With
-    `update="fused"` gradients are used inside backward, so there is no gradient norm.
+    An update at rate 0, as in the first cycle of a warm-up, does not count, and the block's next one is measured
+    instead. It is not measured where ranks split the masters of a block (`shard_parked_state` with `master_weights`).
+    With `update="fused"` gradients are used inside backward, so there is no gradient norm.
 
     Bytes are counted from live tensors before the optimizer's step and at its end, when gradients and paged-in state
     are there together, and under HiFT again between steps, when the most is parked. State and masters that are updated

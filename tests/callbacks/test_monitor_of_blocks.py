@@ -302,6 +302,20 @@ def test_the_ratio_is_measured_in_one_of_so_many_updates_of_a_block(settings, ev
     assert {record.update_ratio.count for record in monitor._watches[0].records.values()} == {measured}
 
 
+@pytest.mark.parametrize(("cycles", "measured"), [(1, 0), (2, 1), (4, 1), (6, 2)])
+def test_an_update_at_rate_0_is_not_measured_and_the_next_one_of_the_block_is(cycles, measured):
+    class WarmingUp(SmallTransformer):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= LAYERS))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
+
+    monitor = fitted(HiFTStrategy(), steps=cycles * LAYERS, module=WarmingUp(), update_ratio_every=4)
+    ratios = [record.update_ratio for record in monitor._watches[0].records.values()]
+    assert {ratio.count for ratio in ratios} == {measured}
+    assert all(ratio.value > 0 for ratio in ratios if measured)
+
+
 def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):
     class Spoilt(SmallTransformer):
         def training_step(self, batch, batch_idx):
