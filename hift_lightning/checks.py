@@ -18,6 +18,10 @@ _LARGEST_SEED = 2**32 - 1
 _MAY_BE_NULL = ("strategy", "logger")
 _WITH_SWITCHES = ("strategy", "trainer", "callbacks", "optimizer", "scheduler")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
+# what is best of a number whose name ends so
+_BEST = {"accuracy": "max", "loss": "min", "perplexity": "min"}
+# callbacks that look for the best of a `monitor`, and take `mode=min` where none is given
+_LOOK_FOR_THE_BEST = ("Checkpoint", "EarlyStopping")
 # what a module measures begins with one of these
 PARTS = ("train", "val", "test")
 
@@ -92,7 +96,7 @@ def check_configuration(cfg: DictConfig) -> None:
 
 
 def check_that_it_is_measured(cfg: DictConfig) -> None:
-    """Refuse an objective or a monitor of a part of the data that the run leaves out.
+    """Refuse an objective or a monitor of a part of the data that the run leaves out, and one that looks for the worst.
 
     Args:
         cfg: the composed configuration of `conf/train.yaml`.
@@ -177,6 +181,18 @@ def _check_monitors(cfg: DictConfig) -> None:
                 f"`callbacks.{name}.monitor={monitor}` is not measured with `{why}`; give another one, or leave "
                 f"`{why.partition('=')[0]}` out."
             )
+        if monitor is not None and str(callback.get("_target_")).endswith(_LOOK_FOR_THE_BEST):
+            _check_mode(f"callbacks.{name}", str(monitor), callback)
+
+
+def _check_mode(place: str, monitor: str, callback: DictConfig) -> None:
+    mode, best = callback.get("mode", "min"), _BEST.get(re.split("[/_]", monitor)[-1])
+    if best is not None and mode in ("min", "max") and mode != best:
+        extreme = {"min": "lowest", "max": "highest"}[mode]
+        raise ConfigurationError(
+            f"`{place}.mode={mode}` takes the {extreme} `{monitor}` for the best, which is the worst; give "
+            f"`{'' if 'mode' in callback else '+'}{place}.mode={best}`."
+        )
 
 
 def _why_not_measured(cfg: DictConfig, part: str) -> str | None:

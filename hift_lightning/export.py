@@ -153,6 +153,7 @@ def export_run(
         f"Exporting `{path}`: {len(masters)} of {len(trained)} weights from their fp32 masters, "
         f"{'without a tokenizer, as the run had none' if tokenizer is None else 'with the tokenizer'}."
     )
+    _tell_of_better(path, checkpoint)
     return export(
         network,
         folder,
@@ -349,6 +350,17 @@ def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]
         f"`{run}` has no checkpoint that is whole, nor has `{folder}`; give the path of a checkpoint, or train with "
         "`trainer.enable_checkpointing=true`."
     )
+
+
+def _tell_of_better(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Warn where a monitor had found an earlier checkpoint to be better than this one."""
+    for state in checkpoint.get("callbacks", {}).values():
+        best = Path(state.get("best_model_path") or path).name
+        if state.get("monitor") is not None and best != path.name:
+            rank_zero_warn(
+                f"`{path.name}` is exported, and by `monitor={state['monitor']}` the best checkpoint is `{best}`; give "
+                "its path to export that one."
+            )
 
 
 def _trainer_checkpoint(path: Path) -> dict[str, Any]:

@@ -83,13 +83,16 @@ def write_metrics(metrics: Mapping[str, float], folder: str | Path) -> Path:
     return path
 
 
-def print_table(metrics: Mapping[str, float], checkpoint: Path | None, folder: str | Path) -> None:
+def print_table(
+    metrics: Mapping[str, float], checkpoint: Path | None, folder: str | Path, best: Sequence[str] = ()
+) -> None:
     """Print the closing table of a run.
 
     Args:
         metrics: as `collect_metrics` gives them.
         checkpoint: the last one.
         folder: where `metrics.json` is.
+        best: as `best_checkpoints` tells them.
     """
     table = Table(show_header=False)
     for name, words, kind in ROWS:
@@ -99,6 +102,8 @@ def print_table(metrics: Mapping[str, float], checkpoint: Path | None, folder: s
     console.print(table)
     # below the table, since a narrow terminal would cut them in it
     for line in (
+        *([f"The table is of the last weights, of step {metrics['steps']:.0f}."] if best else []),
+        *(f"best:        {one}" for one in best),
         f"checkpoint:  {'none' if checkpoint is None else shown(checkpoint)}",
         f"all numbers: {shown(Path(folder) / METRICS_FILE)}",
     ):
@@ -148,6 +153,20 @@ def last_checkpoint(trainer: L.Trainer, before: Mapping[Path, int], ckpt_path: s
     """
     own = {path: written for path, written in saved_checkpoints(trainer).items() if before.get(path) != written}
     return max(own, key=lambda path: own[path], default=None if ckpt_path is None else Path(ckpt_path))
+
+
+def best_checkpoints(trainer: L.Trainer) -> list[str]:
+    """Tell of each checkpoint that a monitor has found to be the best where it is, and of how much.
+
+    Args:
+        trainer: after the run.
+    """
+    return [
+        f"{shown(Path(callback.best_model_path))} ({callback.monitor} {float(callback.best_model_score):.4g})"
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+        if callback.best_model_path and callback.best_model_score is not None
+    ]
 
 
 @contextlib.contextmanager

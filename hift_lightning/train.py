@@ -36,6 +36,7 @@ from hift_lightning.output import alone_in, check_folders, check_writable, set_e
 from hift_lightning.process_memory import PeakAnonymousMemory
 from hift_lightning.processes import no_folder_of_its_own, refuse_sweep_over_processes
 from hift_lightning.report import (
+    best_checkpoints,
     collect_metrics,
     end_on_sigterm,
     failure_names_checkpoint,
@@ -138,7 +139,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         metrics["memory/peak_rss_anon_bytes"] = memory.peak_bytes
     if trainer.is_global_zero:
         write_metrics(metrics, cfg.output_dir)
-        print_table(metrics, last(), cfg.output_dir)
+        print_table(metrics, last(), cfg.output_dir, best_checkpoints(trainer))
     return metrics
 
 

@@ -23,6 +23,8 @@ from tests.application.running import CONFIGURATION
 from tests.application.test_configuration import composed
 from tests.pages import check_application
 
+EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
+
 
 @pytest.mark.parametrize(
     ("overrides", "named"),
@@ -35,8 +37,23 @@ from tests.pages import check_application
         (["ckpt_path=/no/such.ckpt"], r"ckpt_path=/no/such\.ckpt` does not exist"),
         (["evaluate=false"], r"objective=val/accuracy.*objective=train/loss"),
         (
-            ["evaluate=false", "objective=train/loss", "+callbacks.checkpoint.monitor=val/loss"],
+            ["evaluate=false", "objective=train/loss", "callbacks.checkpoint.monitor=val/loss"],
             r"callbacks\.checkpoint\.monitor=val/loss` is not measured with `evaluate=false`",
+        ),
+        (
+            ["callbacks.checkpoint.monitor=val/accuracy"],
+            r"`callbacks\.checkpoint\.mode=min` takes the lowest `val/accuracy` for the best.*checkpoint\.mode=max`",
+        ),
+        *(
+            (
+                [f"callbacks.checkpoint.monitor={monitor}", "callbacks.checkpoint.mode=max"],
+                rf"takes the highest `{monitor}` for the best.*give `callbacks\.checkpoint\.mode=min`",
+            )
+            for monitor in ("val/loss", "val/perplexity")
+        ),
+        (
+            [f"+callbacks.stop._target_={EARLY_STOPPING}", "+callbacks.stop.monitor=val/accuracy"],
+            r"callbacks\.stop\.mode=min` takes the lowest.*give `\+callbacks\.stop\.mode=max`",
         ),
         (
             ["experiment=long_turns", "strategy=full"],
@@ -105,6 +122,19 @@ def test_what_cannot_work_is_told_with_the_remedy(overrides: list[str], named: s
 )
 def test_what_can_work_passes(overrides: list[str]) -> None:
     check_configuration(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [("val/accuracy", "max"), ("val/loss", "min"), ("train/loss", "min"), ("val/f1", "min"), ("val/f1", "max")],
+)
+def test_a_monitor_that_looks_for_the_best_passes(monitor: str, mode: str) -> None:
+    check_that_it_is_measured(
+        composed(
+            f"callbacks.checkpoint.monitor={monitor}", f"callbacks.checkpoint.mode={mode}",
+            f"+callbacks.stop={{_target_: {EARLY_STOPPING}, monitor: {monitor}, mode: {mode}}}",
+        )
+    )  # fmt: skip
 
 
 def test_of_the_folder_of_a_run_the_newest_checkpoint_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hift_lightning.export import export_run
 from tests.application.running import TINY, run_application
 from tests.comparing import assert_same
 
@@ -100,7 +101,7 @@ def test_a_run_without_anything_left_to_train_says_so(tmp_path: Path) -> None:
 
 def test_where_a_monitor_has_saved_nothing_the_end_is_and_nothing_of_its_own_makes_room(tmp_path: Path) -> None:
     chosen = [
-        *TINY, "logger=none", "hydra.run.dir=here", "scheduler=constant", "+callbacks.checkpoint.monitor=val/loss",
+        *TINY, "logger=none", "hydra.run.dir=here", "scheduler=constant", "callbacks.checkpoint.monitor=val/loss",
         "callbacks.checkpoint.save_on_train_epoch_end=null", "trainer.check_val_every_n_epoch=null",
     ]  # fmt: skip
     run = run_application(tmp_path, *chosen, "trainer.val_check_interval=1000")
@@ -109,11 +110,17 @@ def test_where_a_monitor_has_saved_nothing_the_end_is_and_nothing_of_its_own_mak
     checkpoints = tmp_path / "here" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-8.ckpt"]
     shutil.rmtree(checkpoints)
-    chosen += ["+callbacks.checkpoint.save_last=true", "+callbacks.checkpoint.mode=max"]  # the first is the best
+    # the lowest is the first
+    chosen += ["+callbacks.checkpoint.save_last=true", "callbacks.checkpoint.monitor=hift/cycle"]
     run = run_application(tmp_path, *chosen, "trainer.val_check_interval=4")
     assert run.returncode == 0, run.stderr
     best = {path.name for path in checkpoints.iterdir()}
-    assert len(best) == 2
+    assert best == {"step-4.ckpt", "last.ckpt"}
+    assert "The table is of the last weights, of step 8." in run.stdout
+    assert "best:        here/checkpoints/step-4.ckpt (hift/cycle 0)" in run.stdout
+    told = r"`last\.ckpt` is exported, and by `monitor=hift/cycle` the best checkpoint is `step-4\.ckpt`"
+    with pytest.warns(UserWarning, match=told):
+        export_run(tmp_path / "here", tmp_path / "out")
     on = run_application(
         tmp_path, *chosen, "trainer.val_check_interval=1000", "trainer.max_epochs=2",
         "ckpt_path=here/checkpoints/last.ckpt",
