@@ -303,7 +303,29 @@ def _configuration(root: Path) -> DictConfig:
     cfg = OmegaConf.load(root / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     cfg.output_dir = str(root)  # the folder may have been moved since
+    _make_absolute(cfg.model, _started_in(root))
     return cfg
+
+
+def _started_in(root: Path) -> Path:
+    """The folder in which the run's relative paths begin."""
+    record = root / ".hydra" / "hydra.yaml"
+    hydra = OmegaConf.load(record) if record.is_file() else OmegaConf.create()
+    if OmegaConf.select(hydra, "hydra.job.chdir"):
+        return root
+    return Path(OmegaConf.select(hydra, "hydra.runtime.cwd") or "")
+
+
+def _make_absolute(node: DictConfig, folder: Path) -> None:
+    """Have what is pretrained be looked for where the run has found it, and not on a hub where it has the same name."""
+    for key in node:
+        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, str(key)):
+            continue
+        value = node[key]
+        if isinstance(value, DictConfig):
+            _make_absolute(value, folder)
+        elif key == "pretrained" and value and (folder / str(value)).exists():
+            node[key] = str((folder / str(value)).absolute())
 
 
 def _check_builders(cfg: DictConfig, part: str) -> None:

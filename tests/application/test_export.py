@@ -63,15 +63,15 @@ def runs_of_shards(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]
 
 @pytest.fixture(scope="module")
 def run_of_pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from pretrained fp32 weights in shards, with masters and a tokenizer."""
+    """A run from pretrained fp32 weights in shards, by a relative path, with masters and a tokenizer."""
     folder = tmp_path_factory.mktemp("pretrained")
-    model = saved(folder / "model", vocab_size=30522)
+    model = saved(folder / "models" / "llama", vocab_size=30522)
     model.generation_config.max_new_tokens = 7
-    model.generation_config.save_pretrained(folder / "model")
+    model.generation_config.save_pretrained(folder / "models" / "llama")
     model.config.use_cache = True  # which training turns off
-    model.config.save_pretrained(folder / "model")
+    model.config.save_pretrained(folder / "models" / "llama")
     run = run_application(
-        folder, "model=llama7b", f"model.pretrained={folder / 'model'}", f"model.tokenizer.pretrained={TOKENIZER}",
+        folder, "model=llama7b", "model.pretrained=models/llama", f"model.tokenizer.pretrained={TOKENIZER}",
         "trainer=quick", "trainer.accelerator=cpu", "data.cache_dir=cache", "data.max_length=32", *MASTERS,
         "hydra.run.dir=here",
     )  # fmt: skip
@@ -197,6 +197,17 @@ def test_weights_that_a_callback_has_averaged_are_exported_and_not_their_masters
     for name, master in masters_of(run).items():
         expected = torch.full_like(master, 0.5) if averaged.endswith(name) else master
         assert torch.equal(exported[name], expected.bfloat16()), name
+
+
+def test_a_relative_path_is_looked_for_where_the_run_was_started_and_not_where_it_is_exported(
+    run_of_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "models" / "llama", vocab_size=11)  # another model
+    monkeypatch.chdir(tmp_path)
+    export_run(run_of_pretrained, "out")
+    exported = AutoModelForCausalLM.from_pretrained("out")
+    assert exported.config.vocab_size == 30522
+    assert exported.generation_config.max_new_tokens == 7
 
 
 def test_a_run_without_masters_is_exported_as_its_weights_are(tmp_path: Path) -> None:
