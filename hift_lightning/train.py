@@ -67,6 +67,7 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     Raises:
         ConfigurationError: a value of the configuration cannot work.
     """
+    choose_objective(cfg)
     check_configuration(cfg)
     check_that_it_is_measured(cfg)
     check_targets(cfg, trusted_targets)
@@ -179,6 +180,19 @@ def run(cfg: DictConfig) -> float:
                 f"`objective={cfg.objective}` was not measured; name one of {', '.join(sorted(metrics))}."
             )
     return metrics[cfg.objective]
+
+
+def choose_objective(cfg: DictConfig) -> None:
+    """Take the training loss where the model's own objective would be, and `evaluate=false` does not measure that.
+
+    Args:
+        cfg: the composed configuration of `conf/train.yaml`, which is changed; an objective that was given stays.
+    """
+    if cfg.get("evaluate") is not False or not OmegaConf.is_interpolation(cfg, "objective"):
+        return
+    own = OmegaConf.select(cfg, "objective", throw_on_resolution_failure=False)
+    if str(own).startswith(("val/", "test/")):
+        cfg.objective = "train/loss"
 
 
 def build_network(cfg: DictConfig, trainer: L.Trainer, tokenizer: Any) -> Any:

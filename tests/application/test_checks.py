@@ -18,7 +18,7 @@ from hift_lightning.checks import (
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.classification import ClassificationModule
 from hift_lightning.models.language_modeling import LanguageModelingModule
-from hift_lightning.train import train
+from hift_lightning.train import choose_objective, train
 from tests.application.running import CONFIGURATION
 from tests.application.test_configuration import composed
 from tests.pages import check_application
@@ -35,7 +35,7 @@ EARLY_STOPPING = "lightning.pytorch.callbacks.EarlyStopping"
         (["model.tokenizer=null"], r"model\.tokenizer=null.*model\.tokenizer\.pretrained=/path/to/folder"),
         (["evaluate=perhaps"], r"evaluate=perhaps.*`true` or `false`"),
         (["ckpt_path=/no/such.ckpt"], r"ckpt_path=/no/such\.ckpt` does not exist"),
-        (["evaluate=false"], r"objective=val/accuracy.*objective=train/loss"),
+        (["evaluate=false", "objective=val/accuracy"], r"objective=val/accuracy.*objective=train/loss"),
         (
             ["evaluate=false", "objective=train/loss", "callbacks.checkpoint.monitor=val/loss"],
             r"callbacks\.checkpoint\.monitor=val/loss` is not measured with `evaluate=false`",
@@ -135,6 +135,25 @@ def test_a_monitor_that_looks_for_the_best_passes(monitor: str, mode: str) -> No
             f"+callbacks.stop={{_target_: {EARLY_STOPPING}, monitor: {monitor}, mode: {mode}}}",
         )
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "objective"),
+    [
+        (["evaluate=false"], "train/loss"),
+        (["evaluate=false", "model=smollm2"], "train/loss"),
+        (["evaluate=false", "model.objective=steps"], "steps"),
+        (["evaluate=false", "objective=val/accuracy"], "val/accuracy"),
+        ([], "val/accuracy"),
+        (["trainer.limit_val_batches=0"], "val/accuracy"),
+    ],
+)
+def test_an_objective_that_nobody_has_given_is_the_training_loss_without_evaluation(
+    overrides: list[str], objective: str
+) -> None:
+    cfg = composed(*overrides)
+    choose_objective(cfg)
+    assert cfg.objective == objective
 
 
 def test_of_the_folder_of_a_run_the_newest_checkpoint_is_named(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_run_leaves_its_numbers_a_checkpoint_a_log_and_a_table(tmp_path: Path,
 
 
 def test_without_evaluation_nothing_but_training_is_done(tmp_path: Path) -> None:
-    only = [*TINY, "evaluate=false", "objective=train/loss", "trainer.val_check_interval=2", "hydra.run.dir=here"]
+    only = [*TINY, "evaluate=false", "trainer.val_check_interval=2", "hydra.run.dir=here"]
     run = run_application(tmp_path, *only)
     assert run.returncode == 0, run.stderr
     with (tmp_path / "here" / "log" / "metrics.csv").open() as file:
