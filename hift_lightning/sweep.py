@@ -54,7 +54,8 @@ class SweepTable(Callback):
     told when it ends, and the others go on.
 
     Args:
-        vertical: names of numbers; the first that was measured is drawn upwards.
+        vertical: names of numbers; the objective of the runs is drawn upwards, and where it was not measured or is what
+            is drawn to the right, the first of these that was measured.
         horizontal: name of the number drawn to the right.
     """
 
@@ -64,6 +65,7 @@ class SweepTable(Callback):
         self._folder = Path()
         self._before: dict[Path, int] = {}
         self._failed: list[Row] = []
+        self._objectives: list[str] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note which runs are this sweep's, and see to it that they are shown in any case."""
@@ -74,7 +76,7 @@ class SweepTable(Callback):
                 )
             _refuse_one_folder_for_all(config)
         self._folder = Path(config.hydra.sweep.dir).absolute()
-        self._before, self._failed = written_metrics(self._folder), []
+        self._before, self._failed, self._objectives = written_metrics(self._folder), [], []
         atexit.register(self._show)  # Hydra tells nobody of the end where a run has failed
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -84,6 +86,8 @@ class SweepTable(Callback):
         if job_return.status == JobStatus.FAILED:
             _tell_failure(job_return)
             self._failed.append(_overrides(config.hydra.overrides.task))
+        elif (objective := config.get("objective")) is not None:
+            self._objectives.append(str(objective))
         write_table(read_runs(self._folder, self._before), self._folder / TABLE_FILE)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -100,12 +104,15 @@ class SweepTable(Callback):
         print_table(runs, names)
         print(f"table: {shown(folder / TABLE_FILE)}")
         try:
-            vertical = next((name for name in self.vertical if any(name in run for run in runs)), self.vertical[0])
-            draw(runs, names, vertical, self.horizontal, folder / PICTURE_FILE)
+            draw(runs, names, self._drawn_upwards(runs), self.horizontal, folder / PICTURE_FILE)
         except ImportError:
             print("No picture, because matplotlib is not installed; run `pip install matplotlib` to have one.")
         else:
             print(f"picture: {shown(folder / PICTURE_FILE)}")
+
+    def _drawn_upwards(self, runs: Sequence[Row]) -> str:
+        wanted = [name for name in (*self._objectives, *self.vertical) if name != self.horizontal]
+        return next((name for name in wanted if any(name in run for run in runs)), self.vertical[0])
 
 
 def _refuse_one_folder_for_all(config: DictConfig) -> None:

@@ -61,6 +61,35 @@ def test_without_matplotlib_the_table_is_there_and_a_message_says_what_to_instal
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("objective", "drawn"),
+    [
+        ("val/accuracy", "val/accuracy"),
+        ("train/loss", "train/loss"),
+        ("val/perplexity", "val/loss"),  # not measured
+        ("memory/peak_device_bytes", "val/loss"),  # drawn to the right
+        (None, "val/loss"),
+    ],
+)
+def test_the_objective_is_drawn_upwards_where_it_was_measured(
+    objective: str | None, drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upwards: list[str] = []
+    monkeypatch.setattr("hift_lightning.sweep.draw", lambda runs, names, vertical, *rest: upwards.append(vertical))
+    table = SweepTable(["test/f1", "val/loss", "test/accuracy"], "memory/peak_device_bytes")
+    config = sweep_in(tmp_path)
+    table.on_multirun_start(config)
+    finished_run(tmp_path, 0, ["seed=1"], 0.8)
+    numbers = json.loads((tmp_path / "0" / "metrics.json").read_text())
+    numbers |= {"val/accuracy": 0.7, "val/loss": 0.5, "train/loss": 0.4}
+    (tmp_path / "0" / "metrics.json").write_text(json.dumps(numbers))
+    of_job = OmegaConf.create({"objective": objective, "hydra": {"overrides": {"task": ["seed=1"]}}})
+    of_job.hydra.mode = RunMode.MULTIRUN
+    table.on_job_end(of_job, JobReturn(status=JobStatus.COMPLETED))
+    table.on_multirun_end(config)
+    assert upwards == [drawn]
+
+
 def test_runs_of_an_earlier_sweep_are_left_out(tmp_path: Path) -> None:
     for number in range(3):
         finished_run(tmp_path, number, [f"seed={number}"], 0.8)
