@@ -60,6 +60,11 @@ class Plan:
     """Devices that train together; all other numbers are those of one, the first."""
     ranks_of_machine: int = 1
 
+    def __str__(self) -> str:
+        from hift_lightning.planner.tables import written  # which knows this class
+
+        return written(self)
+
     @property
     def peak(self) -> BlockPlan:
         """The block whose step has the peak."""

@@ -1,6 +1,7 @@
 """`python plan.py`, as a user runs it."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_full_fine_tuning_is_planned_too(tmp_path):
     done = plan(tmp_path, *SMALL, *QUICK, "strategy=full")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
+    # less than 0.1 GiB
+    assert re.search(rf"without masters +│ +{written['peak_bytes'] / 2**20:.2f} MiB", done.stdout), done.stdout
     assert [block["name"] for block in written["blocks"]] == ["all"]
     assert written["parked_bytes"] == 0
     assert written["peak_bytes"] > 4 * 4 * written["parameters"]

@@ -1,5 +1,7 @@
 """What `plan` refuses, and what it leaves alone."""
 
+import re
+from dataclasses import replace
 from functools import partial, update_wrapper
 from types import MethodType
 
@@ -68,6 +70,25 @@ def test_the_module_stays_as_it_was():
         assert torch.equal(p, values)
         assert p.requires_grad == required_grad
     assert module._trainer is None
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "unit", "size"),
+    [(15.08 * 2**30, "GiB", "15.08"), (0.1 * 2**30 + 1, "GiB", "0.10"), (0.1 * 2**30 - 1, "MiB", "102.40")],
+)
+def test_a_plan_is_printed_as_a_table_in_a_unit_that_shows_its_size(nbytes, unit, size, capsys):
+    planned = plan(SmallTransformer(), "hift", make_batches(1)[0])
+    trace = replace(planned.peak.trace, peak_bytes=round(nbytes), roles_at_peak={"weights": round(nbytes)})
+    print(replace(planned, blocks=(replace(planned.peak, trace=trace),)))
+    first, title, *table = capsys.readouterr().out.splitlines()
+    assert first == f"{planned.numel:,} parameters, all trained, in 1 block(s)"
+    assert title.strip() == f"At the peak: in the step of `{planned.peak.name}`, in {trace.peak_phase}"
+    words = [re.findall(r"[\w.]+", line) for line in table]
+    assert [found for found in words if found] == [
+        ["bytes", "on", "the", "device", "for", unit],
+        ["weights", size],
+        ["all", size],
+    ]
 
 
 def test_a_number_that_is_read_does_not_stop_planning():
