@@ -34,6 +34,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
             f"`compile_layers` finds no layer of `{type(model).__name__}` that is a module with others in it; print "
             "`hift_lightning.engine.partition.partition(model)` to see its layers, or compile what you like by hand."
         )
+    _warn_of_a_cache(model)
     for layer in layers:
         if type(layer).forward.__module__.startswith("torch.nn."):
             # Torch does not begin a graph in its own files, so there it is given a function of this one to begin in.
@@ -68,6 +69,22 @@ def warn_of_compiled_blocks(model: nn.Module, plan: Plan) -> None:
                 "`compile_layers(model)` from `hift_lightning.engine.compilation`.",
                 stacklevel=4,
             )
+
+
+def _warn_of_a_cache(model: nn.Module) -> None:
+    found = next((module for module in model.modules() if _keeps_a_cache(getattr(module, "config", None))), None)
+    if found is not None:
+        warnings.warn(
+            f"`config.use_cache` of `{type(found).__name__}` is true, so each layer writes keys and values to a place "
+            "of its own, and torch compiles it anew for each of them and after 8 times runs layers without "
+            "compilation; set `config.use_cache = False`, as training has no use for the cache.",
+            stacklevel=3,
+        )
+
+
+def _keeps_a_cache(config: Any) -> bool:
+    # encoders such as BERT have the switch too, and no cache
+    return getattr(config, "use_cache", None) is True and getattr(config, "is_decoder", None) is not False
 
 
 def _is_compiled(module: nn.Module) -> bool:

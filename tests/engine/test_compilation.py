@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hift_lightning import HiFT, HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.compilation import compile_layers
@@ -196,6 +197,52 @@ def test_a_step_of_compiled_layers_is_planned_without_compiling():
     compile_layers(module, backend=counter)
     assert plan(module, HiFTStrategy(), batch).peak_bytes == expected
     assert counter.frame_count == 0
+
+
+def tiny_llama(depth, use_cache):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=depth, num_attention_heads=2,
+            num_key_value_heads=2, use_cache=use_cache,
+        )
+    )  # fmt: skip
+
+
+def graphs_of(model):
+    counter = CompileCounter()
+    compile_layers(model, backend=counter)
+    with HiFT(model, torch.optim.AdamW(model.parameters())) as hift:
+        for step in range(hift.rotation.cycle_length):
+            tokens = torch.randint(16, (2, 6), generator=torch.Generator().manual_seed(step))
+            model(tokens, labels=tokens).loss.backward()
+            hift.optimizer.step()
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("depth", [3, 6])
+def test_layers_that_write_to_a_cache_share_no_graphs_and_are_told_of(depth):
+    with pytest.warns(
+        UserWarning, match=r"`config\.use_cache` of `LlamaForCausalLM` is true.*`config\.use_cache = Fal"
+    ):
+        assert graphs_of(tiny_llama(depth, use_cache=True)) == torch._dynamo.config.recompile_limit == 8
+
+
+@pytest.mark.parametrize("depth", [3, 6])
+def test_without_a_cache_layers_of_transformers_share_their_graphs(depth):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*use_cache")
+        assert graphs_of(tiny_llama(depth, use_cache=False)) == 3
+
+
+def test_an_encoder_which_has_no_cache_is_not_told_of():
+    model = BertModel(
+        BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=16)
+    )
+    assert model.config.use_cache
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*use_cache")
+        compile_layers(model, backend="eager")
 
 
 def test_a_model_without_layers_that_are_modules_is_refused():
