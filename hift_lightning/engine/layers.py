@@ -26,7 +26,7 @@ Rules 2 and 3 are the layout "stacks", rule 4 is "modules"; a layout of one's ow
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -264,9 +264,13 @@ def _what_its_name_says(name: str, modules: dict[str, nn.Module], ancestors: set
 
 def _without_stacks(names: list[str], modules: dict[str, nn.Module]) -> dict[str, _Place]:
     """Makes each unit a layer, except that embeddings stand together and norms go with their neighbour."""
+    owners_within: dict[str, list[str]] = defaultdict(list)
+    for owner in dict.fromkeys(map(_owner, names)):
+        for path in _prefixes(owner):
+            owners_within[path].append(owner)
     units: dict[str, nn.Module] = {}
     for path, module in modules.items():
-        if _enclosing(path, units) is None and _is_unit(module):
+        if _enclosing(path, units) is None and _is_unit(path, module, owners_within[path]):
             units[path] = module
     without_norms = {path: module for path, module in units.items() if not _is_norm(module)}
     units = without_norms or units
@@ -290,16 +294,22 @@ def _without_stacks(names: list[str], modules: dict[str, nn.Module]) -> dict[str
     return places
 
 
-def _is_unit(module: nn.Module) -> bool:
-    owners = _owners(module)
+def _is_unit(path: str, module: nn.Module, owners: list[str]) -> bool:
     # torch's own modules stay whole (attention, LSTM, a parametrized Linear), unless they only hold others
     holds = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-    return owners == [module] or (bool(owners) and class_of(module).__module__.startswith("torch.nn.") and not holds)
+    return owners == [path] or (bool(owners) and class_of(module).__module__.startswith("torch.nn.") and not holds)
 
 
 def _owners(module: nn.Module) -> list[nn.Module]:
-    """The modules at or below this one that own parameters directly."""
-    return [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
+    """The modules at or below this one that own parameters directly; what several hold is owned by the first."""
+    owners = []
+    seen: set[nn.Parameter] = set()
+    for part in module.modules():
+        own = set(part.parameters(recurse=False)) - seen
+        if own:
+            owners.append(part)
+            seen |= own
+    return owners
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -212,6 +212,36 @@ def test_a_tied_weight_is_placed_once_under_its_first_name() -> None:
     assert plan.blocks[-1].parameters == ("norm.weight", "norm.bias")
 
 
+class Sampler(nn.Module):
+    """Holds a weight that another module holds as well."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.mean = weight
+
+
+class Sampled(nn.Module):
+    """A layer that hands its weight to a child, as Bayesian layers do."""
+
+    def __init__(self, weight: nn.Parameter, of_child: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.sampler = Sampler(weight if of_child is None else of_child)
+
+
+def test_a_layer_may_share_its_weight_with_a_child() -> None:
+    model = Network({name: Sampled(nn.Parameter(torch.ones(3))) for name in ("first", "second")}, [])
+
+    assert partition(model).layers == (Layer("first", ("first.weight",)), Layer("second", ("second.weight",)))
+
+
+def test_a_child_may_hold_only_what_the_model_itself_holds() -> None:
+    model = Network({}, ["shared"])
+    model.layer = Sampled(nn.Parameter(torch.ones(3)), of_child=model.shared)
+
+    assert [name for layer in partition(model).layers for name in layer.parameters] == ["shared", "layer.weight"]
+
+
 def test_the_fingerprint_is_that_of_the_blocks() -> None:
     model = Stack()
     plan = partition(model)
