@@ -201,10 +201,11 @@ class PieceUpdate:
         if not self.residency.copies(parameter):
             return whole
         if not self._has_rows_to_cut(parameter, trial):
-            if (needed := self._bytes(whole[0])) > window:
+            if (needed := _in_window(self._bytes(whole[0]))) > window:
                 raise ConfigurationError(
                     f"The optimizer `{type(self.optimizer).__name__}` cannot be stepped on parts of a tensor of shape "
-                    f"{tuple(parameter.shape)}, which has {needed:,} bytes of state; use a `window` of at least that."
+                    f"{tuple(parameter.shape)}, whose state takes {needed:,} bytes of a window; use a `window` of at "
+                    "least that."
                 )
             return whole
         all_rows = local(parameter).shape[0]
@@ -228,13 +229,13 @@ class PieceUpdate:
         row = weights.numel() // all_rows
         master_bytes = torch.float32.itemsize if self.residency.has_master(parameter) else 0
         bytes_of_row = row * (state_bytes + master_bytes)
-        half = window // 2
+        half = window // 2 // _ALIGNMENT * _ALIGNMENT
         rows = (half - _SLACK) // max(bytes_of_row, 1)
         if rows < 1:
             raise ConfigurationError(
                 f"One row of a tensor of shape {tuple(parameter.shape)} has {bytes_of_row:,} bytes of state, and a "
                 f"`window` of {window:,} bytes holds two pieces of {half:,}; use a window of at least "
-                f"{2 * (bytes_of_row + _SLACK):,} bytes."
+                f"{2 * _in_window(bytes_of_row):,} bytes."
             )
         together = _ALIGNMENT // math.gcd(row, _ALIGNMENT)
         return rows - rows % together if together < rows < all_rows else rows
@@ -261,7 +262,7 @@ class PieceUpdate:
         if not pieces:
             return
         device = pieces[0].parameter.device
-        arena = _Arena(self.residency, device, max(map(self._bytes, pieces)) + _SLACK, window, len(pieces))
+        arena = _Arena(self.residency, device, max(map(self._bytes, pieces)), window, len(pieces))
         self.held_bytes = max(self.held_bytes, arena.nbytes)
         loaded = self._load(pieces[0], arena.place(0))
         for turn, following in enumerate([*pieces[1:], None], start=1):
@@ -335,6 +336,15 @@ class PieceUpdate:
                 group["params"] = parameters
 
 
+def _in_window(nbytes: int) -> int:
+    """Bytes of a window that a piece takes whose tensors have so many."""
+    return _aligned(nbytes + _SLACK)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
 def _is_sparse(gradient: Tensor | None) -> bool:
     return gradient is not None and gradient.layout != torch.strided
 
@@ -352,11 +362,11 @@ class _Arena:
     """
 
     def __init__(self, residency: Residency, device: torch.device, piece_bytes: int, window: int, pieces: int) -> None:
-        self.holds_two = pieces > 1 and 2 * piece_bytes <= window
-        self._piece_bytes = -(-piece_bytes // _ALIGNMENT) * _ALIGNMENT
+        self._piece_bytes = _in_window(piece_bytes)
+        self.holds_two = pieces > 1 and 2 * self._piece_bytes <= window
         self._memory: Tensor | None = None
         self._side = SideStream(device)
-        if device.type != "cpu" and piece_bytes > _SLACK:  # otherwise nothing is copied, or nothing is parked yet
+        if device.type != "cpu" and piece_bytes > 0:  # otherwise nothing is copied, or nothing is parked yet
             self._memory = residency.window(self._piece_bytes * (1 + self.holds_two), device)
 
     @property
@@ -375,7 +385,7 @@ class _Arena:
             nonlocal position
             nbytes = source.numel() * dtype.itemsize
             target = memory[position : position + nbytes].view(dtype).as_strided(source.shape, dense_strides(source))
-            position += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            position += _aligned(nbytes)
             return target.copy_(source, non_blocking=True)
 
         return copy_in

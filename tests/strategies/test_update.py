@@ -1,5 +1,6 @@
 """``streamed`` and ``fused`` give what ``block`` gives, bit for bit, through a window of bounded size."""
 
+import re
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from hift_lightning import HiFT, HiFTSettings, HiFTStrategy
 from hift_lightning.engine.elementwise import probe
 from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.engine.residency import Residency
 from tests import simulated_accelerator as sim
 from tests.adversarial import Adversarial
 from tests.comparing import assert_same
@@ -193,6 +195,30 @@ def test_a_window_that_one_tensor_does_not_fit_is_refused_with_the_size_needed(d
         fit(device.type, "Muon-like", strategy=HiFTStrategy(update="streamed", window="1KiB"))
     with pytest.raises(ConfigurationError, match="use a window of at least"):
         fit(device.type, "AdamW", strategy=HiFTStrategy(update="streamed", window=2100))
+
+
+@pytest.mark.parametrize("name", ["Muon-like", "AdamW"])
+def test_no_more_is_taken_than_the_window_that_the_error_asks_for(device, monkeypatch, name):
+    taken = []
+    make_window = Residency.window
+
+    def watched(residency, nbytes, device):
+        taken.append(nbytes)
+        return make_window(residency, nbytes, device)
+
+    monkeypatch.setattr(Residency, "window", watched)
+    window, refused = 2100, True
+    while refused:
+        taken.clear()
+        try:
+            fit(device.type, name, strategy=HiFTStrategy(update="streamed", window=window))
+            refused = False
+        except ConfigurationError as error:
+            *_, asked = re.findall(r"[\d,]+\d(?= bytes)", str(error))
+            assert int(asked.replace(",", "")) > window
+            window = int(asked.replace(",", ""))
+    assert window > 2100
+    assert 0 < max(taken) <= window
 
 
 @pytest.mark.parametrize("update", ["block", "streamed", "fused"])
