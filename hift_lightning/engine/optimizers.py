@@ -84,6 +84,7 @@ def warn_of_unoptimized(model: nn.Module, names: Iterable[str], frozen: Iterable
     if forgotten:
         warnings.warn(
             f"{len(forgotten)} parameters require a gradient but are in no param group of the optimizer, so they "
-            f"are frozen while training: {', '.join(forgotten[:3])}{', …' if len(forgotten) > 3 else ''}.",
+            f"are frozen while training: {', '.join(forgotten[:3])}{', …' if len(forgotten) > 3 else ''}; add them to "
+            "one, or name them in `frozen=[...]` if that is what you want.",
             stacklevel=3,
         )

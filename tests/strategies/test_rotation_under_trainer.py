@@ -196,7 +196,8 @@ def test_parameters_left_out_of_the_optimizer_are_named_and_do_not_train():
         def configure_optimizers(self):
             return torch.optim.SGD(self.head.parameters(), lr=0.1)
 
-    with pytest.warns(UserWarning, match=r"\d+ parameters require a gradient but are in no param group.*embedding"):
+    told = r"\d+ parameters require a gradient but are in no param group.*embedding.*`frozen=\["
+    with pytest.warns(UserWarning, match=told):
         module, _, steps = fit(module=HeadOnly(), batches=3)
     assert steps == [frozenset({"head"})] * 3
     assert all(p.requires_grad for p in module.parameters())
