@@ -183,6 +183,7 @@ def fake_copy(module: L.LightningModule, dtype: torch.dtype | None) -> L.Lightni
         elif isinstance(metric, Metric):
             for method in ("forward", "update", "compute"):
                 setattr(metric, method, _no_value)
+    fake_module._log_hyperparams = False  # which copies them, and a tensor among them has values
     fake_module.configure_callbacks = list  # type: ignore[method-assign]
     fake_module.log = fake_module.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign, assignment]
     return fake_module

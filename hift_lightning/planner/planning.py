@@ -279,6 +279,7 @@ def _only_asked(data: L.LightningDataModule) -> L.LightningDataModule:
     copied = copy.copy(data)
     for hook in ("prepare_data", "setup", "teardown", "on_exception"):
         setattr(copied, hook, _nothing)
+    copied._log_hyperparams = False  # as the module's
     return copied
 
 
@@ -297,7 +298,7 @@ def _told_of(module: nn.Module) -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(
             f"`{name}` makes a tensor whose shape depends on values (`{error.func}`), and there are no values while "
-            "planning; use a mask of full shape instead of boolean indexing."
+            "planning; use a mask of full shape instead of boolean indexing, or give a number for `group_size`."
         ) from error
     except Exception as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())

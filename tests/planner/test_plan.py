@@ -46,7 +46,7 @@ def test_a_shape_that_depends_on_values_is_told_in_a_sentence():
 
     with pytest.raises(
         ConfigurationError,
-        match=r"`PicksRows` makes a tensor whose shape depends on values .* use a mask of full",
+        match=r"`PicksRows` makes a tensor whose shape depends on values .* or give a number for `group_size`",
     ):
         plan(PicksRows(), "hift", torch.ones(3, 4))
 
@@ -263,6 +263,17 @@ def test_an_optimizer_that_was_made_with_the_module_is_planned(place, strategy):
     batch = make_batches(1)[0]
     assert plan(module, strategy, batch).peak_bytes == plan(SmallTransformer(), strategy, batch).peak_bytes
     assert [p for group in optimizer.param_groups for p in group["params"]] == list(module.parameters())
+
+
+@pytest.mark.parametrize("of", ["module", "data"])
+def test_hyperparameters_may_hold_a_tensor(of):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return loader(make_batches(1))
+
+    module, data = SmallTransformer(), Data()
+    (module if of == "module" else data).save_hyperparameters({"weights": torch.ones(2)})
+    trainer(HiFTStrategy(group_size="auto", memory_budget="2GiB"), max_steps=1).fit(module, data)
 
 
 def test_group_size_auto_trains_a_module_that_asks_for_its_data():
