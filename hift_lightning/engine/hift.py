@@ -497,17 +497,19 @@ class HiFT:
             self._complete()
         else:
             if not skipped:
-                self._warn_of_steps_without_gradient()
+                self.count_step_without_gradient()
             self._give_up()
 
-    def _warn_of_steps_without_gradient(self) -> None:
+    def count_step_without_gradient(self) -> None:
+        """Take in a call of the optimizer's step that had nothing to update, and warn where they go on."""
         self._steps_without_gradient += 1
         if self._steps_without_gradient == max(3, len(self.plan.blocks)):
             warnings.warn(
                 f"`optimizer.step()` was called {self._steps_without_gradient} times in a row while no parameter of "
                 f"the active block `{self.block.name}` had a gradient, so nothing was trained, and the block keeps its "
-                "turn; call `after_backward(loss)` after each backward pass, with which a block that no gradient "
-                "reaches is passed over, or leave it out with `frozen=[...]` patterns.",
+                "turn; call `after_backward(loss)` after each backward pass (in a LightningModule go back with "
+                "`manual_backward(loss)`), with which a block that no gradient reaches is passed over, or leave it out "
+                "with `frozen=[...]` patterns.",
                 stacklevel=4,
             )
 
@@ -527,13 +529,20 @@ class HiFT:
         self.updates += 1
         self._activate()
 
-    def pass_turn(self) -> None:
-        """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called."""
+    def pass_turn(self) -> bool:
+        """End the turn of a block that no gradient reached, or a step left out, where the optimizer was not called.
+
+        Returns:
+            Whether there was one to end.
+        """
         if self.will_skip:
             self._skip()
-        elif self._step.backward_ran and not self.has_gradient:
+            return True
+        if self._step.backward_ran and not self.has_gradient:
             self._note_reach()
             self._complete()
+            return True
+        return False
 
     # --- a step that is not completed ---------------------------------------------------------------------------------
 

@@ -152,6 +152,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self._clipping: BlockClipping | None = None
         self._to_be_rounded: weakref.ref[LightningModule] | None = None
         self._rounded_before = False
+        self._counts_at_start: tuple[int, list[int]] = 0, []
         self._interrupt = PatientInterrupt()
 
     @property
@@ -374,6 +375,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 value = self._trainer.gradient_clip_val
                 engine.clip_value = value if value and value > 0 else None  # Lightning clips with none else
             engine.start()
+        self._counts_at_start = self._trainer.global_step, [engine.updates for engine in self.engines]
         self._clipping = BlockClipping(self.precision_plugin, self.engines)
         self._clipping.start()
         self._interrupt.start()
@@ -422,7 +424,20 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def on_train_end(self) -> None:
         super().on_train_end()
         self._interrupt.release()
+        self._warn_of_idle_optimizers()
         self._finish()
+
+    def _warn_of_idle_optimizers(self) -> None:
+        before, updates_before = self._counts_at_start
+        steps = self._trainer.global_step - before
+        for engine, updates in zip(self.engines, updates_before, strict=True):
+            if steps > 0 and engine.updates == updates and not engine.skipped_steps:
+                rank_zero_warn(
+                    f"HiFT: the optimizer `{type(engine.optimizer).__name__}` has made no update in this run of "
+                    f"{steps} optimizer steps, so its {engine.plan.numel:,} parameters are as they were; return the "
+                    "optimizer that steps the weights from `configure_optimizers`, and where you optimize by hand, "
+                    "call `self.manual_backward(loss)` before its step."
+                )
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -501,7 +516,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
             engine.average_gradients(scaled=self._scales_gradients)
             if engine.will_skip or not engine.may_have_gradients:
                 # clipping by value and a GradScaler would fail on no gradients at all
-                engine.pass_turn()
+                if not engine.pass_turn():
+                    engine.count_step_without_gradient()
                 return None
 
         def closure_for_reached_block() -> Any:

@@ -397,6 +397,43 @@ def test_a_loss_that_depends_on_nothing_is_an_error():
         fit(module=Detached(), batches=12)
 
 
+class StepsAnotherOptimizer(SmallTransformer):
+    """Its weights are stepped by an optimizer that Lightning is not given, as Pyro's are."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.counts = nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if loss.requires_grad:
+            loss.backward()
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([self.counts])
+
+
+def test_a_run_in_which_an_optimizer_has_updated_nothing_is_told_of():
+    module = StepsAnotherOptimizer()
+    with (
+        pytest.warns(UserWarning, match=r"`optimizer\.step\(\)` was called 3 times in a row"),
+        pytest.warns(UserWarning, match=r"optimizer `Adam` has made no update in this run of 6 optimizer steps"),
+    ):
+        trainer("hift").fit(module, loader(make_batches(6)))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_run_that_trains_is_not_told_of_idle_optimizers(by_hand):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*made no update|.*times in a row")
+        if by_hand:
+            trainer("hift").fit(Adversarial(), loader([torch.randn(2, 4) for _ in range(12)]))
+        else:
+            fit(batches=12)
+
+
 def test_a_step_without_loss_keeps_the_turn():
     class SkipsSecond(SmallTransformer):
         def training_step(self, batch, batch_idx):
