@@ -290,6 +290,8 @@ class HiFT:
         if not self.active:
             return
         assert self._give_back is not None
+        if sys.exc_info()[0] is None:  # the run has ended by itself
+            self._reach.warn_of_untrained(self.plan.blocks)
         try:
             self.settle()
         finally:
@@ -342,7 +344,7 @@ class HiFT:
 
         Raises:
             NonfiniteError: if there are NaN or inf, and ``nonfinite`` is ``raise``.
-            RuntimeError: if no block has been reached in a whole cycle.
+            RuntimeError: if no block has been reached in a whole cycle, nor in 16 steps.
             ConfigurationError: if a loss was scaled under ``update="fused"``, which has used its gradients as they are.
         """
         if scaled and self.settings.update == "fused":

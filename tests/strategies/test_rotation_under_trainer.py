@@ -393,8 +393,65 @@ def test_a_loss_that_depends_on_nothing_is_an_error():
         def training_step(self, batch, batch_idx):
             return self.loss(batch).detach()
 
-    with pytest.raises(RuntimeError, match="No gradient reached any of the 4 blocks in a whole cycle"):
-        fit(module=Detached(), batches=12)
+    with pytest.raises(RuntimeError, match="No gradient reached any of the 4 blocks in 16 steps"):
+        fit(module=Detached(), batches=20)
+
+
+class TwoHeads(L.LightningModule):
+    """Batches use one of its two heads in turn.
+
+    Args:
+        body: layers below them.
+    """
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)) for _ in range(body))
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)) for _ in range(2))
+
+    def training_step(self, batch, batch_idx):
+        for layer in self.body:
+            batch = layer(batch)
+        return self.heads[batch_idx % 2](batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def fit_two_heads(body, steps=24, **arguments):
+    """The warnings of blocks without gradient, and the heads that have not changed."""
+    module = TwoHeads(body)
+    before = [head[0].weight.detach().clone() for head in module.heads]
+    trainer_ = trainer(HiFTStrategy(**arguments))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_.fit(module, loader([torch.randn(2, 4) for _ in range(steps)]))
+    told = [str(each.message) for each in caught if "No gradient reached" in str(each.message)]
+    return told, [i for i, head in enumerate(module.heads) if torch.equal(before[i], head[0].weight)], trainer_.strategy
+
+
+def test_blocks_whose_turns_never_meet_the_batches_that_use_them_are_named_at_the_end():
+    told, unchanged, strategy = fit_two_heads(body=2, steps=44)
+    assert unchanged == [0, 1]
+    assert "block 2 (`heads.0`, 11 steps), block 3 (`heads.1`, 11 steps) in this run, so nothing there was" in told[-1]
+    assert all("`steps_per_block`" in each and "`always_active=[...]`" in each for each in told)
+    # at the first turn, after ten steps, and at the end
+    assert [sum(f"`heads.{head}`" in each for each in told) for head in (0, 1)] == [3, 3]
+
+
+def test_where_no_turn_ever_meets_such_a_batch_the_error_names_this_cause():
+    with pytest.raises(RuntimeError, match=r"No gradient .* 2 blocks in 16 steps: .* or batches .*`steps_per_block`"):
+        fit_two_heads(body=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "remedy"),
+    [(0, {"steps_per_block": 2}), (2, {"steps_per_block": 2}), (2, {"always_active": ["heads.*"]})],
+)
+def test_what_these_messages_name_trains_such_parts(body, remedy):
+    told, unchanged, _ = fit_two_heads(body, **remedy)
+    assert unchanged == []
+    assert not any("so nothing there was trained" in each for each in told)
 
 
 class StepsAnotherOptimizer(SmallTransformer):
@@ -427,7 +484,7 @@ def test_a_run_in_which_an_optimizer_has_updated_nothing_is_told_of():
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_run_that_trains_is_not_told_of_idle_optimizers(by_hand):
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*made no update|.*times in a row")
+        warnings.filterwarnings("error", message=".*made no update|.*times in a row|No gradient reached")
         if by_hand:
             trainer("hift").fit(Adversarial(), loader([torch.randn(2, 4) for _ in range(12)]))
         else:
