@@ -65,6 +65,8 @@ def _written(value: float | None, form: str) -> str:
 
 def _notes(watches: Sequence[BlockWatch], ratio_every: int, ranks: int, peaks: Mapping[str, int]) -> list[str]:
     notes = ["Means over the updates of this run."]
+    for watch in watches:
+        notes.extend(watch.engine.report().notes)
     if any(watch.fused for watch in watches):
         notes.append("With update=fused each gradient is used inside backward, so their norm is not known.")
     else:

@@ -811,8 +811,8 @@ class HiFT:
         return state_dict_with_masters(self.model, self.masters())
 
     def report(self) -> Report:
-        """What each block is, how often it has been updated, and where its state is now."""
-        return report_of(self.plan, self.rotation, self.updates, self._parameters, self.residency)
+        """What each block is, how often it has had its turn, and where its state is now."""
+        return report_of(self.plan, self.rotation, self.updates, self._reach.missed, self._parameters, self.residency)
 
     def _names_in_groups(self) -> list[list[str]]:
         return [[self._name_of[p] for p in group["params"]] for group in self.optimizer.param_groups]

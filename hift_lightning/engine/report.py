@@ -20,12 +20,14 @@ class BlockReport:
     numel: int
     weight_bytes: int
     visits: int
-    """Updates that the block has had."""
+    """Updates in which it had its turn."""
     parked_bytes: int
     """Its optimizer state that is parked, and its master weights."""
     device_bytes: int
     """Its optimizer state that is on the device."""
     active: bool
+    without_gradient: int = 0
+    """Those of its visits, since the engine was made, in which no gradient reached it, so that nothing changed."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ class Report:
     def parts(self) -> tuple[BlockReport, ...]:
         """The blocks, and what is trained in every step."""
         return self.blocks if self.always_active is None else (*self.blocks, self.always_active)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence on each block that had visits without a gradient."""
+        return tuple(
+            f"No gradient reached block {block.index} (`{block.name}`) in {block.without_gradient} visits of this run."
+            for block in self.blocks
+            if block.without_gradient
+        )
 
     def __str__(self) -> str:
         head = (
@@ -77,11 +88,16 @@ class Report:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([*lines, f"{self.updates} updates, {self.cycle_length} to a cycle"])
+        return "\n".join([*lines, f"{self.updates} updates, {self.cycle_length} to a cycle", *self.notes])
 
 
 def report_of(
-    plan: Plan, rotation: Rotation, updates: int, parameters: Mapping[str, nn.Parameter], residency: Residency
+    plan: Plan,
+    rotation: Rotation,
+    updates: int,
+    missed: Mapping[int, int],
+    parameters: Mapping[str, nn.Parameter],
+    residency: Residency,
 ) -> Report:
     """Report on a run.
 
@@ -89,6 +105,7 @@ def report_of(
         plan: its blocks.
         rotation: their turns.
         updates: performed so far.
+        missed: index of a block → visits in which no gradient reached it, as far as known.
         parameters: of the model, by name.
         residency: where their state is.
     """
@@ -107,6 +124,7 @@ def report_of(
             parked_bytes=parked + masters,
             device_bytes=sum(map(residency.state_bytes, own)) - parked,
             active=active,
+            without_gradient=missed.get(block.index, 0),
         )
 
     blocks = tuple(part(block, rotation.visits(block.index, updates), block.index == turn) for block in plan.blocks)

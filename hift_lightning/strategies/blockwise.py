@@ -161,7 +161,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         return self.engines[0] if self.engines else None
 
     def report(self) -> Report:
-        """What each block is, how often it has been updated, and where its optimizer state is now.
+        """What each block is, how often it has had its turn, and where its optimizer state is now.
 
         Raises:
             MisconfigurationException: before ``fit`` has set the training up.

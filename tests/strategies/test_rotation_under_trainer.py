@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hift_lightning import HiFTManualMixin, HiFTStrategy
 from hift_lightning.callbacks import HiFTMonitor
+from hift_lightning.callbacks.block_table import block_table
+from hift_lightning.callbacks.block_watch import watches_of
 from hift_lightning.engine.errors import ConfigurationError
 from tests.adversarial import Adversarial
 from tests.blocks_seen import BOTTOM_UP, TOP_DOWN, BlocksSeen
@@ -437,6 +439,12 @@ def test_blocks_whose_turns_never_meet_the_batches_that_use_them_are_named_at_th
     assert all("`steps_per_block`" in each and "`always_active=[...]`" in each for each in told)
     # at the first turn, after ten steps, and at the end
     assert [sum(f"`heads.{head}`" in each for each in told) for head in (0, 1)] == [3, 3]
+    report = strategy.report()
+    assert [block.visits for block in report.blocks] == [11] * 4
+    assert [block.without_gradient for block in report.blocks] == [0, 0, 11, 11]
+    note = "No gradient reached block 3 (`heads.1`) in 11 visits of this run."
+    assert str(report).endswith(note)
+    assert note in block_table(watches_of(strategy.engines, ratio_every=0), 0, ranks=1, peaks={}).caption
 
 
 def test_where_no_turn_ever_meets_such_a_batch_the_error_names_this_cause():
