@@ -55,7 +55,7 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigurationError(f"The data file `{path}` {what}; give `data.path` the path of a tab-separated file.")
+        raise ConfigurationError(f"The data file `{path}` {what}; give the path of a tab-separated file.")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -230,6 +230,9 @@ class SentenceDataModule(L.LightningDataModule):
         tokenizer: the model's own: called with a list of texts, `truncation` and `max_length`, it returns
             `input_ids`; `pad_token_id` fills short rows.
         path: a file as `read_sentences` takes it; `None` for the packaged film reviews.
+        validation_path: a file that is all for validation, so that nothing of `path` is; `None` for
+            `validation_fraction` of it.
+        test_path: likewise for the test.
         num_classes: number of classes.
         batch_size: sentences in a training batch.
         eval_batch_size: sentences in a batch of validation and test.
@@ -248,6 +251,8 @@ class SentenceDataModule(L.LightningDataModule):
         self,
         tokenizer: Callable[..., Any],
         path: str | None = None,
+        validation_path: str | None = None,
+        test_path: str | None = None,
         num_classes: int = 2,
         batch_size: int = 16,
         eval_batch_size: int = 64,
@@ -285,13 +290,19 @@ class SentenceDataModule(L.LightningDataModule):
         self.seed = seed
         self.sentences: dict[Part, list[LabelledSentence]] = {"train": [], "validation": [], "test": []}
         path = str(FILM_REVIEWS) if path is None else path
+        own_paths: dict[Part, str | None] = {"validation": validation_path, "test": test_path}
+        shares = 0 if test_path else test_fraction, 0 if validation_path else validation_fraction
         for sentence, label in read_sentences(path, num_classes):
-            self.sentences[part_of(sentence, test_fraction, validation_fraction)].append((sentence, label))
+            self.sentences[part_of(sentence, *shares)].append((sentence, label))
+        for part, own in own_paths.items():
+            if own:
+                self.sentences[part] = read_sentences(own, num_classes)
         for part, sentences in self.sentences.items():
             if not sentences:
                 raise ConfigurationError(
-                    f"No sentence of `{path}` falls to the {part} part; give more data or another "
-                    "`data.test_fraction` and `data.validation_fraction`."
+                    f"No sentence of `{path}` falls to the {part} part; give more data, another `data.test_fraction` "
+                    "and `data.validation_fraction`, or files of their own with `data.validation_path` and "
+                    "`data.test_path`."
                 )
         _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
         parts = [f"{part} {_of_each_class(sentences, num_classes)}" for part, sentences in self.sentences.items()]

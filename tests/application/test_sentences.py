@@ -191,6 +191,24 @@ def test_copies_in_other_case_spacing_and_punctuation_stay_on_one_side(text: str
     assert part_of(copy, 0.2, 0.1) == part_of(text, 0.2, 0.1)
 
 
+def test_files_of_their_own_are_all_for_validation_or_the_test_and_what_is_left_is_for_training(tmp_path: Path) -> None:
+    def file(name: str, count: int) -> str:
+        rows = (f"{number % 2}\t{name} {number}" for number in range(count))
+        (tmp_path / name).write_text("\n".join(["label\tsentence", *rows]))
+        return str(tmp_path / name)
+
+    def counts(**paths: str) -> list[int]:
+        return [len(sentences) for sentences in data_module(path=file("all", 50), **paths).sentences.values()]
+
+    own, exam = file("own", 4), file("exam", 6)
+    assert counts(validation_path=own, test_path=exam) == [50, 4, 6]
+    train, validation, test = counts(test_path=exam)
+    assert (train + validation, test) == (50, 6)
+    assert min(train, validation) > 0
+    with pytest.raises(ConfigurationError, match="nothing` does not exist"):
+        counts(test_path=str(tmp_path / "nothing"))
+
+
 def test_another_validation_fraction_leaves_the_test_part_alone() -> None:
     assert (
         SentenceDataModule(Letters()).sentences["test"]
@@ -298,5 +316,5 @@ def test_sentences_of_each_part_and_class_are_counted(
 
 
 def test_a_folder_in_the_place_of_the_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"is a folder; give `data\.path` the path of a"):
+    with pytest.raises(ConfigurationError, match=r"is a folder; give the path of a"):
         read_sentences(tmp_path, 2)
