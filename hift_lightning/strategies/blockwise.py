@@ -430,8 +430,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
     def _warn_of_idle_optimizers(self) -> None:
         before, updates_before = self._counts_at_start
         steps = self._trainer.global_step - before
-        for engine, updates in zip(self.engines, updates_before, strict=True):
-            if steps > 0 and engine.updates == updates and not engine.skipped_steps:
+        for engine, updates in zip(self.engines, updates_before, strict=False):  # made anew, they may be others
+            if engine.active and steps > 0 and engine.updates == updates and not engine.skipped_steps:
                 rank_zero_warn(
                     f"HiFT: the optimizer `{type(engine.optimizer).__name__}` has made no update in this run of "
                     f"{steps} optimizer steps, so its {engine.plan.numel:,} parameters are as they were; return the "

@@ -489,6 +489,16 @@ def test_a_run_in_which_an_optimizer_has_updated_nothing_is_told_of():
         trainer("hift").fit(module, loader(make_batches(6)))
 
 
+def test_optimizers_that_are_made_anew_after_the_last_step_are_not_told_of():
+    class MakesAnew(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.strategy.setup_optimizers(trainer)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*made no update")
+        fit(batches=LAYERS, extra=[MakesAnew()])
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_a_run_that_trains_is_not_told_of_idle_optimizers(by_hand):
     with warnings.catch_warnings():
