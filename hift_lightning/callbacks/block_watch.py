@@ -113,7 +113,11 @@ class BlockWatch:
         visits = engine.rotation.visits(block, engine.updates)
         if self._ratio_every and (visits % self._ratio_every == 0 or block in self._not_measured):
             for part in parts:
-                self._ratios[part.index].begin(engine.parameters_of(part))
+                if self._rate_of(part) == 0:  # as in the first cycle of a warm-up: nothing will move
+                    self._not_measured.add(part.index)
+                else:
+                    self._not_measured.discard(part.index)
+                    self._ratios[part.index].begin(engine.parameters_of(part))
 
     def end_update(self) -> None:
         """Record an update, if there was one since it was begun."""
@@ -129,11 +133,7 @@ class BlockWatch:
                 record.gradient_norm.add(norm)
                 self._cycle.setdefault(f"hift_grad_norm/{name}", []).append(norm)
             record.rate = self._rate_of(part)
-            ratio = self._ratios[part.index].finish()
-            if ratio is not None and record.rate == 0:  # as in the first cycle of a warm-up: nothing was to move
-                self._not_measured.add(part.index)
-            elif ratio is not None:
-                self._not_measured.discard(part.index)
+            if (ratio := self._ratios[part.index].finish()) is not None:
                 record.update_ratio.add(ratio)
                 self._cycle.setdefault(f"hift_update_ratio/{name}", []).append(ratio)
                 if part is block:

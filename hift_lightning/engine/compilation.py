@@ -83,8 +83,9 @@ def _warn_of_a_cache(model: nn.Module) -> None:
 
 
 def _keeps_a_cache(config: Any) -> bool:
-    # encoders such as BERT have the switch too, and no cache
-    return getattr(config, "use_cache", None) is True and getattr(config, "is_decoder", None) is not False
+    # encoders such as BERT have the switch too, and no cache; T5 has one, but layers of two kinds in any case
+    switched_on = getattr(config, "use_cache", None) is True and getattr(config, "is_decoder", None) is not False
+    return switched_on and not getattr(config, "is_encoder_decoder", False)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -132,7 +132,9 @@ class HiFT:
     _give_back: "weakref.finalize[[Freezing, ActivationCheckpointing], Any] | None" = None
     _load_hook: RemovableHandle | None = None
     _warned_of_skipping = False
-    _steps_without_gradient = 0
+    steps_without_gradient = 0
+    """Calls of the optimizer's step in a row that had nothing to update."""
+    _handled_at_start = id(None)
     _counts_changes = False  # not known before the first update
 
     def __init__(
@@ -263,6 +265,9 @@ class HiFT:
         """Freeze everything but the active block, free all gradients, and attach to the optimizer."""
         if self.active:
             return
+        self._reach = Reach(len(self.plan.blocks))
+        self.steps_without_gradient = 0
+        self._handled_at_start = id(sys.exc_info()[1])  # a run may begin in an `except` block
         check_masters(self.trained, self.settings.master_weights)
         self.shares.check_optimizer(self.optimizer)
         self._freezing.start(self.trained)
@@ -290,8 +295,7 @@ class HiFT:
         if not self.active:
             return
         assert self._give_back is not None
-        if sys.exc_info()[0] is None:  # the run has ended by itself
-            self._reach.warn_of_untrained(self.plan.blocks)
+        by_itself = id(sys.exc_info()[1]) == self._handled_at_start
         try:
             self.settle()
         finally:
@@ -302,6 +306,8 @@ class HiFT:
                 self._load_hook.remove()
             self._calls = self._load_hook = None
         self.residency.synchronize()
+        if by_itself:  # last, since warnings may be errors
+            self._reach.warn_of_untrained(self.plan.blocks)
 
     def _adopt_state(self) -> None:
         warn_of_rounded_state([self._name_of[parameter] for parameter in self.residency.adopt_state()])
@@ -344,7 +350,7 @@ class HiFT:
 
         Raises:
             NonfiniteError: if there are NaN or inf, and ``nonfinite`` is ``raise``.
-            RuntimeError: if no block has been reached in a whole cycle, nor in 16 steps.
+            RuntimeError: if no block has been reached in 16 steps, and as many as four for each block.
             ConfigurationError: if a loss was scaled under ``update="fused"``, which has used its gradients as they are.
         """
         if scaled and self.settings.update == "fused":
@@ -443,6 +449,9 @@ class HiFT:
         return self._update.held_bytes
 
     def _note_reach(self) -> None:
+        if self._step.reach_noted:  # before, where a closure is called more than once
+            return
+        self._step.reach_noted = True
         gradients = (self._parameters[name].grad for name in self.block.own_parameters)
         self._reach.note(self.block, self._step.reached_in_backward or any(one is not None for one in gradients))
 
@@ -504,10 +513,10 @@ class HiFT:
 
     def count_step_without_gradient(self) -> None:
         """Take in a call of the optimizer's step that had nothing to update, and warn where they go on."""
-        self._steps_without_gradient += 1
-        if self._steps_without_gradient == max(3, len(self.plan.blocks)):
+        self.steps_without_gradient += 1
+        if self.steps_without_gradient == max(3, len(self.plan.blocks)):
             warnings.warn(
-                f"`optimizer.step()` was called {self._steps_without_gradient} times in a row while no parameter of "
+                f"`optimizer.step()` was called {self.steps_without_gradient} times in a row while no parameter of "
                 f"the active block `{self.block.name}` had a gradient, so nothing was trained, and the block keeps its "
                 "turn; call `after_backward(loss)` after each backward pass (in a LightningModule go back with "
                 "`manual_backward(loss)`), with which a block that no gradient reaches is passed over, or leave it out "
@@ -517,7 +526,7 @@ class HiFT:
 
     def _complete(self) -> None:
         """Free the gradients, park the state, and give the next block its turn."""
-        self._steps_without_gradient = 0
+        self.steps_without_gradient = 0
         self._counts_changes = self._counts_changes or self._step.counts_changes(self._parameters)
         for parameter in self._block_parameters():
             parameter.grad = None
@@ -752,6 +761,7 @@ class HiFT:
         if self.reduction is not None and same_plan:
             self.reduction.orders = dict(state_dict.get("gradient_orders", {}))
         self.half_updated = None
+        self._reach = Reach(len(self.plan.blocks))  # a run may go back
         load_masters(self.residency, self.trained, state_dict["masters"])
         self.move_to(state_dict["updates"] if same_plan else 0)
         self._schedulers.load_state_dict(state_dict, same_cycles=same_plan)

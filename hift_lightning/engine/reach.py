@@ -9,8 +9,8 @@ from hift_lightning.engine.partition import Block
 _WARNED_AT = (1, 10)
 """Steps of a block's turns without any gradient after which it is named."""
 
-_STEPS_BEFORE_ERROR = 16
-"""At least so many: where each batch uses one of two parts by chance, fewer may all miss the block whose turn it is."""
+_STEPS_BEFORE_ERROR, _CYCLES_BEFORE_ERROR = 16, 4
+"""At least so many: where each batch uses one of the parts by chance, fewer may all miss the block whose turn it is."""
 
 _REMEDIES = (
     "Where some batches use other parts of the model than others, make turns so long that each part is used within one "
@@ -22,7 +22,7 @@ _REMEDIES = (
 class Reach:
     """Notes which blocks a gradient has reached, and warns of the others.
 
-    It knows of the steps since it was made, so not of those before a run was resumed.
+    It knows of the steps of one run alone, and not of those before it was resumed.
 
     Args:
         blocks: how many there are.
@@ -46,14 +46,15 @@ class Reach:
             reached: whether one of its own parameters had a gradient.
 
         Raises:
-            RuntimeError: if no block has been reached in a whole cycle, nor in 16 steps.
+            RuntimeError: if no block has been reached in 16 steps, and as many as four for each block.
         """
         if reached:
             self._reached.add(block.index)
             return
         self._missed[block.index] += 1
         steps = self._missed.total()
-        if not self._reached and len(self._missed) == self._blocks and steps >= _STEPS_BEFORE_ERROR:
+        all_missed = not self._reached and len(self._missed) == self._blocks
+        if all_missed and steps >= max(_STEPS_BEFORE_ERROR, _CYCLES_BEFORE_ERROR * self._blocks):
             raise RuntimeError(
                 f"No gradient reached any of the {self._blocks} blocks in {steps} steps: either the loss does not "
                 "depend on the parameters that are trained (check that it is computed from them and is not detached, "

@@ -27,7 +27,7 @@ class BlockReport:
     """Its optimizer state that is on the device."""
     active: bool
     without_gradient: int = 0
-    """Those of its visits, since the engine was made, in which no gradient reached it, so that nothing changed."""
+    """Those of its visits in this run, since it began or was resumed, in which no gradient reached it."""
 
 
 @dataclass(frozen=True)

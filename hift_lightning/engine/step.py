@@ -34,6 +34,8 @@ class Step:
     """Names of the parameters that ``update="fused"`` has updated."""
     reached_in_backward: bool = False
     """Whether one of them is the block's own, and not of what is always active."""
+    reach_noted: bool = False
+    """Whether it has been noted if a gradient has reached the block."""
     changed_settings: list[dict[str, Any]] = field(default_factory=list)
     """What the update of the pieces has changed in each param group."""
     versions: dict[str, int] = field(default_factory=dict)

@@ -152,7 +152,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self._clipping: BlockClipping | None = None
         self._to_be_rounded: weakref.ref[LightningModule] | None = None
         self._rounded_before = False
-        self._counts_at_start: tuple[int, list[int]] = 0, []
+        self._updates_at_start: list[int] = []
         self._interrupt = PatientInterrupt()
 
     @property
@@ -375,7 +375,7 @@ class BlockwiseTraining(BlockwiseCheckpoints):
                 value = self._trainer.gradient_clip_val
                 engine.clip_value = value if value and value > 0 else None  # Lightning clips with none else
             engine.start()
-        self._counts_at_start = self._trainer.global_step, [engine.updates for engine in self.engines]
+        self._updates_at_start = [engine.updates for engine in self.engines]
         self._clipping = BlockClipping(self.precision_plugin, self.engines)
         self._clipping.start()
         self._interrupt.start()
@@ -428,9 +428,8 @@ class BlockwiseTraining(BlockwiseCheckpoints):
         self._finish()
 
     def _warn_of_idle_optimizers(self) -> None:
-        before, updates_before = self._counts_at_start
-        steps = self._trainer.global_step - before
-        for engine, updates in zip(self.engines, updates_before, strict=False):  # made anew, they may be others
+        for engine, updates in zip(self.engines, self._updates_at_start, strict=False):  # made anew, they may be others
+            steps = engine.steps_without_gradient
             if engine.active and steps > 0 and engine.updates == updates and not engine.skipped_steps:
                 rank_zero_warn(
                     f"HiFT: the optimizer `{type(engine.optimizer).__name__}` has made no update in this run of "

@@ -21,6 +21,7 @@ from hift_lightning import HiFTDDPStrategy, HiFTFSDP2Strategy, HiFTManualMixin, 
 from hift_lightning.callbacks import ChangedParameters, HiFTMonitor
 from hift_lightning.callbacks.block_table import _count, block_table
 from hift_lightning.callbacks.block_watch import short_names
+from hift_lightning.callbacks.update_ratio import UpdateRatio
 from hift_lightning.engine.errors import ConfigurationError
 from tests.processes import run
 from tests.small_transformer import LAYERS, SmallTransformer, loader, make_batches, trainer
@@ -314,6 +315,17 @@ def test_an_update_at_rate_0_is_not_measured_and_the_next_one_of_the_block_is(cy
     ratios = [record.update_ratio for record in monitor._watches[0].records.values()]
     assert {ratio.count for ratio in ratios} == {measured}
     assert all(ratio.value > 0 for ratio in ratios if measured)
+
+
+def test_where_the_rate_stays_0_no_update_is_measured(monkeypatch):
+    class Standing(SmallTransformer):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.0)
+
+    begun = []
+    monkeypatch.setattr(UpdateRatio, "begin", lambda self, parameters: begun.append(parameters))
+    fitted(HiFTStrategy(), steps=4 * LAYERS, module=Standing(), update_ratio_every=2)
+    assert begun == []
 
 
 def test_a_step_that_is_left_out_has_no_norm_and_counts_for_no_block(tmp_path):

@@ -70,6 +70,6 @@ def test_fused_kernels_are_given_rows_that_lie_in_memory_by_themselves(fused):
     with HiFT(model, optimizer, settings):
         for step in range(2):
             model(torch.ones(1, 64)).sum().backward()
-            refused = r"on parts of a tensor of shape \(32, 64\), which has"  # told when there is state
+            refused = r"on parts of a tensor of shape \(32, 64\), whose state"  # told when there is state
             with pytest.raises(ConfigurationError, match=refused) if fused and step else contextlib.nullcontext():
                 optimizer.step()

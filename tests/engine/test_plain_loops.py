@@ -427,3 +427,72 @@ def test_state_that_was_rounded_in_loading_is_warned_of_where_there_are_masters(
     with hift, warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer)
+
+
+class TwoHeads(nn.Module):
+    """Of whose heads the second one is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.used(inputs)
+
+
+def train_one_head(hift, optimizer, steps):
+    for _ in range(steps):
+        loss = hift.model(torch.ones(1, 4)).sum()
+        if loss.requires_grad:
+            loss.backward()
+        hift.after_backward(loss)
+        optimizer.step()
+
+
+def two_heads():
+    model = TwoHeads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return HiFT(model, optimizer), optimizer
+
+
+NEVER_REACHED = r"No gradient reached block \d \(`unused`, 6 steps\) in this run"
+
+
+def test_the_warning_at_the_end_leaves_the_model_as_it_was_where_warnings_are_errors():
+    hift, optimizer = two_heads()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=NEVER_REACHED)
+        hift.start()
+        train_one_head(hift, optimizer, 12)
+        with pytest.raises(UserWarning, match=NEVER_REACHED):
+            hift.finish()
+    assert not hift.active
+    assert all(parameter.requires_grad for parameter in hift.model.parameters())
+
+
+def test_a_run_within_an_except_block_is_told_at_its_end_and_one_that_fails_is_not():
+    hift, optimizer = two_heads()
+    try:
+        raise RuntimeError("out of memory")
+    except RuntimeError:
+        hift.start()
+        train_one_head(hift, optimizer, 12)
+        with pytest.warns(UserWarning, match=NEVER_REACHED):
+            hift.finish()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=NEVER_REACHED)
+        with pytest.raises(RuntimeError, match="fails"), hift:  # noqa: PT012
+            train_one_head(hift, optimizer, 12)
+            raise RuntimeError("fails")
+
+
+def test_visits_without_a_gradient_are_those_of_the_run_that_goes_on():
+    hift, optimizer = two_heads()
+    hift.start()
+    train_one_head(hift, optimizer, 2)
+    saved = hift.state_dict()
+    train_one_head(hift, optimizer, 8)
+    hift.load_state_dict(saved)
+    assert [(block.visits, block.without_gradient) for block in hift.report().blocks] == [(1, 0), (1, 0)]
+    train_one_head(hift, optimizer, 4)
+    assert sorted(block.without_gradient for block in hift.report().blocks) == [0, 2]

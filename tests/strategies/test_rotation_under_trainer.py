@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -497,6 +498,17 @@ def test_optimizers_that_are_made_anew_after_the_last_step_are_not_told_of():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*made no update")
         fit(batches=LAYERS, extra=[MakesAnew()])
+
+
+def test_steps_that_a_grad_scaler_skips_are_no_idle_optimizer():
+    class Overflows(SmallTransformer):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * float("inf")
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*made no update")
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        trainer("hift", plugins=[precision]).fit(Overflows(), loader(make_batches(2)))
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
