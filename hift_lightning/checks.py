@@ -18,7 +18,7 @@ _LARGEST_SEED = 2**32 - 1
 _MAY_BE_NULL = ("strategy", "logger")
 _WITH_SWITCHES = ("strategy", "trainer", "callbacks", "optimizer", "scheduler")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
-# what is best of a number whose name ends so
+# what is best of the numbers that the application measures
 _BEST = {"accuracy": "max", "loss": "min", "perplexity": "min"}
 # callbacks that look for the best of a `monitor`, and take `mode=min` where none is given
 _LOOK_FOR_THE_BEST = ("Checkpoint", "EarlyStopping")
@@ -186,7 +186,7 @@ def _check_monitors(cfg: DictConfig) -> None:
 
 
 def _check_mode(place: str, monitor: str, callback: DictConfig) -> None:
-    mode, best = callback.get("mode", "min"), _BEST.get(re.split("[/_]", monitor)[-1])
+    mode, best = callback.get("mode", "min"), _BEST.get(re.sub(rf"^({'|'.join(PARTS)})/", "", monitor))
     if best is not None and mode in ("min", "max") and mode != best:
         extreme = {"min": "lowest", "max": "highest"}[mode]
         raise ConfigurationError(

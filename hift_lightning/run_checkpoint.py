@@ -30,7 +30,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save, unless the last step has been saved already."""
         self._save_end(trainer)
-        if self.monitor is not None and self._saves_end(trainer) and not self.best_model_path:
+        wanted = self.save_top_k != 0 and not self._should_skip_saving_checkpoint(trainer)
+        if self.monitor is not None and wanted and not self.best_model_path:
             rank_zero_warn(
                 f"No checkpoint was saved by `monitor={self.monitor}` in the whole run, so that of its end is saved; "
                 "validate more often (`trainer.val_check_interval`), or monitor what is measured more often."

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
 
@@ -193,6 +193,7 @@ def choose_objective(cfg: DictConfig) -> None:
     own = OmegaConf.select(cfg, "objective", throw_on_resolution_failure=False)
     if str(own).startswith(("val/", "test/")):
         cfg.objective = "train/loss"
+        rank_zero_info("With `evaluate=false` the objective is `train/loss`, of which less is better.")
 
 
 def build_network(cfg: DictConfig, trainer: L.Trainer, tokenizer: Any) -> Any:

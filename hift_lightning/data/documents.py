@@ -1,12 +1,11 @@
 """Texts from files: plain text, JSON lines and parquet, checked line by line and split in three parts."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hift_lightning.data.encoding import ASSISTANT, Encoder, Message, Piece
 from hift_lightning.data.sentences import Part, cannot_be_read, part_of
@@ -130,15 +129,16 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
         for place, example in examples:
             yield from _documents(example, place, encoder, split, unread)
         if unread:
-            rank_zero_warn(
-                f"Nothing is made of {', '.join(f'`{key}`' for key in unread)} in `{path}`; what is read is {FORMS}."
+            warnings.warn(
+                f"Nothing is made of {', '.join(f'`{key}`' for key in unread)} in `{path}`; what is read is {FORMS}.",
+                stacklevel=2,
             )
 
 
 def _documents_of_text(path: Path, begin: int, bounds: Mapping[Part, tuple[int, int]]) -> Iterator[Document]:
     raw = path.read_bytes()
     if not _decoded(raw, path).strip():
-        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+        raise ConfigurationError(f"The data file `{path}` is empty; give another one.")
     for part, (first, last) in bounds.items():
         text = raw[_cut(raw, first - begin) : _cut(raw, last - begin)].decode("utf-8-sig").replace("\r\n", "\n")
         if text.strip():
@@ -194,7 +194,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 found = True
                 yield place, line
     if not found:
-        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+        raise ConfigurationError(f"The data file `{path}` is empty; give another one.")
 
 
 def _parsed(line: str, place: str) -> Any:
@@ -228,8 +228,7 @@ def _rows(path: Path, unread: dict[str, None]) -> Iterator[tuple[str, Any]]:
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in names if name in KEYS]):
                 for row in batch.to_pylist():
                     number += 1
-                    # a row has all columns of its table, with nothing in those that it does not use
-                    yield f"`{path}`, row {number}", {name: value for name, value in row.items() if value is not None}
+                    yield f"`{path}`, row {number}", row
     except UnicodeDecodeError as error:
         raise ConfigurationError(
             f"`{path}`, after row {number}: not UTF-8 ({error.reason}); write texts as UTF-8."
@@ -238,17 +237,22 @@ def _rows(path: Path, unread: dict[str, None]) -> Iterator[tuple[str, Any]]:
         reason = str(error).strip().splitlines()[0]
         raise ConfigurationError(f"`{path}` cannot be read as parquet ({reason}); give another file.") from error
     if not number:
-        raise ConfigurationError(f"The data file `{path}` is empty; give `data.path` another one.")
+        raise ConfigurationError(f"The data file `{path}` is empty; give another one.")
 
 
 def _documents(example: Any, place: str, encoder: Encoder, split: Split, unread: dict[str, None]) -> Iterator[Document]:
     """Make the documents of an example: one, or of a conversation one for each answer; note keys that are not read."""
+    if isinstance(example, dict):
+        # what was a row of a table has all its columns, with nothing in those that it does not use
+        example = {key: value for key, value in example.items() if value is not None}
     forms = [form for form in KEYS_OF_FORMS if isinstance(example, dict) and not example.keys().isdisjoint(form)]
     if len(forms) != 1 or not set(forms[0]) <= example.keys():
-        found = f"the keys {', '.join(example)}" if isinstance(example, dict) else f"`{example!r:.60}`"
+        found = f"`{example!r:.60}`"
+        if isinstance(example, dict):
+            found = f"the keys {', '.join(example)}" if example else "nothing"
         raise ConfigurationError(f"{place}: found {found}; write {FORMS}.")
     form = forms[0]
-    unread.update(dict.fromkeys(key for key, value in example.items() if key not in form and value is not None))
+    unread.update(dict.fromkeys(key for key in example if key not in form))
     if form == ("messages",):
         messages = _messages(example["messages"], place, unread)
         texts = [message["content"] for message in messages]

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
-
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from hift_lightning.engine.errors import ConfigurationError
 
@@ -132,8 +131,16 @@ class TokenizerEncoder:
         turns = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
         whole = self._written(messages, place)
         bounds = [self._bounds(messages[: index + 1], place) for index in turns]
-        if all(whole.startswith(after) for _, after in bounds):
-            return [_pieces(whole, [(len(before), len(after)) for before, after in bounds])]
+        # some templates end a conversation with a token that stands behind no other turn
+        last = self._tokenizer.eos_token or ""
+        for ends in (
+            [after for _, after in bounds],
+            [*(after.rstrip().removesuffix(last) for _, after in bounds[:-1]), bounds[-1][1]],
+        ):
+            if all(whole.startswith(end) for end in ends):
+                return [
+                    _pieces(whole, [(len(before), len(end)) for (before, _), end in zip(bounds, ends, strict=True)])
+                ]
         return [_pieces(after, [(len(before), len(after))]) for before, after in bounds]
 
     def _bounds(self, messages: Sequence[Message], place: str) -> tuple[str, str]:
@@ -154,10 +161,11 @@ class TokenizerEncoder:
     def _warn_of_template(self) -> None:
         if not self._warned_of_template:
             self._warned_of_template = True
-            rank_zero_warn(
+            warnings.warn(
                 f"The tokenizer `{self._tokenizer.name_or_path}` has no chat template, so conversations are written as "
                 "lines `role: content`, and the model learns to answer after `assistant:`; ask it so, or give a "
-                "tokenizer that has one with `model.tokenizer.pretrained=/path/to/folder`."
+                "tokenizer that has one with `model.tokenizer.pretrained=/path/to/folder`.",
+                stacklevel=2,
             )
 
     def _written(self, messages: Sequence[Message], place: str, **options: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from hift_lightning.progress import PreparationBar
 MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
 # raised whenever the same files and settings give other tokens
 VERSION = 3
+TOLD_FILE = "told.json"
+"""In the cache: what was warned of when the files were read, which later runs are told too."""
 OWN_PATHS: dict[Part, str] = {"validation": "validation_path", "test": "test_path"}
 """What names the files that are for a part alone."""
 
@@ -110,12 +113,17 @@ class TextDataModule(L.LightningDataModule):
             with PreparationBar("tokenising") as bar:
                 # of what is no text in the files (keys, quotes) the bar never hears, so it goes before it is full
                 bar.is_at(0, of=sum(one.stat().st_size for one in everything))
-                write_tokens(documents(), encoder, folder, bar.moves_by)
+                with warnings.catch_warnings(record=True) as told:
+                    warnings.simplefilter("always")
+                    write_tokens(documents(), encoder, folder, bar.moves_by)
+            (folder / TOLD_FILE).write_text(json.dumps([str(one.message) for one in told]))
 
         made_from = [VERSION, encoder.fingerprint, split.test_fraction, split.validation_fraction]
         made_from += [(name, one.suffix.lower(), digest_of_file(one)) for name, files in paths.items() for one in files]
         name = hashlib.sha256(json.dumps(made_from).encode("utf-8")).hexdigest()[:32]
         self.folder = made_once(cache_root(cache_dir) / "tokens" / name, tokenise, "data.cache_dir")
+        for message in json.loads((self.folder / TOLD_FILE).read_text()):
+            rank_zero_warn(message)
         texts = {part: PackedRows(self.folder, part, max_length) for part in PARTS}
         examples = {part: ExampleRows(self.folder, part, max_length) for part in PARTS}
         self.rows: dict[Part, ConcatDataset[Row]] = {
@@ -128,6 +136,11 @@ class TextDataModule(L.LightningDataModule):
                     f"Nothing of `data.path={path}` falls to the {part} part; give more data, another "
                     "`data.test_fraction` and `data.validation_fraction`, or files of their own with "
                     "`data.validation_path` and `data.test_path`."
+                )
+            if not len(self.rows[part]):
+                raise ConfigurationError(
+                    f"Of the {part} part every example has more than `data.max_length={max_length}` tokens before the "
+                    "first that is trained; give more."
                 )
         _tell_of_examples(list(examples.values()), max_length)
         told = []
@@ -172,19 +185,15 @@ class TextDataModule(L.LightningDataModule):
 
 
 def _tell_of_examples(parts: Sequence[ExampleRows], max_length: int) -> None:
-    """Warn of examples that are longer than a row.
-
-    Raises:
-        ConfigurationError: nothing is left to train on of all those of a part.
-    """
+    """Warn of examples that are longer than a row."""
     count, rows, cut = (sum(of) for of in zip(*((part.examples, len(part), part.cut) for part in parts), strict=True))
     if not cut:
         return
     left_out = f"; {count - rows:,} of them are left out, since nothing to train on is left" if rows < count else ""
-    told = f"{cut:,} of {count:,} examples have more than `data.max_length={max_length}` tokens"
-    if any(part.examples and not len(part) for part in parts):
-        raise ConfigurationError(f"{told}, and of a whole part nothing to train on is left; give more.")
-    rank_zero_warn(f"{told} and are cut{left_out}; give more, where the memory allows it.")
+    rank_zero_warn(
+        f"{cut:,} of {count:,} examples have more than `data.max_length={max_length}` tokens and are cut{left_out}; "
+        "give more, where the memory allows it."
+    )
 
 
 def _paths(given: str | Sequence[str] | None) -> list[Path]:

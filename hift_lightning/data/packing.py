@@ -3,6 +3,7 @@
 import array
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -90,10 +91,19 @@ class _Tokens:
     """What `write_tokens` wrote of texts or of examples; the files are mapped, and read when a row is asked for."""
 
     def __init__(self, folder: Path, name: str) -> None:
+        self._path = str(folder / name)
         self.count = (folder / f"{name}.ids").stat().st_size // BYTES_OF_ID
-        if self.count:
-            self._ids = torch.from_file(str(folder / f"{name}.ids"), size=self.count, dtype=torch.int32)
-            self._trained = torch.from_file(str(folder / f"{name}.trained"), size=self.count, dtype=torch.bool)
+
+    @cached_property
+    def _ids(self) -> Tensor:
+        return torch.from_file(f"{self._path}.ids", size=self.count, dtype=torch.int32)
+
+    @cached_property
+    def _trained(self) -> Tensor:
+        return torch.from_file(f"{self._path}.trained", size=self.count, dtype=torch.bool)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_path": self._path, "count": self.count}  # a process that gets it maps the files itself
 
     def row(self, stretch: slice) -> Row:
         """`input_ids` and `labels` of a stretch: the ids, and the ids with -100 where a token is not trained."""

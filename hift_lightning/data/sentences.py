@@ -43,7 +43,8 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     class 1.
 
     A field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as they read it, and
-    may have tabs or line breaks in it. In any other, such as `"Great", he said`, quotation marks are characters.
+    may have tabs or line breaks in it, but not a tab behind a line break, where the next row might begin. In any other,
+    such as `"Great", he said`, quotation marks are characters.
 
     Args:
         path: the file, UTF-8, with or without a byte order mark.
@@ -69,7 +70,7 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
             "write `label<TAB>sentence` (classes 0, 1, ...) or `rating<TAB>sentence` (below or above 0)."
         )
     rated = header[0] == "rating"
-    sentences = [_parse(row, f"`{path}`, line {number}", rated, num_classes) for number, row in _rows(lines)]
+    sentences = [_parse(row, f"`{path}`, line {number}", rated, num_classes) for number, row in _rows(lines, path)]
     if not sentences:
         raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
     return sentences
@@ -78,32 +79,37 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
 def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
     """What to raise of a data file that the system does not let us read."""
     return ConfigurationError(
-        f"The data file `{path}` cannot be read ({error.strerror}); make it readable, or give `data.path` another one."
+        f"The data file `{path}` cannot be read ({error.strerror}); make it readable, or give another one."
     )
 
 
-def _rows(lines: Sequence[str]) -> Iterator[tuple[int, str]]:
+def _rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, str]]:
     """The rows below the header that are not blank, each with the number of its first line."""
     start = 1
     while start < len(lines):
-        end = _end_of_row(lines, start)
+        end = _end_of_row(lines, start, path)
         row = "\n".join(lines[start:end])
         if row.strip():
             yield start + 1, row
         start = end
 
 
-def _end_of_row(lines: Sequence[str], start: int) -> int:
+def _end_of_row(lines: Sequence[str], start: int, path: Path) -> int:
     """The line behind a row: of a quoted field the lines go on without a tab, until one closes it."""
     field = lines[start].partition("\t")[2]
     if not field.startswith('"') or field.count('"') % 2 == 0:
         return start + 1
     for end in range(start + 1, len(lines)):
-        if "\t" in lines[end]:
-            break
         if lines[end].count('"') % 2 == 1:
-            closed = _QUOTED.fullmatch("\n".join([field, *lines[start + 1 : end + 1]]))
-            return end + 1 if closed else start + 1
+            further = lines[start + 1 : end + 1]
+            if not _QUOTED.fullmatch("\n".join([field, *further])):
+                break
+            if any("\t" in line for line in further):
+                raise ConfigurationError(
+                    f"`{path}`, line {start + 1}: the sentence begins with a quotation mark, and whether it ends in "
+                    f"line {end + 1} cannot be told, since there are tabs on the way; write it without line breaks."
+                )
+            return end + 1
     return start + 1
 
 
@@ -371,8 +377,11 @@ class SentenceDataModule(L.LightningDataModule):
         of, at_least = sum(map(len, self.sentences.values())), self.max_length + 1
         if len(texts) <= FEW_CUT * of:
             return
+        pieces = (texts[start : start + SENTENCES_AT_ONCE] for start in range(0, len(texts), SENTENCES_AT_ONCE))
         cut = sum(
-            len(row) == at_least for row in self.tokenizer(texts, truncation=True, max_length=at_least)["input_ids"]
+            len(row) == at_least
+            for piece in pieces
+            for row in self.tokenizer(piece, truncation=True, max_length=at_least)["input_ids"]
         )
         if cut > FEW_CUT * of:
             rank_zero_warn(

@@ -85,7 +85,7 @@ def is_causal(config: Any) -> bool:
     with torch.device("meta"):
         body = AutoModel.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
     # of a model that reads images too, its part for text
-    told = [module.is_causal for module in body.get_decoder().modules() if hasattr(module, "is_causal")]
+    told = [module.is_causal for module in (body.get_decoder() or body).modules() if hasattr(module, "is_causal")]
     if told:
         return all(told)
     if getattr(config, "is_decoder", False):
@@ -142,19 +142,25 @@ def check_positions(network: nn.Module, max_length: int) -> None:
     Raises:
         ConfigurationError: they are.
     """
-    known = min((rows for module in network.modules() for rows in _positions_in_tables(module)), default=max_length)
-    if max_length > known:
+    known = positions_of(network)
+    if known is not None and max_length > known:
         raise ConfigurationError(
             f"`data.max_length={max_length}` is more than the {known} positions of the model; give "
             f"`data.max_length={known}` or less."
         )
     configs = (getattr(module, "config", None) for module in network.modules())
-    named = min(getattr(config, "max_position_embeddings", None) or max_length for config in configs)
+    positions = [getattr(config, "max_position_embeddings", None) or 0 for config in configs]
+    named = min((number for number in positions if number > 0), default=max_length)
     if max_length > named:
         rank_zero_warn(
             f"`data.max_length={max_length}` is more than the {named} positions that the model is made for, and it may "
             f"not tell those behind them apart; give `data.max_length={named}` or less."
         )
+
+
+def positions_of(network: nn.Module) -> int | None:
+    """Return how many positions the network has a table of, which is how long a row may be; `None` without a table."""
+    return min((rows for module in network.modules() for rows in _positions_in_tables(module)), default=None)
 
 
 def _positions_in_tables(module: nn.Module) -> Iterator[int]:

@@ -93,6 +93,11 @@ def load_tokenizer(pretrained: str | None, default: str | None = None) -> Any:
             f"`{source}` holds no tokenizer that can be loaded ({_first_line(error)}); "
             "give `model.tokenizer.pretrained=/path/to/folder`."
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # which transformers makes of a `config.json` alone
+        raise ConfigurationError(
+            f"`{source}` holds no tokenizer; give `model.tokenizer.pretrained=/path/to/folder`, or export it with its "
+            "tokenizer."
+        )
     if tokenizer.pad_token is None:
         # padded places are masked, so which token stands there does not matter
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

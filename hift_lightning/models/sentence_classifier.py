@@ -9,7 +9,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from hift_lightning.engine.errors import ConfigurationError
-from hift_lightning.models.architecture import architecture, check_vocabulary, is_causal, keep_constants, random_model
+from hift_lightning.models.architecture import (
+    architecture,
+    check_vocabulary,
+    is_causal,
+    keep_constants,
+    positions_of,
+    random_model,
+)
 from hift_lightning.models.dropout import set_dropout
 from hift_lightning.models.pretrained import check_transformers, load_tokenizer, pretrained_model
 
@@ -143,7 +150,7 @@ def load_classifier(folder: str | Path) -> tuple[SentenceClassifier, Any]:
 
     Returns:
         The network, on the CPU, in the dtype of the files and in evaluation mode, and its tokenizer, which pads behind
-        a sentence, as in training.
+        a sentence, as in training, and with `truncation=True` cuts it where the positions of the network end.
 
     Raises:
         ConfigurationError: the folder has no head, or one that is broken, does not fit the body or tells no pooling;
@@ -165,6 +172,8 @@ def load_classifier(folder: str | Path) -> tuple[SentenceClassifier, Any]:
     network = sentence_classifier(tokenizer, str(folder), len(out), pooling, {}, head)  # type: ignore[arg-type]
     if _shapes(network.head.state_dict()) != _shapes(saved):
         raise ConfigurationError(f"The head in `{path}` does not fit the body beside it; export the run anew.")
+    if (positions := positions_of(network)) is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return network.eval(), tokenizer
 
 

@@ -91,7 +91,7 @@ def test_completions_and_the_assistants_turns_are_trained_and_prompts_are_not(tm
     path = written(
         tmp_path / "examples.jsonl",
         {"prompt": "2 + 2 = ", "completion": "4", "source": "a book"},
-        {"text": "All of it."},
+        {"text": "All of it.", "prompt": None},
         {"messages": [{"role": role, "content": content} for role, content in turns]},
     )
     path.write_text(path.read_text() + "\n  \n")
@@ -125,7 +125,8 @@ def test_examples_split_as_asked_and_copies_are_on_one_side(tmp_path: Path) -> N
         ('{"text": "one", "completion": "two"}', ["text, completion"]),
         ('{"completion": "4"}', ["found the keys completion"]),
         ('{"prompt": "2 + 2 = ", "text": "4"}', ["found the keys prompt, text"]),
-        ('{"prompt": null, "completion": "4"}', ["`prompt`", "`None`"]),
+        ('{"prompt": null, "completion": "4"}', ["found the keys completion"]),
+        ('{"text": null}', ["found nothing; write"]),
         ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}', ["message 1", "`tool_calls`"]),
         ('{"prompt": "2 + 2", "completion": 4}', ["`completion`", "`4`", "not a text"]),
         ('{"prompt": "2 + 2", "completion": ""}', ["nothing to train on"]),

@@ -282,6 +282,23 @@ def test_pooling_and_head_of_an_exported_classifier_are_those_that_it_had(
     assert torch.equal(network(tokens["input_ids"], tokens["attention_mask"]), logits)
 
 
+def test_a_folder_without_a_tokenizer_is_told_and_long_sentences_are_cut_where_positions_end(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(locate(TOKENIZER, ("*",)))
+    shape = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 16, "vocab_size": 30522, "max_position_embeddings": 32}
+    trained = sentence_classifier(tokenizer, None, 2, "mean", shape)
+    export(trained, tmp_path / "without")
+    with pytest.raises(
+        ConfigurationError, match=r"without` holds no tokenizer; give .* or export it with its tokenizer"
+    ):
+        load_classifier(tmp_path / "without")
+    export(trained, tmp_path / "with", tokenizer=tokenizer)
+    network, again = load_classifier(tmp_path / "with")
+    tokens = again(["whale " * 100], truncation=True, return_tensors="pt")
+    assert tokens["input_ids"].shape == (1, 32)
+    assert network(tokens["input_ids"], tokens["attention_mask"]).isfinite().all()
+
+
 def test_what_is_no_exported_classifier_is_told(run_of_classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"out/head\.safetensors` does not exist; give the folder that"):
         load_classifier(tmp_path / "out")

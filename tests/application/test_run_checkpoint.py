@@ -110,6 +110,11 @@ def test_where_a_monitor_has_saved_nothing_the_end_is_and_nothing_of_its_own_mak
     checkpoints = tmp_path / "here" / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["step-8.ckpt"]
     shutil.rmtree(checkpoints)
+    each_validation = "callbacks.checkpoint.save_on_train_epoch_end=false"
+    run = run_application(tmp_path, *chosen, "trainer.val_check_interval=1000", each_validation)
+    assert "No checkpoint was saved by `monitor=val/loss` in the whole run" in run.stderr
+    assert [path.name for path in checkpoints.iterdir()] == ["step-8.ckpt"]
+    shutil.rmtree(checkpoints)
     # the lowest is the first
     chosen += ["+callbacks.checkpoint.save_last=true", "callbacks.checkpoint.monitor=hift/cycle"]
     run = run_application(tmp_path, *chosen, "trainer.val_check_interval=4")

@@ -118,6 +118,7 @@ def test_what_the_csv_module_has_written_is_read_again(
         ('1\t"not closed\nno tab', ["line 3", "`no tab`"]),
         ('1\t"not closed\nno tab, "here" or there\n7\tfine', ["line 3", "`no tab, "]),
         ('7\t"two\nlines"', ["line 2", "`7`"]),
+        ('1\t"a\n1\tb"', ["line 2", "a quotation mark", "ends in line 3 cannot be told"]),
     ],
 )
 def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows: str, named: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Token ids of texts: encoders, packing into rows, and the data module with its cache."""
 
 import json
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -211,6 +212,16 @@ def test_where_a_template_leaves_out_earlier_thoughts_each_answer_ends_a_documen
     assert second == [Piece(before, False), Piece("[thought]a ship[SEP]", True)]
 
 
+def test_an_end_that_a_template_sets_behind_a_whole_conversation_leaves_it_one_document(tokenizer: Any) -> None:
+    tokenizer.eos_token = "[PAD]"
+    tokenizer.chat_template = TEMPLATE.replace(
+        "{% if add", "{% if not add_generation_prompt %}[PAD]{% endif %}{% if add"
+    )
+    (pieces,) = TokenizerEncoder(tokenizer).chat(CHAT, "here")
+    assert "".join(piece.text for piece in pieces) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert [piece.text for piece in pieces if piece.trained] == ["a whale[SEP]", "a ship[SEP]\n[PAD]"]
+
+
 def test_a_template_that_rewrites_or_refuses_is_told_with_the_place(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "{% if loop.last %}!{% endif %}")
     with pytest.raises(ConfigurationError, match="here: the chat template .* does not begin message 2 as it asks"):
@@ -278,8 +289,32 @@ def test_examples_that_are_cut_or_left_out_are_told_of(tmp_path: Path) -> None:
         data_module(tmp_path, path=examples(tmp_path), max_length=16)
     with pytest.warns(UserWarning, match=r"40 of 40 .*=12`.* are cut; 30 of them are left out, since nothing to train"):
         data_module(tmp_path, path=examples(tmp_path), max_length=12, test_fraction=0.5, validation_fraction=0.5)
-    with pytest.raises(ConfigurationError, match=r"40 of 40 examples have more than `data\.max_length=8` tokens, and"):
+    with pytest.raises(ConfigurationError, match=r"Of the train part every example .* `data\.max_length=8` tok"):
         data_module(tmp_path, path=examples(tmp_path), max_length=8)
+    (tmp_path / "mixed.jsonl").write_text(
+        json.dumps({"text": "a text"}) + "\n" + json.dumps({"prompt": "long " * 10, "completion": "x"}) + "\n"
+    )
+    with pytest.warns(UserWarning, match=r"1 of 41 .* are cut; 1 of them are left out"):
+        data = data_module(
+            tmp_path, path=examples(tmp_path), validation_path=str(tmp_path / "mixed.jsonl"), max_length=32
+        )
+    assert len(data.rows["validation"]) == 1
+
+
+def test_what_was_warned_of_is_told_again_where_the_tokens_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text("".join(json.dumps({"text": f"number {number}", "id": number}) + "\n" for number in range(50)))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"Nothing is made of `id` in"):
+            data_module(tmp_path, path=str(path))
+
+
+def test_rows_are_mapped_and_not_sent_to_another_process(tmp_path: Path) -> None:
+    data = data_module(tmp_path, path=examples(tmp_path, asked="2 + 2 = " * 50), max_length=1000)
+    whole = [row["input_ids"].tolist() for row in data.rows["train"]]
+    sent = pickle.dumps(data.rows["train"])
+    assert len(sent) < sum(map(len, whole))
+    assert [row["input_ids"].tolist() for row in pickle.loads(sent)] == whole
 
 
 def test_rows_and_tokens_of_each_part_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
