@@ -35,7 +35,7 @@ LabelledSentence = tuple[str, int]
 TokenisedSentence = tuple[Tensor, int]
 
 
-def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]:
+def read_sentences(path: str | Path, num_classes: int, name: str = "data.path") -> list[LabelledSentence]:
     """Read a tab-separated file with two columns, a class and a sentence, one pair a line.
 
     The header says how the first column is read: `label<TAB>sentence` holds classes 0, 1, ... as whole
@@ -49,6 +49,7 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     Args:
         path: the file, UTF-8, with or without a byte order mark.
         num_classes: number of classes; a class outside 0 ... num_classes - 1 is an error.
+        name: of the setting that names the file, for messages.
 
     Raises:
         ConfigurationError: the file does not exist, has no rows, or has a row that cannot be used.
@@ -56,7 +57,7 @@ def read_sentences(path: str | Path, num_classes: int) -> list[LabelledSentence]
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigurationError(f"The data file `{path}` {what}; give the path of a tab-separated file.")
+        raise ConfigurationError(f"The data file `{path}` {what}; give `{name}` the path of a tab-separated file.")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -302,7 +303,7 @@ class SentenceDataModule(L.LightningDataModule):
             self.sentences[part_of(sentence, *shares)].append((sentence, label))
         for part, own in own_paths.items():
             if own:
-                self.sentences[part] = read_sentences(own, num_classes)
+                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path")
         for part, sentences in self.sentences.items():
             if not sentences:
                 raise ConfigurationError(

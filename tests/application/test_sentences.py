@@ -206,7 +206,7 @@ def test_files_of_their_own_are_all_for_validation_or_the_test_and_what_is_left_
     train, validation, test = counts(test_path=exam)
     assert (train + validation, test) == (50, 6)
     assert min(train, validation) > 0
-    with pytest.raises(ConfigurationError, match="nothing` does not exist"):
+    with pytest.raises(ConfigurationError, match=r"nothing` does not exist; give `data\.test_path` the path of"):
         counts(test_path=str(tmp_path / "nothing"))
 
 
@@ -317,5 +317,5 @@ def test_sentences_of_each_part_and_class_are_counted(
 
 
 def test_a_folder_in_the_place_of_the_file_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"is a folder; give the path of a"):
+    with pytest.raises(ConfigurationError, match=r"is a folder; give `data\.path` the path of a"):
         read_sentences(tmp_path, 2)
