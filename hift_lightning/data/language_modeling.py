@@ -27,11 +27,9 @@ from hift_lightning.progress import PreparationBar
 
 MOBY_DICK = Path(str(importlib.resources.files(__package__))) / "moby_dick" / "moby_dick.txt"
 # raised whenever the same files and settings give other tokens
-VERSION = 3
+VERSION = 4
 TOLD_FILE = "told.json"
 """In the cache: what was warned of when the files were read, which later runs are told too."""
-OWN_PATHS: dict[Part, str] = {"validation": "validation_path", "test": "test_path"}
-"""What names the files that are for a part alone."""
 
 
 class TextDataModule(L.LightningDataModule):
@@ -87,25 +85,21 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        paths = {
-            "path": [MOBY_DICK] if path is None else _paths(path),
-            "validation_path": _paths(validation_path),
-            "test_path": _paths(test_path),
-        }
-        for name, files in paths.items():
-            if name == "path" or files:
-                check_files(files, f"data.{name}")
-        everything = [file for files in paths.values() for file in files]
+        shared = [MOBY_DICK] if path is None else _paths(path)
+        own: dict[Part, list[Path]] = {"validation": _paths(validation_path), "test": _paths(test_path)}
+        check_files(shared, "data.path")
+        for part, files in own.items():
+            if files:
+                check_files(files, f"data.{part}_path")
+        everything = [*shared, *own["validation"], *own["test"]]
         encoder = encoder_of(tokenizer)
         self.vocab_size = encoder.vocab_size
-        split = Split(
-            0 if paths["test_path"] else test_fraction, 0 if paths["validation_path"] else validation_fraction
-        )
+        split = Split(0 if own["test"] else test_fraction, 0 if own["validation"] else validation_fraction)
 
         def documents() -> Iterator[Document]:
-            yield from read_documents(paths["path"], encoder, split)
-            for part, own in OWN_PATHS.items():
-                for document in read_documents(paths[own], encoder, Split(0, 0)):
+            yield from read_documents(shared, encoder, split)
+            for part, files in own.items():
+                for document in read_documents(files, encoder, Split(0, 0)):
                     yield dataclasses.replace(document, part=part)
 
         def tokenise(folder: Path) -> None:
@@ -119,7 +113,8 @@ class TextDataModule(L.LightningDataModule):
             (folder / TOLD_FILE).write_text(json.dumps([str(one.message) for one in told]))
 
         made_from = [VERSION, encoder.fingerprint, split.test_fraction, split.validation_fraction]
-        made_from += [(name, one.suffix.lower(), digest_of_file(one)) for name, files in paths.items() for one in files]
+        for use, files in [("all parts", shared), *own.items()]:
+            made_from += [(use, one.suffix.lower(), digest_of_file(one)) for one in files]
         name = hashlib.sha256(json.dumps(made_from).encode("utf-8")).hexdigest()[:32]
         self.folder = made_once(cache_root(cache_dir) / "tokens" / name, tokenise, "data.cache_dir")
         for message in json.loads((self.folder / TOLD_FILE).read_text()):

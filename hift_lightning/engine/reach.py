@@ -9,8 +9,9 @@ from hift_lightning.engine.partition import Block
 _WARNED_AT = (1, 10)
 """Steps of a block's turns without any gradient after which it is named."""
 
-_STEPS_BEFORE_ERROR, _CYCLES_BEFORE_ERROR = 16, 4
-"""At least so many: where each batch uses one of the parts by chance, fewer may all miss the block whose turn it is."""
+_STEPS_BEFORE_ERROR, _STEPS_PER_BLOCK_BEFORE_ERROR = 16, 4
+"""At least so many, and so many times the number of blocks: where each batch uses one of the parts by chance, fewer may
+all miss the block whose turn it is."""
 
 _REMEDIES = (
     "Where some batches use other parts of the model than others, make turns so long that each part is used within one "
@@ -54,7 +55,7 @@ class Reach:
         self._missed[block.index] += 1
         steps = self._missed.total()
         all_missed = not self._reached and len(self._missed) == self._blocks
-        if all_missed and steps >= max(_STEPS_BEFORE_ERROR, _CYCLES_BEFORE_ERROR * self._blocks):
+        if all_missed and steps >= max(_STEPS_BEFORE_ERROR, _STEPS_PER_BLOCK_BEFORE_ERROR * self._blocks):
             raise RuntimeError(
                 f"No gradient reached any of the {self._blocks} blocks in {steps} steps: either the loss does not "
                 "depend on the parameters that are trained (check that it is computed from them and is not detached, "

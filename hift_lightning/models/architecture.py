@@ -90,9 +90,8 @@ def is_causal(config: Any) -> bool:
         return all(told)
     if getattr(config, "is_decoder", False):
         return True
-    learns_the_next_token = (
-        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != "xlnet"
-    )  # permuted ones
+    # XLNet learns the next one of an order that is drawn anew for each text
+    learns_the_next_token = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type != "xlnet"
     return learns_the_next_token and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
 
 
