@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hift_lightning.data.encoding import ASSISTANT, Encoder, Message, Piece
-from hift_lightning.data.sentences import Part, cannot_be_read, part_of
+from hift_lightning.data.labelled import cannot_be_read
+from hift_lightning.data.sentences import Part, part_of
 from hift_lightning.engine.errors import ConfigurationError
 
 TEXT_FILES = (".txt", ".md")

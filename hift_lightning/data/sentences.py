@@ -1,8 +1,7 @@
-"""Labelled sentences from a tab-separated file, split by a hash of their text and tokenised once."""
+"""Labelled sentences from a file, split by a hash of their text and tokenised once."""
 
 import hashlib
 import importlib.resources
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
+from hift_lightning.data.labelled import LabelledSentence, read_sentences, told_of
 from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
@@ -27,124 +27,8 @@ FEW_CUT = 0.05
 CLASSES_TOLD = 10  # of more than so many, only the smallest and the largest
 FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
-# a field as the csv module quotes it: each quotation mark in it is doubled
-_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-
 Part = Literal["train", "validation", "test"]
-LabelledSentence = tuple[str, int]
 TokenisedSentence = tuple[Tensor, int]
-
-
-def read_sentences(path: str | Path, num_classes: int, name: str = "data.path") -> list[LabelledSentence]:
-    """Read a tab-separated file with two columns, a class and a sentence, one pair a line.
-
-    The header says how the first column is read: `label<TAB>sentence` holds classes 0, 1, ... as whole
-    numbers; `rating<TAB>sentence` holds numbers of which the negative ones are class 0 and the positive ones
-    class 1.
-
-    A field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as they read it, and
-    may have tabs or line breaks in it, but not a tab behind a line break, where the next row might begin. In any other,
-    such as `"Great", he said`, quotation marks are characters.
-
-    Args:
-        path: the file, UTF-8, with or without a byte order mark.
-        num_classes: number of classes; a class outside 0 ... num_classes - 1 is an error.
-        name: of the setting that names the file, for messages.
-
-    Raises:
-        ConfigurationError: the file does not exist, has no rows, or has a row that cannot be used.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigurationError(f"The data file `{path}` {what}; give `{name}` the path of a tab-separated file.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
-    except OSError as error:
-        raise cannot_be_read(path, error) from error
-    header = [_unquoted(name) for name in lines[0].split("\t")]
-    if header not in (["label", "sentence"], ["rating", "sentence"]):
-        raise ConfigurationError(
-            f"`{path}`, line 1: the header is {lines[0][:60]!r}; "
-            "write `label<TAB>sentence` (classes 0, 1, ...) or `rating<TAB>sentence` (below or above 0)."
-        )
-    rated = header[0] == "rating"
-    sentences = [_parse(row, f"`{path}`, line {number}", rated, num_classes) for number, row in _rows(lines, path)]
-    if not sentences:
-        raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
-    return sentences
-
-
-def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
-    """What to raise of a data file that the system does not let us read."""
-    return ConfigurationError(
-        f"The data file `{path}` cannot be read ({error.strerror}); make it readable, or give another one."
-    )
-
-
-def _rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, str]]:
-    """The rows below the header that are not blank, each with the number of its first line."""
-    start = 1
-    while start < len(lines):
-        end = _end_of_row(lines, start, path)
-        row = "\n".join(lines[start:end])
-        if row.strip():
-            yield start + 1, row
-        start = end
-
-
-def _end_of_row(lines: Sequence[str], start: int, path: Path) -> int:
-    """The line behind a row: of a quoted field the lines go on without a tab, until one closes it."""
-    field = lines[start].partition("\t")[2]
-    if not field.startswith('"') or field.count('"') % 2 == 0:
-        return start + 1
-    for end in range(start + 1, len(lines)):
-        if lines[end].count('"') % 2 == 1:
-            further = lines[start + 1 : end + 1]
-            if not _QUOTED.fullmatch("\n".join([field, *further])):
-                break
-            if any("\t" in line for line in further):
-                raise ConfigurationError(
-                    f"`{path}`, line {start + 1}: the sentence begins with a quotation mark, and whether it ends in "
-                    f"line {end + 1} cannot be told, since there are tabs on the way; write it without line breaks."
-                )
-            return end + 1
-    return start + 1
-
-
-def _unquoted(field: str) -> str:
-    quoted = _QUOTED.fullmatch(field)
-    return field if quoted is None else quoted[1].replace('""', '"')
-
-
-def _parse(row: str, place: str, rated: bool, num_classes: int) -> LabelledSentence:
-    value, _, field = row.partition("\t")
-    value, sentence = _unquoted(value), _unquoted(field)
-    if not sentence.strip() or ("\t" in field and not _QUOTED.fullmatch(field)):
-        raise ConfigurationError(
-            f"{place}: `{row[:60]}` is not a class and a sentence with one tab between them; mend or remove the row."
-        )
-    try:
-        number = float(value) if rated else int(value)
-    except ValueError as error:
-        kind = "number" if rated else "whole number"
-        raise ConfigurationError(f"{place}: `{value}` is not a {kind}; mend or remove the row.") from error
-    if rated and not (number < 0 or number > 0):
-        raise ConfigurationError(f"{place}: the rating `{value}` is neither below nor above 0; remove the row.")
-    label = int(number > 0) if rated else int(number)
-    if label < 0:
-        raise ConfigurationError(
-            f"{place}: class `{label}` is below 0, and classes are counted from 0; mend the row, or write `rating` in "
-            "the header where numbers below and above 0 are two classes."
-        )
-    if label >= num_classes:
-        raise ConfigurationError(
-            f"{place}: class `{label}` is out of range for `data.num_classes={num_classes}` "
-            f"(0 to {num_classes - 1}); raise `data.num_classes` or mend the row."
-        )
-    return sentence.strip(), label
 
 
 def _check_classes(path: str, num_classes: int, trained: Collection[int]) -> None:
@@ -299,11 +183,12 @@ class SentenceDataModule(L.LightningDataModule):
         path = str(FILM_REVIEWS) if path is None else path
         own_paths: dict[Part, str | None] = {"validation": validation_path, "test": test_path}
         shares = 0 if test_path else test_fraction, 0 if validation_path else validation_fraction
-        for sentence, label in read_sentences(path, num_classes):
+        sentences, words = read_sentences(path, num_classes)
+        for sentence, label in sentences:
             self.sentences[part_of(sentence, *shares)].append((sentence, label))
         for part, own in own_paths.items():
             if own:
-                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path")
+                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path", words).sentences
         for part, sentences in self.sentences.items():
             if not sentences:
                 raise ConfigurationError(
@@ -313,7 +198,8 @@ class SentenceDataModule(L.LightningDataModule):
                 )
         _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
         parts = [f"{part} {_of_each_class(sentences, num_classes)}" for part, sentences in self.sentences.items()]
-        rank_zero_info(f"Sentences of class 0 to {num_classes - 1}: {'; '.join(parts)}.")
+        classes = f" ({told_of(words)})" if words else ""
+        rank_zero_info(f"Sentences of class 0 to {num_classes - 1}{classes}: {'; '.join(parts)}.")
         self._tokenised: dict[Part, list[TokenisedSentence]] = {}
 
     def setup(self, stage: str) -> None:

@@ -31,7 +31,7 @@ OPTIONS = [
 ]
 # what an option cannot be without
 FURTHER = {
-    "data=tsv": ["data.path=somewhere.tsv"],
+    "data=sentences": ["data.path=somewhere.tsv"],
     "data=text": ["model=llama7b"],
     "data=jsonl": ["model=llama7b", "data.path=somewhere.jsonl"],
 }
@@ -81,7 +81,7 @@ SENTENCES, TEXTS = "hift_lightning.data.SentenceDataModule", "hift_lightning.dat
         (["experiment=llama7b_cpu"], TEXTS),
         (["experiment=llama7b_cpu", "model=minilm"], SENTENCES),
         # data named on the command line have the last word
-        (["model=gpt2_medium", "data=tsv", "data.path=somewhere.tsv"], SENTENCES),
+        (["model=gpt2_medium", "data=sentences", "data.path=somewhere.tsv"], SENTENCES),
         (["data=text", "model=minilm"], TEXTS),
     ],
 )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hift_lightning.data import documents
 from hift_lightning.data.documents import Document, Split, check_files, read_documents
 from hift_lightning.data.encoding import ByteEncoder, Piece
-from hift_lightning.data.sentences import read_sentences
+from hift_lightning.data.labelled import read_sentences
 from hift_lightning.engine.errors import ConfigurationError
 
 HALVES = Split(test_fraction=0.25, validation_fraction=1 / 3)

@@ -97,7 +97,7 @@ def test_without_dropout_a_step_is_planned_to_need_less(tmp_path):
     assert peaks[1] < peaks[0]
 
 
-@pytest.mark.parametrize("options", [[*SMALL, "data=jsonl"], ["model=minilm", "data=tsv"]])
+@pytest.mark.parametrize("options", [[*SMALL, "data=jsonl"], ["model=minilm", "data=sentences"]])
 def test_data_of_ones_own_are_not_looked_at(options, tmp_path):
     done = plan(tmp_path, *options, *QUICK)
     assert done.returncode == 0, done.stderr

@@ -13,13 +13,13 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hift_lightning.data.labelled import read_sentences
 from hift_lightning.data.sentences import (
     FILM_REVIEWS,
     LengthGroupedBatches,
     SentenceDataModule,
     normalised,
     part_of,
-    read_sentences,
 )
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models import load_tokenizer
@@ -47,7 +47,7 @@ def data_module(**arguments: Any) -> SentenceDataModule:
 
 
 def test_the_packaged_film_reviews_are_what_the_documentation_says() -> None:
-    sentences = read_sentences(FILM_REVIEWS, num_classes=2)
+    sentences = read_sentences(FILM_REVIEWS, num_classes=2).sentences
     assert len(sentences) == 10_072
     assert sum(label for _, label in sentences) == 4_996
     # to which the records of the experiments belong
@@ -58,15 +58,81 @@ def test_the_packaged_film_reviews_are_what_the_documentation_says() -> None:
 
 
 def test_labels_and_ratings_are_read_by_the_header(tmp_path: Path) -> None:
-    assert read_sentences(written(tmp_path, "label\tsentence\n2\tgood\n0\tbad one\n"), 3) == [
-        ("good", 2),
-        ("bad one", 0),
-    ]
-    assert read_sentences(written(tmp_path, "rating\tsentence\n-0.5\tbad\r\n3\tgood"), 2) == [("bad", 0), ("good", 1)]
+    labelled = read_sentences(written(tmp_path, "label\tsentence\n2\tgood\n0\tbad one\n"), 3)
+    assert labelled == ([("good", 2), ("bad one", 0)], ())
+    rated = read_sentences(written(tmp_path, "rating\tsentence\n-0.5\tbad\r\n3\tgood"), 2)
+    assert rated == ([("bad", 0), ("good", 1)], ())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("mails.csv", 'label,sentence\nspam,"Buy, now"\nham,hello there\n'),
+        ("mails.tsv", "label\tsentence\nspam\tBuy, now\nham\thello there\n"),
+        ("mails.csv", ',text,from,label\r\n0,"Buy, now",a@b.c,spam\r\n1,hello there,,ham\r\n'),
+        ("mails.CSV", '\ufefftext,label\n"Buy, now", spam\n\nhello there,ham'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Nothing is made of `from`")
+def test_labels_in_words_are_classes_in_alphabetical_order(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert read_sentences(tmp_path / name, 2) == ([("Buy, now", 1), ("hello there", 0)], ["ham", "spam"])
+
+
+def test_words_of_a_data_set_hold_for_its_other_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [f"{'ham' if number % 2 else 'spam'},text {number}" for number in range(60)]
+    (tmp_path / "all.csv").write_text("\n".join(["label,text", *rows]))
+    (tmp_path / "test.csv").write_text("label,text\nspam,one of another file\n")
+    with caplog.at_level("INFO"):
+        data = data_module(path=str(tmp_path / "all.csv"), test_path=str(tmp_path / "test.csv"))
+    assert data.sentences["test"] == [("one of another file", 1)]
+    assert "Sentences of class 0 to 1 (`ham`, `spam`): train " in caplog.text
+    (tmp_path / "test.csv").write_text("label,text\nspam,fine\neggs,not fine\n")
+    with pytest.raises(ConfigurationError, match=r"test.csv`, line 3: the label `eggs` is none of `ham`, `spam`"):
+        data_module(path=str(tmp_path / "all.csv"), test_path=str(tmp_path / "test.csv"))
+
+
+def test_columns_that_are_not_read_are_warned_of(tmp_path: Path) -> None:
+    (tmp_path / "mails.csv").write_text(",id,text,label\n0,7,fine,1\n")
+    with pytest.warns(match=r"Nothing is made of `id` in `.*mails\.csv`\.$"):
+        assert read_sentences(tmp_path / "mails.csv", 2).sentences == [("fine", 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", ["line 1", "the header is ''"]),
+        ("class,text\n", ["line 1", "'class,text'", "`label` or `rating` and one `sentence` or `text`"]),
+        ("label;text\n1;fine\n", ["line 1", "'label;text'", "with commas"]),
+        ("label,text,sentence\n", ["line 1", "and one `sentence` or `text`"]),
+        ("label,text\n", ["empty"]),
+        ("label,text\n0,fine\n1,one, and two\n", ["line 3", "3 columns and the header has 2"]),
+        ('label,text\n0,"two\nlines"\n7,fine\n', ["line 4", "class `7` is out of range"]),
+        ('label,text\n0,"not closed\n1,fine\n', ["line 2", "unexpected end of data"]),
+        ('label,text\n0,"closed" too early\n', ["line 2", "cannot be read"]),
+        ("label,text\n0,fine\n1, \n", ["line 3", "not a label and a sentence"]),
+        ("label,text\n0,fine\n,no label\n", ["line 3", "not a label and a sentence"]),
+        ("label,text\n0,fine\none,fine\n", ["line 3", "`one` is not a whole number"]),
+        ("rating,text\n1,fine\ngood,fine\n", ["line 3", "`good` is not a number"]),
+        (
+            "label,text\nham,a\nspam,b\nSpam,c\n",
+            ["are 3 words, `Spam`, `ham`, `spam`", "`data.num_classes=2`", "give `data.num_classes=3`"],
+        ),
+        ("label,text\n" + "".join(f"c{n:02},text\n" for n in range(12)), ["are 12 words, `c00`, …, `c11`, and"]),
+    ],
+)
+def test_a_comma_separated_file_that_cannot_be_used_is_refused_with_place_and_value(
+    tmp_path: Path, text: str, named: list[str]
+) -> None:
+    path = tmp_path / "mails.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError) as caught:
+        read_sentences(path, num_classes=2)
+    assert all(part in str(caught.value) for part in [str(path), *named])
 
 
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
-    assert read_sentences(written(tmp_path, "\ufefflabel\tsentence\n1\tgood\n"), 2) == [("good", 1)]
+    assert read_sentences(written(tmp_path, "\ufefflabel\tsentence\n1\tgood\n"), 2).sentences == [("good", 1)]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +155,7 @@ def test_a_quoted_field_is_read_as_the_csv_module_reads_it_and_no_other(
     tmp_path: Path, field: str, sentence: str
 ) -> None:
     path = written(tmp_path, f"label\tsentence\n1\t{field}\n0\tnext\n\n0\tlast\n")
-    assert read_sentences(path, 2) == [(sentence, 1), ("next", 0), ("last", 0)]
+    assert read_sentences(path, 2).sentences == [(sentence, 1), ("next", 0), ("last", 0)]
 
 
 _TEXTS = st.lists(st.text(alphabet='ab" \n,') | st.text(alphabet='ab" \t'), min_size=1).map(
@@ -98,16 +164,16 @@ _TEXTS = st.lists(st.text(alphabet='ab" \n,') | st.text(alphabet='ab" \t'), min_
 
 
 @settings(max_examples=100, deadline=None)
-@given(_TEXTS, st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+@given(_TEXTS, st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.sampled_from(["tsv", "csv"]))
 def test_what_the_csv_module_has_written_is_read_again(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str], quoting: Any
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], quoting: Any, kind: str
 ) -> None:
-    path = tmp_path_factory.mktemp("written") / "sentences.tsv"
+    path = tmp_path_factory.mktemp("written") / f"sentences.{kind}"
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, "excel-tab", quoting=quoting).writerows(
+        csv.writer(file, "excel-tab" if kind == "tsv" else "excel", quoting=quoting).writerows(
             [("label", "sentence"), *((1, text) for text in texts)]
         )
-    assert read_sentences(path, 2) == [(text, 1) for text in texts]
+    assert read_sentences(path, 2).sentences == [(text, 1) for text in texts]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "data.path=empty.tsv": ("empty.tsv", "empty"),
     "data.path=without_tab.tsv": ("without_tab.tsv", "line 3", "no tab here"),
     "data.path=out_of_range.tsv": ("out_of_range.tsv", "line 3", "class `7`", "data.num_classes=2"),
-    "data=tsv": ("data.path",),
+    "data=sentences": ("data.path",),
     "trainer.precision=99-mixed": ("trainer", "99-mixed", "32-true"),
     "trainer.max_steps=many": ("trainer.max_steps=many",),
     "+trainer.speed=1": ("trainer", "speed"),

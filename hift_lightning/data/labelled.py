@@ -1,0 +1,256 @@
+"""Labelled sentences from a tab- or comma-separated file."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from hift_lightning.engine.errors import ConfigurationError
+
+LABEL_COLUMNS = ("label", "rating")
+TEXT_COLUMNS = ("sentence", "text")
+WORDS_TOLD = 10  # of more than so many labels, only the first and the last
+
+# a field as the csv module quotes it: each quotation mark in it is doubled
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')
+
+LabelledSentence = tuple[str, int]
+
+
+class LabelledSentences(NamedTuple):
+    """What a file holds.
+
+    Args:
+        sentences: each with its class.
+        words: where the labels of the file are words, those of class 0, 1, ...; else nothing.
+    """
+
+    sentences: list[LabelledSentence]
+    words: Sequence[str] = ()
+
+
+class _Row(NamedTuple):
+    place: str
+    label: str
+    sentence: str
+
+
+def read_sentences(
+    path: str | Path, num_classes: int, name: str = "data.path", words: Sequence[str] | None = None
+) -> LabelledSentences:
+    """Read a tab-separated file with two columns, a label and a sentence, one pair a line; or a `.csv` file.
+
+    The header says how the column of labels is read: `label<TAB>sentence` holds classes 0, 1, ... as whole numbers, or
+    words, of which the classes are numbered in alphabetical order; `rating<TAB>sentence` holds numbers of which the
+    negative ones are class 0 and the positive ones class 1. The column of sentences may be named `text`, too.
+
+    In a tab-separated file a field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as
+    they read it, and may have tabs or line breaks in it, but not a tab behind a line break, where the next row might
+    begin. In any other, such as `"Great", he said`, quotation marks are characters.
+
+    A file whose name ends with `.csv` is separated by commas and read by the csv module. Its columns may stand in any
+    order; others are not read, which a warning tells.
+
+    Args:
+        path: the file, UTF-8, with or without a byte order mark.
+        num_classes: number of classes; a class outside 0 ... num_classes - 1 is an error, and so is another number of
+            words.
+        name: of the setting that names the file, for messages.
+        words: what another file of the data set has for labels; `None` where this is the first one.
+
+    Raises:
+        ConfigurationError: the file does not exist, has no rows, or has a row that cannot be used.
+    """
+    path = Path(path)
+    text = _text(path, name)
+    rated, rows = _comma_separated(text, path) if path.suffix.lower() == ".csv" else _tab_separated(text, path)
+    if not rows:
+        raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
+    if words is None:
+        words = () if rated else _words(rows, path, num_classes)
+    if words:
+        class_of = {word: index for index, word in enumerate(words)}
+        return LabelledSentences([(row.sentence, _class_of_word(row, class_of)) for row in rows], words)
+    return LabelledSentences([(row.sentence, _class_of_number(row, rated, num_classes)) for row in rows])
+
+
+def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
+    """What to raise of a data file that the system does not let us read."""
+    return ConfigurationError(
+        f"The data file `{path}` cannot be read ({error.strerror}); make it readable, or give another one."
+    )
+
+
+def told_of(words: Sequence[str]) -> str:
+    """Name labels in words: all, or of many the first and the last."""
+    shown = [f"`{word}`" for word in words]
+    return ", ".join(shown) if len(words) <= WORDS_TOLD else f"{shown[0]}, …, {shown[-1]}"
+
+
+def _text(path: Path, name: str) -> str:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigurationError(
+            f"The data file `{path}` {what}; give `{name}` the path of a tab-separated file or a `.csv` file."
+        )
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
+    except OSError as error:
+        raise cannot_be_read(path, error) from error
+
+
+def _comma_separated(text: str, path: Path) -> tuple[bool, list[_Row]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[_Row] = []
+    line = 1
+    try:
+        header = next(reader, [])
+        labels = [index for index, column in enumerate(header) if column in LABEL_COLUMNS]
+        texts = [index for index, column in enumerate(header) if column in TEXT_COLUMNS]
+        if len(labels) != 1 or len(texts) != 1:
+            raise ConfigurationError(
+                f"`{path}`, line 1: the header is {','.join(header)[:60]!r}; name one of its columns `label` or "
+                "`rating` and one `sentence` or `text`, with commas between them."
+            )
+        unread = [column for index, column in enumerate(header) if column and index not in (*labels, *texts)]
+        line = reader.line_num + 1
+        for fields in reader:
+            if fields:
+                place = f"`{path}`, line {line}"
+                if len(fields) != len(header):
+                    raise ConfigurationError(
+                        f"{place}: there are {len(fields)} columns and the header has {len(header)}; mend or remove "
+                        "the row."
+                    )
+                rows.append(_row(place, fields[labels[0]], fields[texts[0]]))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigurationError(f"`{path}`, line {line}: the row cannot be read ({error}); mend it.") from error
+    if unread:
+        rank_zero_warn(f"Nothing is made of {', '.join(f'`{column}`' for column in unread)} in `{path}`.")
+    return header[labels[0]] == "rating", rows
+
+
+def _tab_separated(text: str, path: Path) -> tuple[bool, list[_Row]]:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header = [_unquoted(column) for column in lines[0].split("\t")]
+    if len(header) != 2 or header[0] not in LABEL_COLUMNS or header[1] not in TEXT_COLUMNS:
+        raise ConfigurationError(
+            f"`{path}`, line 1: the header is {lines[0][:60]!r}; write `label<TAB>sentence` (classes 0, 1, ..., or in "
+            "words) or `rating<TAB>sentence` (below or above 0), or give a file whose name ends with `.csv`."
+        )
+    rows = []
+    for number, row in _rows(lines, path):
+        place = f"`{path}`, line {number}"
+        value, _, field = row.partition("\t")
+        if "\t" in field and not _QUOTED.fullmatch(field):
+            raise _no_pair(place, row)
+        rows.append(_row(place, _unquoted(value), _unquoted(field)))
+    return header[0] == "rating", rows
+
+
+def _rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, str]]:
+    """The rows below the header that are not blank, each with the number of its first line."""
+    start = 1
+    while start < len(lines):
+        end = _end_of_row(lines, start, path)
+        row = "\n".join(lines[start:end])
+        if row.strip():
+            yield start + 1, row
+        start = end
+
+
+def _end_of_row(lines: Sequence[str], start: int, path: Path) -> int:
+    """The line behind a row: of a quoted field the lines go on without a tab, until one closes it."""
+    field = lines[start].partition("\t")[2]
+    if not field.startswith('"') or field.count('"') % 2 == 0:
+        return start + 1
+    for end in range(start + 1, len(lines)):
+        if lines[end].count('"') % 2 == 1:
+            further = lines[start + 1 : end + 1]
+            if not _QUOTED.fullmatch("\n".join([field, *further])):
+                break
+            if any("\t" in line for line in further):
+                raise ConfigurationError(
+                    f"`{path}`, line {start + 1}: the sentence begins with a quotation mark, and whether it ends in "
+                    f"line {end + 1} cannot be told, since there are tabs on the way; write it without line breaks."
+                )
+            return end + 1
+    return start + 1
+
+
+def _unquoted(field: str) -> str:
+    quoted = _QUOTED.fullmatch(field)
+    return field if quoted is None else quoted[1].replace('""', '"')
+
+
+def _row(place: str, label: str, sentence: str) -> _Row:
+    if not label.strip() or not sentence.strip():
+        raise _no_pair(place, f"{label}\t{sentence}".strip())
+    return _Row(place, label.strip(), sentence.strip())
+
+
+def _no_pair(place: str, row: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{place}: `{row[:60]}` is not a label and a sentence, each in its column; mend or remove the row."
+    )
+
+
+def _words(rows: Sequence[_Row], path: Path, num_classes: int) -> Sequence[str]:
+    """The labels in alphabetical order where they are words, which is where none of them is a whole number."""
+    labels = {row.label for row in rows}
+    if any(_is_number(label) for label in labels):
+        return ()
+    words = sorted(labels)
+    if len(words) != num_classes:
+        raise ConfigurationError(
+            f"The labels of `{path}` are {len(words)} words, {told_of(words)}, and `data.num_classes={num_classes}`; "
+            f"give `data.num_classes={len(words)}` if they are meant, or mend them."
+        )
+    return words
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _class_of_word(row: _Row, class_of: Mapping[str, int]) -> int:
+    if row.label not in class_of:
+        raise ConfigurationError(
+            f"{row.place}: the label `{row.label}` is none of {told_of(list(class_of))}; mend or remove the row."
+        )
+    return class_of[row.label]
+
+
+def _class_of_number(row: _Row, rated: bool, num_classes: int) -> int:
+    place, label, _ = row
+    try:
+        number = float(label) if rated else int(label)
+    except ValueError as error:
+        kind = "number" if rated else "whole number"
+        raise ConfigurationError(f"{place}: `{label}` is not a {kind}; mend or remove the row.") from error
+    if rated and not (number < 0 or number > 0):
+        raise ConfigurationError(f"{place}: the rating `{label}` is neither below nor above 0; remove the row.")
+    found = int(number > 0) if rated else int(number)
+    if found < 0:
+        raise ConfigurationError(
+            f"{place}: class `{found}` is below 0, and classes are counted from 0; mend the row, or write `rating` in "
+            "the header where numbers below and above 0 are two classes."
+        )
+    if found >= num_classes:
+        raise ConfigurationError(
+            f"{place}: class `{found}` is out of range for `data.num_classes={num_classes}` "
+            f"(0 to {num_classes - 1}); raise `data.num_classes` or mend the row."
+        )
+    return found
