@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
+from hift_lightning.data.sentences import SentenceDataModule
 from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.engine.masters import master_of
@@ -149,6 +150,7 @@ def export_run(
     network.load_state_dict(trained, assign=True)
     _tie(network)
     masters = _masters(network, checkpoint)
+    _name_classes(network, checkpoint)
     rank_zero_info(
         f"Exporting `{path}`: {len(masters)} of {len(trained)} weights from their fp32 masters, "
         f"{'without a tokenizer, as the run had none' if tokenizer is None else 'with the tokenizer'}."
@@ -372,6 +374,15 @@ def _load(run: Path, root: Path, cfg: DictConfig) -> tuple[Path, dict[str, Any]]
         f"`{run}` has no checkpoint that is whole, nor has `{folder}`; give the path of a checkpoint, or train with "
         "`trainer.enable_checkpointing=true`."
     )
+
+
+def _name_classes(network: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Write the labels of a sentence classifier that were words where transformers keeps them."""
+    words = checkpoint.get(SentenceDataModule.__qualname__, {}).get("words")
+    if isinstance(network, SentenceClassifier) and words:
+        config: Any = network.body.config
+        config.id2label = dict(enumerate(words))
+        config.label2id = {word: index for index, word in enumerate(words)}
 
 
 def _tell_of_better(path: Path, checkpoint: Mapping[str, Any]) -> None:

@@ -180,15 +180,15 @@ class SentenceDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.sentences: dict[Part, list[LabelledSentence]] = {"train": [], "validation": [], "test": []}
-        path = str(FILM_REVIEWS) if path is None else path
+        self.path = path = str(FILM_REVIEWS) if path is None else path
         own_paths: dict[Part, str | None] = {"validation": validation_path, "test": test_path}
         shares = 0 if test_path else test_fraction, 0 if validation_path else validation_fraction
-        sentences, words = read_sentences(path, num_classes)
+        sentences, self.words = read_sentences(path, num_classes)
         for sentence, label in sentences:
             self.sentences[part_of(sentence, *shares)].append((sentence, label))
         for part, own in own_paths.items():
             if own:
-                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path", words).sentences
+                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path", self.words).sentences
         for part, sentences in self.sentences.items():
             if not sentences:
                 raise ConfigurationError(
@@ -198,7 +198,7 @@ class SentenceDataModule(L.LightningDataModule):
                 )
         _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
         parts = [f"{part} {_of_each_class(sentences, num_classes)}" for part, sentences in self.sentences.items()]
-        classes = f" ({told_of(words)})" if words else ""
+        classes = f" ({told_of(self.words)})" if self.words else ""
         rank_zero_info(f"Sentences of class 0 to {num_classes - 1}{classes}: {'; '.join(parts)}.")
         self._tokenised: dict[Part, list[TokenisedSentence]] = {}
 
@@ -233,6 +233,24 @@ class SentenceDataModule(L.LightningDataModule):
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Test batches."""
         return self._eval_dataloader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the classes are called, where the labels are words; a checkpoint keeps it, and an export names them."""
+        return {"words": list(self.words)} if self.words else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the words of a checkpoint with those of the data.
+
+        Raises:
+            ConfigurationError: they are others, so that classes would be mistaken for each other.
+        """
+        words = state_dict["words"]
+        if words != list(self.words):
+            own = f"are {told_of(self.words)}" if self.words else "are numbers"
+            raise ConfigurationError(
+                f"The checkpoint is of a run with the labels {told_of(words)}, and those of `data.path={self.path}` "
+                f"{own}; give data with the same labels."
+            )
 
     def collate(self, rows: Sequence[TokenisedSentence]) -> dict[str, Tensor]:
         """Pad sentences to the longest of them."""

@@ -143,7 +143,7 @@ def load_classifier(folder: str | Path) -> tuple[SentenceClassifier, Any]:
     """Load a sentence classifier that `hift-export` has written, to predict classes with it.
 
     Called with `input_ids` and `attention_mask` of the tokenizer, padded, the network returns the logits, batch x
-    classes.
+    classes. Where the labels of the run were words, `network.body.config.id2label` has that of each class.
 
     Args:
         folder: what `hift-export` or `hift_lightning.export.export` has written, with the tokenizer.

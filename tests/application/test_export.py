@@ -262,6 +262,28 @@ def test_a_classifier_that_is_exported_predicts_as_the_trained_one(run_of_classi
     assert torch.equal(network(**inputs), trained(**inputs))
 
 
+def test_an_exported_classifier_knows_the_words_of_its_classes_and_a_run_goes_on_with_those_alone(
+    tmp_path: Path,
+) -> None:
+    rows = [f"{word},{word} number {number}" for number in range(30) for word in ("ham", "spam", "eggs")]
+    (tmp_path / "mails.csv").write_text("\n".join(["label,text", *rows]))
+    own = [*TINY, "data=sentences", "data.path=mails.csv", "data.num_classes=3"]
+    run = run_application(tmp_path, *own, "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    export_run(tmp_path / "here", tmp_path / "out")
+    network, _ = load_classifier(tmp_path / "out")
+    assert network.body.config.id2label == {0: "eggs", 1: "ham", 2: "spam"}
+    assert network.body.config.label2id == {"eggs": 0, "ham": 1, "spam": 2}
+    (tmp_path / "mails.csv").write_text("\n".join(["label,text", *rows]).replace("eggs", "toast"))
+    (path,) = (tmp_path / "here" / "checkpoints").iterdir()
+    again = run_application(tmp_path, *own, "hydra.run.dir=again", f"ckpt_path={path}", "trainer.max_epochs=2")
+    assert again.returncode == 1
+    assert "the labels `eggs`, `ham`, `spam`, and those of `data.path=mails.csv` are `ham`, `spam`, `toast`; give" in (
+        again.stderr
+    )
+    assert "Traceback" not in again.stderr
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
