@@ -123,27 +123,32 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         if local is None:
             return super().load_checkpoint(path, map_location, weights_only)
         self.check(local)
-        try:
-            checkpoint: dict[str, Any] = torch.load(
-                local, map_location=map_location, weights_only=weights_only, mmap=True
-            )
-        except Exception as error:  # records that contradict each other make torch raise many unrelated types
-            if not weights_only:
-                raise
-            if not isinstance(error, pickle.UnpicklingError):
-                raise ConfigurationError(
-                    f"The checkpoint `{local}` cannot be loaded ({_reason(error)}); give one that `torch.save` wrote."
-                ) from error
-            raise ConfigurationError(
-                f"The checkpoint `{local}` holds something else than tensors and primitives "
-                f"({_reason(error)}), and loading that could run code; if you trust where it comes from, pass "
-                "`weights_only=False`, otherwise do not load it."
-            ) from error
+        checkpoint = _loaded(local, map_location, weights_only)
         if isinstance(checkpoint, dict):
             for part in (checkpoint, checkpoint.get(_HIFT, {})):
                 for key in part.keys() - _COPIED_BY_WHO_LOADS - {_HIFT}:
                     part[key] = tree_map_only(torch.Tensor, torch.clone, part[key])
         return checkpoint
+
+    @classmethod
+    def outline(cls, path: str | Path) -> dict[str, Any]:
+        """Load a local checkpoint with all its tensors on "meta", which is quick: none of their bytes is read.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ConfigurationError: if its beginning or its directory is damaged, or it is something else (see
+                :meth:`load_checkpoint`).
+        """
+        cls.check(path, contents=False)
+        outline = _loaded(Path(path), "meta", weights_only=True)
+        if not isinstance(outline, dict) or "state_dict" not in outline:
+            raise ConfigurationError(
+                f"`{path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of one that is."
+            )
+        return outline
 
     @staticmethod
     def check(path: str | Path, *, contents: bool = True) -> None:
@@ -191,6 +196,24 @@ class StreamingCheckpointIO(TorchCheckpointIO):
                 f"`{path}` is no checkpoint: it is a zip archive, but not one of `torch.save`; give the path of a "
                 "checkpoint."
             )
+
+
+def _loaded(path: Path, map_location: Any, weights_only: bool) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+    except Exception as error:  # records that contradict each other make torch raise many unrelated types
+        if not weights_only:
+            raise
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ConfigurationError(
+                f"The checkpoint `{path}` cannot be loaded ({_reason(error)}); give one that `torch.save` wrote."
+            ) from error
+        raise ConfigurationError(
+            f"The checkpoint `{path}` holds something else than tensors and primitives "
+            f"({_reason(error)}), and loading that could run code; if you trust where it comes from, pass "
+            "`weights_only=False`, otherwise do not load it."
+        ) from error
+    return checkpoint
 
 
 def _local_path(path: _PATH) -> Path | None:

@@ -29,6 +29,7 @@ from hift_lightning.checks import (
     check_that_the_shape_is_read,
 )
 from hift_lightning.data import SentenceDataModule, TextDataModule
+from hift_lightning.engine.compatibility import check_weights
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.models.architecture import check_positions
 from hift_lightning.models.optimization import check_optimizer
@@ -84,10 +85,11 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         logger=_built(cfg.logger),
         **({} if cfg.evaluate else {"limit_val_batches": 0}),
     )
+    outline: dict[str, Any] = {}
     if cfg.ckpt_path is not None and not isinstance(trainer.strategy, ModelParallelStrategy):
         refuse_folder(Path(cfg.ckpt_path))
         if isinstance(trainer.strategy, BlockwiseTraining):
-            StreamingCheckpointIO.check(cfg.ckpt_path, contents=False)
+            outline = StreamingCheckpointIO.outline(cfg.ckpt_path)
     refuse_sweep_over_processes(trainer)
     if trainer.is_global_zero:
         check_folders(trainer)
@@ -95,6 +97,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
+    if (of_data := outline.get(type(data).__qualname__)) is not None:
+        data.load_state_dict(of_data)
     _check_validation_interval(trainer, data)
     if cfg.model.pretrained is None:
         # random numbers for billions of weights take minutes, so it is built without memory once
@@ -108,6 +112,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         if trainer.is_global_zero:
             set_earlier_logs_aside(trainer)
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
+        if outline:
+            check_weights(module, outline["state_dict"])
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
         if cfg.evaluate:

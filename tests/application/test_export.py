@@ -282,6 +282,7 @@ def test_an_exported_classifier_knows_the_words_of_its_classes_and_a_run_goes_on
         again.stderr
     )
     assert "Traceback" not in again.stderr
+    assert "Testing" not in again.stdout
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])

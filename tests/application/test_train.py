@@ -245,6 +245,23 @@ def test_a_file_that_is_no_checkpoint_is_told_before_the_test_and_not_named_as_a
     assert "Testing" not in run.stdout
 
 
+def test_a_checkpoint_of_another_model_is_told_before_the_test(tmp_path: Path) -> None:
+    run = run_application(tmp_path, *TINY, "evaluate=false", "hydra.run.dir=here")
+    assert run.returncode == 0, run.stderr
+    (path,) = (tmp_path / "here" / "checkpoints").iterdir()
+    wider = [option.replace("hidden_size=32", "hidden_size=64") for option in TINY]
+    refused = run_application(tmp_path, *wider, f"ckpt_path={path}", "hydra.run.dir=again")
+    assert refused.returncode == 1
+    assert "The checkpoint's weights do not fit `ClassificationModule`: `network.body.embeddings" in refused.stderr
+    assert "(30522, 32) in it and (30522, 64) in the model" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "Testing" not in refused.stdout
+    torch.save(torch.load(path, weights_only=True)["state_dict"], tmp_path / "weights.pt")
+    refused = run_application(tmp_path, *TINY, "ckpt_path=weights.pt", "hydra.run.dir=again")
+    assert "`weights.pt` is no checkpoint of a Trainer: it has no `state_dict`; give" in refused.stderr
+    assert "Testing" not in refused.stdout
+
+
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
         raise OSError(95, "Operation not supported")
