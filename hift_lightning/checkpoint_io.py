@@ -144,7 +144,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
         """
         cls.check(path, contents=False)
         outline = _loaded(Path(path), "meta", weights_only=True)
-        if not isinstance(outline, dict) or "state_dict" not in outline:
+        if not isinstance(outline, dict) or not isinstance(outline.get("state_dict"), dict):
             raise ConfigurationError(
                 f"`{path}` is no checkpoint of a Trainer: it has no `state_dict`; give the path of one that is."
             )

@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from typing_extensions import override
@@ -97,7 +98,8 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
     check_optimizer(instantiate(cfg.optimizer), instantiate(cfg.get("scheduler")))
     tokenizer = instantiate(cfg.model.tokenizer)
     data = instantiate(cfg.data, tokenizer=tokenizer)
-    if (of_data := outline.get(type(data).__qualname__)) is not None:
+    of_data = outline.get(SentenceDataModule.__qualname__)
+    if of_data is not None and isinstance(data, SentenceDataModule):
         data.load_state_dict(of_data)
     _check_validation_interval(trainer, data)
     if cfg.model.pretrained is None:
@@ -112,8 +114,9 @@ def train(cfg: DictConfig, trusted_targets: Collection[str] = ()) -> dict[str, f
         if trainer.is_global_zero:
             set_earlier_logs_aside(trainer)
         module = _build_module(cfg, trainer, build_network(cfg, trainer, tokenizer))
-        if outline:
-            check_weights(module, outline["state_dict"])
+        own_way = any(is_overridden(hook, module) for hook in ("on_load_checkpoint", "configure_model"))
+        if outline and not own_way:
+            check_weights(module, outline["state_dict"], module.strict_loading)
         _choose_group_size(cfg, trainer, module)
         before, after = [], []
         if cfg.evaluate:

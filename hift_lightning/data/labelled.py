@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def read_sentences(
     """Read a tab-separated file with two columns, a label and a sentence, one pair a line; or a `.csv` file.
 
     The header says how the column of labels is read: `label<TAB>sentence` holds classes 0, 1, ... as whole numbers, or
-    words, of which the classes are numbered in alphabetical order; `rating<TAB>sentence` holds numbers of which the
+    words, of which the classes are numbered in the order of their characters' code points, which for words in small
+    letters is the alphabetical one; `rating<TAB>sentence` holds numbers of which the
     negative ones are class 0 and the positive ones class 1. The column of sentences may be named `text`, too.
 
     In a tab-separated file a field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as
@@ -111,28 +113,32 @@ def _comma_separated(text: str, path: Path) -> tuple[bool, list[_Row]]:
     rows: list[_Row] = []
     line = 1
     try:
-        header = next(reader, [])
+        header = [column.strip() for column in next(reader, [])]
         labels = [index for index, column in enumerate(header) if column in LABEL_COLUMNS]
         texts = [index for index, column in enumerate(header) if column in TEXT_COLUMNS]
         if len(labels) != 1 or len(texts) != 1:
             raise ConfigurationError(
                 f"`{path}`, line 1: the header is {','.join(header)[:60]!r}; name one of its columns `label` or "
-                "`rating` and one `sentence` or `text`, with commas between them."
+                "`rating` and one `sentence` or `text`, with commas between them, or give a tab-separated file another "
+                "ending than `.csv`."
             )
         unread = [column for index, column in enumerate(header) if column and index not in (*labels, *texts)]
         line = reader.line_num + 1
         for fields in reader:
-            if fields:
+            if any(field.strip() for field in fields) or len(fields) > 1:
                 place = f"`{path}`, line {line}"
                 if len(fields) != len(header):
                     raise ConfigurationError(
-                        f"{place}: there are {len(fields)} columns and the header has {len(header)}; mend or remove "
-                        "the row."
+                        f"{place}: the number of columns is {len(fields)}, and that of the header {len(header)}; "
+                        "mend or remove the row."
                     )
                 rows.append(_row(place, fields[labels[0]], fields[texts[0]]))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ConfigurationError(f"`{path}`, line {line}: the row cannot be read ({error}); mend it.") from error
+        raise ConfigurationError(
+            f"`{path}`, line {line}: the row cannot be read ({error}); mend it, shorten it, or give a tab-separated "
+            "file."
+        ) from error
     if unread:
         rank_zero_warn(f"Nothing is made of {', '.join(f'`{column}`' for column in unread)} in `{path}`.")
     return header[labels[0]] == "rating", rows
@@ -204,11 +210,19 @@ def _no_pair(place: str, row: str) -> ConfigurationError:
 
 
 def _words(rows: Sequence[_Row], path: Path, num_classes: int) -> Sequence[str]:
-    """The labels in alphabetical order where they are words, which is where none of them is a whole number."""
-    labels = {row.label for row in rows}
-    if any(_is_number(label) for label in labels):
+    """The labels in their order where they are words, and nothing where they are numbers."""
+    numbers = [row for row in rows if _is_number(row.label)]
+    if len(numbers) == len(rows):
         return ()
-    words = sorted(labels)
+    words = sorted({row.label for row in rows})
+    if numbers:
+        word = next(row for row in rows if not _is_number(row.label))
+        raise ConfigurationError(
+            f"{numbers[0].place}: the label `{numbers[0].label}` is a number, and `{word.label}` ({word.place}) is a "
+            "word; write numbers alone or words alone."
+        )
+    if len(words) == 1:
+        raise ConfigurationError(f"All labels of `{path}` are `{words[0]}`; give a file with two labels or more.")
     if len(words) != num_classes:
         raise ConfigurationError(
             f"The labels of `{path}` are {len(words)} words, {told_of(words)}, and `data.num_classes={num_classes}`; "
@@ -219,10 +233,9 @@ def _words(rows: Sequence[_Row], path: Path, num_classes: int) -> Sequence[str]:
 
 def _is_number(label: str) -> bool:
     try:
-        float(label)
+        return math.isfinite(float(label))
     except ValueError:
         return False
-    return True
 
 
 def _class_of_word(row: _Row, class_of: Mapping[str, int]) -> int:

@@ -31,17 +31,21 @@ Part = Literal["train", "validation", "test"]
 TokenisedSentence = tuple[Tensor, int]
 
 
-def _check_classes(path: str, num_classes: int, trained: Collection[int]) -> None:
+def _check_classes(path: str, num_classes: int, trained: Collection[int], words: Sequence[str]) -> None:
+    def named(numbers: Collection[int]) -> str:
+        return ", ".join(f"`{words[number]}`" if words else str(number) for number in sorted(numbers)[:5])
+
     if len(trained) == 1:
         raise ConfigurationError(
-            f"All sentences of `{path}` for training are of class {next(iter(trained))}, so there is nothing to learn; "
+            f"All sentences of `{path}` for training are of class {named(trained)}, so there is nothing to learn; "
             "give a file with two classes or more."
         )
-    missing = sorted(set(range(num_classes)).difference(trained))
+    missing = set(range(num_classes)).difference(trained)
     if missing:
+        counted = "" if words else "; classes are counted from 0 to `data.num_classes` - 1"
         rank_zero_warn(
-            f"No sentence of `{path}` for training is of class {', '.join(map(str, missing[:5]))}"
-            f"{', …' if len(missing) > 5 else ''}; classes are counted from 0 to `data.num_classes` - 1."
+            f"No sentence of `{path}` for training is of class {named(missing)}{', …' if len(missing) > 5 else ''}"
+            f"{counted}."
         )
 
 
@@ -196,7 +200,7 @@ class SentenceDataModule(L.LightningDataModule):
                     "and `data.validation_fraction`, or files of their own with `data.validation_path` and "
                     "`data.test_path`."
                 )
-        _check_classes(path, num_classes, {label for _, label in self.sentences["train"]})
+        _check_classes(path, num_classes, {label for _, label in self.sentences["train"]}, self.words)
         parts = [f"{part} {_of_each_class(sentences, num_classes)}" for part, sentences in self.sentences.items()]
         classes = f" ({told_of(self.words)})" if self.words else ""
         rank_zero_info(f"Sentences of class 0 to {num_classes - 1}{classes}: {'; '.join(parts)}.")
@@ -235,22 +239,29 @@ class SentenceDataModule(L.LightningDataModule):
         return self._eval_dataloader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """What the classes are called, where the labels are words; a checkpoint keeps it, and an export names them."""
-        return {"words": list(self.words)} if self.words else {}
+        """What the classes are called where labels are words, for checkpoints and exports; empty for numbers."""
+        return {"words": list(self.words)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the words of a checkpoint with those of the data.
+        """Compare the labels of a checkpoint with those of the data; nothing is changed.
 
         Raises:
             ConfigurationError: they are others, so that classes would be mistaken for each other.
         """
-        words = state_dict["words"]
-        if words != list(self.words):
-            own = f"are {told_of(self.words)}" if self.words else "are numbers"
-            raise ConfigurationError(
-                f"The checkpoint is of a run with the labels {told_of(words)}, and those of `data.path={self.path}` "
-                f"{own}; give data with the same labels."
+        theirs, own = state_dict["words"], list(self.words)
+        if theirs == own:
+            return
+        if not theirs or not own:
+            of_run, of_data = ("words" if words else "numbers" for words in (theirs, own))
+        else:
+            of_run, of_data = (
+                f"{len(words)} words with {told_of(sorted({*words}.difference(other))) or 'no other'}"
+                for words, other in ((theirs, own), (own, theirs))
             )
+        raise ConfigurationError(
+            f"The labels in the run of the checkpoint are {of_run}, and those of `data.path={self.path}` are "
+            f"{of_data}; give data with the same labels, or begin a new run with `ckpt_path=null`."
+        )
 
     def collate(self, rows: Sequence[TokenisedSentence]) -> dict[str, Tensor]:
         """Pad sentences to the longest of them."""

@@ -278,9 +278,7 @@ def test_an_exported_classifier_knows_the_words_of_its_classes_and_a_run_goes_on
     (path,) = (tmp_path / "here" / "checkpoints").iterdir()
     again = run_application(tmp_path, *own, "hydra.run.dir=again", f"ckpt_path={path}", "trainer.max_epochs=2")
     assert again.returncode == 1
-    assert "the labels `eggs`, `ham`, `spam`, and those of `data.path=mails.csv` are `ham`, `spam`, `toast`; give" in (
-        again.stderr
-    )
+    assert "are 3 words with `eggs`, and those of `data.path=mails.csv` are 3 words with `toast`; give" in again.stderr
     assert "Traceback" not in again.stderr
     assert "Testing" not in again.stdout
 

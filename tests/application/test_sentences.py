@@ -70,11 +70,11 @@ def test_labels_and_ratings_are_read_by_the_header(tmp_path: Path) -> None:
         ("mails.csv", 'label,sentence\nspam,"Buy, now"\nham,hello there\n'),
         ("mails.tsv", "label\tsentence\nspam\tBuy, now\nham\thello there\n"),
         ("mails.csv", ',text,from,label\r\n0,"Buy, now",a@b.c,spam\r\n1,hello there,,ham\r\n'),
-        ("mails.CSV", '\ufefftext,label\n"Buy, now", spam\n\nhello there,ham'),
+        ("mails.CSV", '\ufefftext, label\n"Buy, now", spam\n  \nhello there,ham'),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Nothing is made of `from`")
-def test_labels_in_words_are_classes_in_alphabetical_order(tmp_path: Path, name: str, text: str) -> None:
+def test_labels_in_words_are_classes_in_their_order(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
     assert read_sentences(tmp_path / name, 2) == ([("Buy, now", 1), ("hello there", 0)], ["ham", "spam"])
 
@@ -92,6 +92,34 @@ def test_words_of_a_data_set_hold_for_its_other_files(tmp_path: Path, caplog: py
         data_module(path=str(tmp_path / "all.csv"), test_path=str(tmp_path / "test.csv"))
 
 
+@pytest.mark.parametrize(
+    ("of_run", "own", "told"),
+    [
+        ([], ["ham", "spam"], r"of the checkpoint are numbers, and those of `data\.path=.*` are words; give data"),
+        (["ham", "spam"], [], r"of the checkpoint are words, and those of `data\.path=.*` are numbers; give data"),
+        (["ham", "spam"], ["ham", "toast"], r"are 2 words with `spam`, and those .* are 2 words with `toast`; give"),
+        (["a", "b", "c"], ["a", "c"], r"are 3 words with `b`, and those .* are 2 words with no other; give"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_labels(tmp_path: Path, of_run: list[str], own: list[str], told: str) -> None:
+    (tmp_path / "own.csv").write_text(
+        "label,text\n" + "".join(f"{(own or [0, 1])[number % 2]},text {number}\n" for number in range(60))
+    )
+    data = SentenceDataModule(Letters(), path=str(tmp_path / "own.csv"))
+    data.load_state_dict({"words": own})
+    assert data.state_dict() == {"words": own}
+    with pytest.raises(ConfigurationError, match=told):
+        data.load_state_dict({"words": of_run})
+
+
+def test_a_class_that_is_not_trained_is_named_as_its_label_is(tmp_path: Path) -> None:
+    rows = [f"{'ham' if number % 2 else 'spam'},text {number}" for number in range(60)]
+    only_tested = next(f"text {number}" for number in range(60, 200) if part_of(f"text {number}", 0.2, 0.1) == "test")
+    (tmp_path / "all.csv").write_text("\n".join(["label,text", *rows, f"nan,{only_tested}"]))
+    with pytest.warns(match=r"No sentence of .* for training is of class `nan`\.$"):
+        SentenceDataModule(Letters(), path=str(tmp_path / "all.csv"), num_classes=3)
+
+
 def test_columns_that_are_not_read_are_warned_of(tmp_path: Path) -> None:
     (tmp_path / "mails.csv").write_text(",id,text,label\n0,7,fine,1\n")
     with pytest.warns(match=r"Nothing is made of `id` in `.*mails\.csv`\.$"):
@@ -106,13 +134,18 @@ def test_columns_that_are_not_read_are_warned_of(tmp_path: Path) -> None:
         ("label;text\n1;fine\n", ["line 1", "'label;text'", "with commas"]),
         ("label,text,sentence\n", ["line 1", "and one `sentence` or `text`"]),
         ("label,text\n", ["empty"]),
-        ("label,text\n0,fine\n1,one, and two\n", ["line 3", "3 columns and the header has 2"]),
+        ("label,text\n0,fine\n1,one, and two\n", ["line 3", "number of columns is 3, and that of the header 2"]),
         ('label,text\n0,"two\nlines"\n7,fine\n', ["line 4", "class `7` is out of range"]),
         ('label,text\n0,"not closed\n1,fine\n', ["line 2", "unexpected end of data"]),
         ('label,text\n0,"closed" too early\n', ["line 2", "cannot be read"]),
         ("label,text\n0,fine\n1, \n", ["line 3", "not a label and a sentence"]),
         ("label,text\n0,fine\n,no label\n", ["line 3", "not a label and a sentence"]),
-        ("label,text\n0,fine\none,fine\n", ["line 3", "`one` is not a whole number"]),
+        ("label,text\n0,fine\none,fine\n", ["line 2", "the label `0` is a number", "`one`", "line 3) is a word"]),
+        ("label,text\nham,a\nspam,b\n5,c\n", ["line 4", "the label `5` is a number", "`ham`", "line 2) is a word"]),
+        ("label,text\nham,a\nham,b\n", ["All labels of", "are `ham`; give a file with two labels"]),
+        ("label,text\n0,fine\n0.5,fine\n", ["line 3", "`0.5` is not a whole number"]),
+        (f"label,text\n0,fine\n0,{'long ' * 30000}\n", ["line 3", "field limit", "or give a tab-separated file"]),
+        ("label\ttext\n0\tfine\n", ["line 1", "give a tab-separated file another ending than `.csv`"]),
         ("rating,text\n1,fine\ngood,fine\n", ["line 3", "`good` is not a number"]),
         (
             "label,text\nham,a\nspam,b\nSpam,c\n",
@@ -341,7 +374,8 @@ def test_of_the_film_reviews_few_are_cut(recwarn: pytest.WarningsRecorder) -> No
 
 def test_sentences_of_ones_own_may_be_longer_than_the_film_reviews_by_default() -> None:
     with initialize_config_module("hift_lightning.conf", version_base="1.3"):
-        assert [compose("train", [f"data={name}"]).data.max_length for name in ("film_reviews", "tsv")] == [48, 128]
+        of_each = [compose("train", [f"data={name}"]).data.max_length for name in ("film_reviews", "sentences")]
+        assert of_each == [48, 128]
 
 
 def test_sentences_are_tokenised_once() -> None:
