@@ -14,7 +14,8 @@ from hift_lightning.engine.errors import ConfigurationError
 
 LABEL_COLUMNS = ("label", "rating")
 TEXT_COLUMNS = ("sentence", "text")
-WORDS_TOLD = 10  # of more than so many labels, only the first and the last
+FEW_CLASSES = 10
+"""Of more than so many, a message tells the extremes alone."""
 
 # a field as the csv module quotes it: each quotation mark in it is doubled
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
@@ -34,28 +35,49 @@ class LabelledSentences(NamedTuple):
     words: Sequence[str] = ()
 
 
+class Columns(NamedTuple):
+    """The columns of a file that are read.
+
+    Args:
+        label: the name of that of the labels; `None` for `label` or `rating`.
+        text: the name of that of the sentences; `None` for `sentence` or `text`.
+    """
+
+    label: str | None = None
+    text: str | None = None
+
+
+USUAL_COLUMNS = Columns()
+
+
 class _Row(NamedTuple):
     place: str
     label: str
     sentence: str
 
 
+# the place and the fields of each row below the header
+_Fields = list[tuple[str, list[str]]]
+
+
 def read_sentences(
-    path: str | Path, num_classes: int, name: str = "data.path", words: Sequence[str] | None = None
+    path: str | Path,
+    num_classes: int,
+    name: str = "data.path",
+    words: Sequence[str] | None = None,
+    columns: Columns = USUAL_COLUMNS,
 ) -> LabelledSentences:
-    """Read a tab-separated file with two columns, a label and a sentence, one pair a line; or a `.csv` file.
+    """Read a file with a label and a sentence in each row: separated by commas if its name ends with `.csv`, else tabs.
 
-    The header says how the column of labels is read: `label<TAB>sentence` holds classes 0, 1, ... as whole numbers, or
-    words, of which the classes are numbered in the order of their characters' code points, which for words in small
-    letters is the alphabetical one; `rating<TAB>sentence` holds numbers of which the
-    negative ones are class 0 and the positive ones class 1. The column of sentences may be named `text`, too.
+    The header says how the column of labels is read. `label` holds classes 0, 1, ... as whole numbers, or words, of
+    which the classes are numbered in the order of their characters' code points, which for words in small letters is
+    the alphabetical one. `rating` holds numbers of which the negative ones are class 0 and the positive ones class 1.
+    The columns may stand in any order; others are not read, which a warning tells.
 
-    In a tab-separated file a field that is quoted as the csv module and pandas do it, `"The ""best"" film"`, is read as
-    they read it, and may have tabs or line breaks in it, but not a tab behind a line break, where the next row might
-    begin. In any other, such as `"Great", he said`, quotation marks are characters.
-
-    A file whose name ends with `.csv` is separated by commas and read by the csv module. Its columns may stand in any
-    order; others are not read, which a warning tells.
+    A `.csv` file is read by the csv module. In a tab-separated one a field that is quoted as the csv module and pandas
+    do it, `"The ""best"" film"`, is read as they read it, and the last column may have tabs or line breaks in such a
+    field, but not a tab behind a line break, where the next row might begin. In any other, such as `"Great", he said`,
+    quotation marks are characters.
 
     Args:
         path: the file, UTF-8, with or without a byte order mark.
@@ -63,13 +85,15 @@ def read_sentences(
             words.
         name: of the setting that names the file, for messages.
         words: what another file of the data set has for labels; `None` where this is the first one.
+        columns: what the columns are called.
 
     Raises:
         ConfigurationError: the file does not exist, has no rows, or has a row that cannot be used.
     """
     path = Path(path)
     text = _text(path, name)
-    rated, rows = _comma_separated(text, path) if path.suffix.lower() == ".csv" else _tab_separated(text, path)
+    separated = _comma_separated if path.suffix.lower() == ".csv" else _tab_separated
+    rated, rows = _labelled(*separated(text, path), path, columns)
     if not rows:
         raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
     if words is None:
@@ -90,7 +114,7 @@ def cannot_be_read(path: Path, error: OSError) -> ConfigurationError:
 def told_of(words: Sequence[str]) -> str:
     """Name labels in words: all, or of many the first and the last."""
     shown = [f"`{word}`" for word in words]
-    return ", ".join(shown) if len(words) <= WORDS_TOLD else f"{shown[0]}, …, {shown[-1]}"
+    return ", ".join(shown) if len(words) <= FEW_CLASSES else f"{shown[0]}, …, {shown[-1]}"
 
 
 def _text(path: Path, name: str) -> str:
@@ -108,75 +132,89 @@ def _text(path: Path, name: str) -> str:
         raise cannot_be_read(path, error) from error
 
 
-def _comma_separated(text: str, path: Path) -> tuple[bool, list[_Row]]:
+def _comma_separated(text: str, path: Path) -> tuple[list[str], _Fields]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows: list[_Row] = []
+    rows: _Fields = []
     line = 1
     try:
         header = [column.strip() for column in next(reader, [])]
-        labels = [index for index, column in enumerate(header) if column in LABEL_COLUMNS]
-        texts = [index for index, column in enumerate(header) if column in TEXT_COLUMNS]
-        if len(labels) != 1 or len(texts) != 1:
-            raise ConfigurationError(
-                f"`{path}`, line 1: the header is {','.join(header)[:60]!r}; name one of its columns `label` or "
-                "`rating` and one `sentence` or `text`, with commas between them, or give a tab-separated file another "
-                "ending than `.csv`."
-            )
-        unread = [column for index, column in enumerate(header) if column and index not in (*labels, *texts)]
         line = reader.line_num + 1
         for fields in reader:
             if any(field.strip() for field in fields) or len(fields) > 1:
-                place = f"`{path}`, line {line}"
-                if len(fields) != len(header):
-                    raise ConfigurationError(
-                        f"{place}: the number of columns is {len(fields)}, and that of the header {len(header)}; "
-                        "mend or remove the row."
-                    )
-                rows.append(_row(place, fields[labels[0]], fields[texts[0]]))
+                rows.append((f"`{path}`, line {line}", fields))
             line = reader.line_num + 1
     except csv.Error as error:
         raise ConfigurationError(
             f"`{path}`, line {line}: the row cannot be read ({error}); mend it, shorten it, or give a tab-separated "
             "file."
         ) from error
+    return header, rows
+
+
+def _tab_separated(text: str, path: Path) -> tuple[list[str], _Fields]:
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header = [_unquoted(column).strip() for column in lines[0].split("\t")]
+    rows: _Fields = []
+    for number, row in _rows(lines, len(header), path):
+        *first, last = row.split("\t", len(header) - 1)
+        fields = [*first, *([last] if _QUOTED.fullmatch(last) else last.split("\t"))]
+        rows.append((f"`{path}`, line {number}", [_unquoted(field) for field in fields]))
+    return header, rows
+
+
+def _labelled(header: Sequence[str], rows: _Fields, path: Path, columns: Columns) -> tuple[bool, list[_Row]]:
+    """Whether labels are ratings, and the rows."""
+    label = _column("label", header, path, columns.label, LABEL_COLUMNS)
+    text = _column("text", header, path, columns.text, TEXT_COLUMNS)
+    if label == text:
+        raise ConfigurationError(
+            f"`{path}`, line 1: `{header[text]}` would be the column of labels and of sentences; name two, with "
+            "`data.label_column` and `data.text_column`."
+        )
+    labelled = []
+    for place, fields in rows:
+        if len(fields) != len(header):
+            raise ConfigurationError(
+                f"{place}: the number of columns is {len(fields)}, and that of the header {len(header)}: "
+                f"`{' '.join(fields)[:60]}`; mend or remove the row."
+            )
+        labelled.append(_row(place, fields[label], fields[text]))
+    unread = [column for index, column in enumerate(header) if column and index not in (label, text)]
     if unread:
         rank_zero_warn(f"Nothing is made of {', '.join(f'`{column}`' for column in unread)} in `{path}`.")
-    return header[labels[0]] == "rating", rows
+    return header[label] == "rating", labelled
 
 
-def _tab_separated(text: str, path: Path) -> tuple[bool, list[_Row]]:
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    header = [_unquoted(column) for column in lines[0].split("\t")]
-    if len(header) != 2 or header[0] not in LABEL_COLUMNS or header[1] not in TEXT_COLUMNS:
-        raise ConfigurationError(
-            f"`{path}`, line 1: the header is {lines[0][:60]!r}; write `label<TAB>sentence` (classes 0, 1, ..., or in "
-            "words) or `rating<TAB>sentence` (below or above 0), or give a file whose name ends with `.csv`."
-        )
-    rows = []
-    for number, row in _rows(lines, path):
-        place = f"`{path}`, line {number}"
-        value, _, field = row.partition("\t")
-        if "\t" in field and not _QUOTED.fullmatch(field):
-            raise _no_pair(place, row)
-        rows.append(_row(place, _unquoted(value), _unquoted(field)))
-    return header[0] == "rating", rows
+def _column(kind: str, header: Sequence[str], path: Path, name: str | None, usual: Sequence[str]) -> int:
+    """The place of the column of labels or texts."""
+    found = [index for index, column in enumerate(header) if column in (usual if name is None else (name,))]
+    if len(found) == 1:
+        return found[0]
+    setting = f"data.{kind}_column"
+    told = f"{len(found)} columns" if found else "no column"
+    wanted = " or ".join(f"`{column}`" for column in usual) if name is None else f"`{name}` (`{setting}`)"
+    between = "commas" if path.suffix.lower() == ".csv" else "tabs (the name of a file with commas ends with `.csv`)"
+    raise ConfigurationError(
+        f"`{path}`, line 1: the header is {','.join(header)[:60]!r}, with {told} named {wanted}; name one so, or give "
+        f"its name as `{setting}`. Between columns stand {between}."
+    )
 
 
-def _rows(lines: Sequence[str], path: Path) -> Iterator[tuple[int, str]]:
+def _rows(lines: Sequence[str], columns: int, path: Path) -> Iterator[tuple[int, str]]:
     """The rows below the header that are not blank, each with the number of its first line."""
     start = 1
     while start < len(lines):
-        end = _end_of_row(lines, start, path)
+        end = _end_of_row(lines, start, columns, path)
         row = "\n".join(lines[start:end])
         if row.strip():
             yield start + 1, row
         start = end
 
 
-def _end_of_row(lines: Sequence[str], start: int, path: Path) -> int:
-    """The line behind a row: of a quoted field the lines go on without a tab, until one closes it."""
-    field = lines[start].partition("\t")[2]
-    if not field.startswith('"') or field.count('"') % 2 == 0:
+def _end_of_row(lines: Sequence[str], start: int, columns: int, path: Path) -> int:
+    """The line behind a row: of a quoted field, the last one, the lines go on without a tab, until one closes it."""
+    *first, field = lines[start].split("\t", columns - 1)
+    if len(first) + 1 < columns or not field.startswith('"') or field.count('"') % 2 == 0:
         return start + 1
     for end in range(start + 1, len(lines)):
         if lines[end].count('"') % 2 == 1:
@@ -199,14 +237,9 @@ def _unquoted(field: str) -> str:
 
 def _row(place: str, label: str, sentence: str) -> _Row:
     if not label.strip() or not sentence.strip():
-        raise _no_pair(place, f"{label}\t{sentence}".strip())
+        empty = "sentence" if label.strip() else "label"
+        raise ConfigurationError(f"{place}: the {empty} is empty; mend or remove the row.")
     return _Row(place, label.strip(), sentence.strip())
-
-
-def _no_pair(place: str, row: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{place}: `{row[:60]}` is not a label and a sentence, each in its column; mend or remove the row."
-    )
 
 
 def _words(rows: Sequence[_Row], path: Path, num_classes: int) -> Sequence[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
-from hift_lightning.data.labelled import LabelledSentence, read_sentences, told_of
+from hift_lightning.data.labelled import FEW_CLASSES, Columns, LabelledSentence, read_sentences, told_of
 from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.engine.errors import ConfigurationError
 from hift_lightning.progress import PreparationBar
@@ -24,7 +24,6 @@ from hift_lightning.progress import PreparationBar
 SENTENCES_AT_ONCE = 1000  # between two moves of the progress bar
 FEW_CUT = 0.05
 """Share of sentences that may be cut at `max_length` without a word."""
-CLASSES_TOLD = 10  # of more than so many, only the smallest and the largest
 FILM_REVIEWS = Path(str(importlib.resources.files(__package__))) / "film_reviews" / "film_reviews.tsv"
 
 Part = Literal["train", "validation", "test"]
@@ -52,7 +51,7 @@ def _check_classes(path: str, num_classes: int, trained: Collection[int], words:
 def _of_each_class(sentences: Sequence[LabelledSentence], num_classes: int) -> str:
     counted = Counter(label for _, label in sentences)
     counts = [counted[label] for label in range(num_classes)]
-    if num_classes <= CLASSES_TOLD:
+    if num_classes <= FEW_CLASSES:
         return ", ".join(map(str, counts))
     return f"{len(sentences)}, from {min(counts)} to {max(counts)} of a class"
 
@@ -128,6 +127,8 @@ class SentenceDataModule(L.LightningDataModule):
         validation_path: a file that is all for validation, so that nothing of `path` is; `None` for
             `validation_fraction` of it.
         test_path: likewise for the test.
+        label_column: name of the column of labels; `None` for `label` or `rating`.
+        text_column: name of the column of sentences; `None` for `sentence` or `text`.
         num_classes: number of classes.
         batch_size: sentences in a training batch.
         eval_batch_size: sentences in a batch of validation and test.
@@ -148,6 +149,8 @@ class SentenceDataModule(L.LightningDataModule):
         path: str | None = None,
         validation_path: str | None = None,
         test_path: str | None = None,
+        label_column: str | None = None,
+        text_column: str | None = None,
         num_classes: int = 2,
         batch_size: int = 16,
         eval_batch_size: int = 64,
@@ -187,12 +190,14 @@ class SentenceDataModule(L.LightningDataModule):
         self.path = path = str(FILM_REVIEWS) if path is None else path
         own_paths: dict[Part, str | None] = {"validation": validation_path, "test": test_path}
         shares = 0 if test_path else test_fraction, 0 if validation_path else validation_fraction
-        sentences, self.words = read_sentences(path, num_classes)
+        columns = Columns(label_column, text_column)
+        sentences, self.words = read_sentences(path, num_classes, columns=columns)
         for sentence, label in sentences:
             self.sentences[part_of(sentence, *shares)].append((sentence, label))
         for part, own in own_paths.items():
             if own:
-                self.sentences[part] = read_sentences(own, num_classes, f"data.{part}_path", self.words).sentences
+                name = f"data.{part}_path"
+                self.sentences[part] = read_sentences(own, num_classes, name, self.words, columns).sentences
         for part, sentences in self.sentences.items():
             if not sentences:
                 raise ConfigurationError(

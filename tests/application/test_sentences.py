@@ -112,6 +112,30 @@ def test_a_run_does_not_go_on_with_other_labels(tmp_path: Path, of_run: list[str
         data.load_state_dict({"words": of_run})
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_columns_may_have_names_of_their_own_and_stand_in_any_order(tmp_path: Path, kind: str) -> None:
+    rows = [("review", "stars", "label"), *((f"text {n}, of class {n % 2}", n % 2, 7) for n in range(60))]
+    for name in ("all", "test"):
+        with (tmp_path / f"{name}.{kind}").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, "excel-tab" if kind == "tsv" else "excel").writerows(rows)
+    paths = {"path": str(tmp_path / f"all.{kind}"), "test_path": str(tmp_path / f"test.{kind}")}
+    with pytest.warns(match=r"Nothing is made of `label` in "):
+        data = SentenceDataModule(Letters(), **paths, label_column="stars", text_column="review")
+    assert data.sentences["test"] == [(review, stars) for review, stars, _ in rows[1:]]
+    with pytest.raises(
+        ConfigurationError, match=r"with no column named `sterne` \(`data\.label_column`\); name one so"
+    ):
+        SentenceDataModule(Letters(), **paths, label_column="sterne", text_column="review")
+    with pytest.raises(ConfigurationError, match=r"line 1: `stars` would be the column of labels and of sentences"):
+        SentenceDataModule(Letters(), **paths, label_column="stars", text_column="stars")
+
+
+def test_in_a_tab_separated_file_of_several_columns_the_last_one_may_have_line_breaks(tmp_path: Path) -> None:
+    path = written(tmp_path, 'label\tid\ttext\n1\t"a"\t"two\nlines"\n0\tb\t"Great", he said\n')
+    with pytest.warns(match="Nothing is made of `id`"):
+        assert read_sentences(path, 2).sentences == [("two\nlines", 1), ('"Great", he said', 0)]
+
+
 def test_a_class_that_is_not_trained_is_named_as_its_label_is(tmp_path: Path) -> None:
     rows = [f"{'ham' if number % 2 else 'spam'},text {number}" for number in range(60)]
     only_tested = next(f"text {number}" for number in range(60, 200) if part_of(f"text {number}", 0.2, 0.1) == "test")
@@ -130,22 +154,22 @@ def test_columns_that_are_not_read_are_warned_of(tmp_path: Path) -> None:
     ("text", "named"),
     [
         ("", ["line 1", "the header is ''"]),
-        ("class,text\n", ["line 1", "'class,text'", "`label` or `rating` and one `sentence` or `text`"]),
-        ("label;text\n1;fine\n", ["line 1", "'label;text'", "with commas"]),
-        ("label,text,sentence\n", ["line 1", "and one `sentence` or `text`"]),
+        ("class,text\n", ["line 1", "'class,text', with no column named `label` or `rating`", "`data.label_column`"]),
+        ("label;text\n1;fine\n", ["line 1", "'label;text'", "Between columns stand commas."]),
+        ("label,text,sentence\n", ["line 1", "with 2 columns named `sentence` or `text`", "`data.text_column`"]),
         ("label,text\n", ["empty"]),
         ("label,text\n0,fine\n1,one, and two\n", ["line 3", "number of columns is 3, and that of the header 2"]),
         ('label,text\n0,"two\nlines"\n7,fine\n', ["line 4", "class `7` is out of range"]),
         ('label,text\n0,"not closed\n1,fine\n', ["line 2", "unexpected end of data"]),
         ('label,text\n0,"closed" too early\n', ["line 2", "cannot be read"]),
-        ("label,text\n0,fine\n1, \n", ["line 3", "not a label and a sentence"]),
-        ("label,text\n0,fine\n,no label\n", ["line 3", "not a label and a sentence"]),
+        ("label,text\n0,fine\n1, \n", ["line 3", "the sentence is empty"]),
+        ("label,text\n0,fine\n,no label\n", ["line 3", "the label is empty"]),
         ("label,text\n0,fine\none,fine\n", ["line 2", "the label `0` is a number", "`one`", "line 3) is a word"]),
         ("label,text\nham,a\nspam,b\n5,c\n", ["line 4", "the label `5` is a number", "`ham`", "line 2) is a word"]),
         ("label,text\nham,a\nham,b\n", ["All labels of", "are `ham`; give a file with two labels"]),
         ("label,text\n0,fine\n0.5,fine\n", ["line 3", "`0.5` is not a whole number"]),
         (f"label,text\n0,fine\n0,{'long ' * 30000}\n", ["line 3", "field limit", "or give a tab-separated file"]),
-        ("label\ttext\n0\tfine\n", ["line 1", "give a tab-separated file another ending than `.csv`"]),
+        ("label\ttext\n0\tfine\n", ["line 1", "Between columns stand commas."]),
         ("rating,text\n1,fine\ngood,fine\n", ["line 3", "`good` is not a number"]),
         (
             "label,text\nham,a\nspam,b\nSpam,c\n",
@@ -229,13 +253,20 @@ def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", ["line 1", "label<TAB>sentence"]),
-        ("text\tclass\n", ["line 1", r"'text\tclass'"]),
-        ("label \tsentence\n", ["line 1", r"'label \tsentence'"]),
+        ("", ["line 1", "the header is '', with no column named `label` or `rating`"]),
+        ("text\tclass\n", ["line 1", "'text,class', with no column named `label` or `rating`"]),
+        ("label,sentence\n", ["line 1", "tabs (the name of a file with commas ends with `.csv`)"]),
         ("label\tsentence\n", ["empty"]),
-        ("label\tsentence\n0\tfine\nno tab here\n", ["line 3", "`no tab here`"]),
-        ("label\tsentence\n0\tfine\ttwo tabs\n", ["line 2"]),
-        ("label\tsentence\n0\t  \n", ["line 2"]),
+        (
+            "label\tsentence\n0\tfine\nno tab here\n",
+            ["line 3", "columns is 1, and that of the header 2: `no tab here`"],
+        ),
+        (
+            "label\tsentence\n0\tfine\ttwo tabs\n",
+            ["line 2", "columns is 3, and that of the header 2: `0 fine two tabs`"],
+        ),
+        ('sentence\tlabel\n"two\nlines"\t1\n', ["line 2", "columns is 1, and that of the header 2"]),
+        ("label\tsentence\n0\t  \n", ["line 2", "the sentence is empty"]),
         ("label\tsentence\n1.5\tfine\n", ["line 2", "`1.5`", "whole number"]),
         ("label\tsentence\n-1\tfine\n", ["line 2", "`-1` is below 0", "`rating` in the header"]),
         ("label\tsentence\n2\tfine\n", ["line 2", "`2`", "out of range", "data.num_classes=2"]),
