@@ -1,5 +1,6 @@
 """Means over seeds and data sets, and differences between methods, of the final runs."""
 
+import itertools
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from experiments.quality.cost import bytes_row
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import seeds_of
-from experiments.quality.methods import CONTESTANTS, STEPS
+from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, STEPS
 from experiments.table import Rows
 
 
@@ -40,6 +41,11 @@ def equal_steps(method: str) -> int:
     return STEPS
 
 
+def loras_steps(method: str) -> int:
+    """As many as LoRA without dropout, whatever the method."""
+    return LORAS_STEPS
+
+
 def accuracies(rows: Rows, steps_of: Callable[[str], int]) -> Results:
     """Test accuracies, in points, of the methods that have all seeds of a data set.
 
@@ -60,12 +66,14 @@ def _results(rows: Rows, steps_of: Callable[[str], int], column: str) -> Results
     for row in rows.values():
         key = row["data_set"], row["method"], int(row["steps"])
         found.setdefault(key, {})[int(row["seed"])] = 100 * float(row[column])
-    return {
-        (data_set, method): [by_seed[seed] for seed in seeds_of(method)]
-        for data_set in DATA_SETS
-        for method in CONTESTANTS
-        if set(by_seed := found.get((data_set, method, steps_of(method)), {})) == set(seeds_of(method))
-    }
+    results: Results = {}
+    for data_set, method in itertools.product(DATA_SETS, CONTESTANTS):
+        steps = steps_of(method)
+        by_seed = found.get((data_set, method, steps), {})
+        seeds = seeds_of(method, steps)
+        if set(by_seed) == set(seeds):
+            results[data_set, method] = [by_seed[seed] for seed in seeds]
+    return results
 
 
 def mean(values: Collection[float]) -> Mean:

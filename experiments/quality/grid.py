@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.methods import CONTESTANTS, STEPS, rate_of
+from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, PLANNED_SEEDS, STEPS, rate_of
 from experiments.quality.training import describe, run
 from experiments.table import Row, Table
 
@@ -63,9 +63,10 @@ FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
 DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 
-def seeds_of(method: str) -> tuple[int, ...]:
-    """Seeds of a method's final runs."""
-    return SEEDS[: CONTESTANTS[method].seeds]
+def seeds_of(method: str, steps: int) -> tuple[int, ...]:
+    """Seeds of a method's final runs with so many steps: other than in equal time, not more than were planned."""
+    contestant = CONTESTANTS[method]
+    return SEEDS[: contestant.seeds if steps == contestant.steps_in_time else min(contestant.seeds, PLANNED_SEEDS)]
 
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:
@@ -133,7 +134,7 @@ def climb(
 def complete(data_sets: Collection[str], methods: Collection[str], again: bool, jobs: int) -> None:
     """Search, and do the final runs that are missing, so many at one time.
 
-    Those in equal time come first, on all data sets, and then those with equal steps.
+    Those in equal time come first, on all data sets, then those with equal steps, and those with LoRA's.
     """
     DATA.complete(data_sets, again)
     pairs = list(itertools.product(data_sets, methods))
@@ -148,9 +149,14 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
             Run(data_set, method, exponents[data_set, method], steps_of(method), seed).name
             for data_set, method in pairs
             if steps_of(method) in CONTESTANTS[method].lengths
-            for seed in seeds_of(method)
+            for seed in seeds_of(method, steps_of(method))
         }
 
-    in_time, in_steps = names(lambda method: CONTESTANTS[method].steps_in_time), names(lambda method: STEPS)
-    FINAL.complete(in_time, again, jobs)
-    FINAL.complete(in_steps - in_time, again, jobs)
+    done: set[str] = set()
+    for steps_of in (
+        lambda method: CONTESTANTS[method].steps_in_time,
+        lambda method: STEPS,
+        lambda method: LORAS_STEPS,
+    ):
+        FINAL.complete(names(steps_of) - done, again, jobs)
+        done |= names(steps_of)

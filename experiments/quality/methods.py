@@ -283,7 +283,9 @@ STEPS = 200
 FEW_SEEDS = 5
 """Of the final runs of a method that is not compared closely."""
 PLANNED_SEEDS = 8
-"""Of the final runs of a method that is; what is above was added when these were known."""
+"""Of the final runs of a method that is; what is above was added in equal time when these were known."""
+LORAS_STEPS = 440
+"""Steps of LoRA without dropout in the memory of HiFT with two layers a block."""
 
 
 @dataclass(frozen=True)
@@ -298,8 +300,9 @@ class Contestant:
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
         rate_from: the method whose learning rate it takes, where it does not search for its own.
-        seeds: of its final runs. A method with more than the rest is compared closely: its learning rate is chosen with
-            more of them too (see `grid`).
+        seeds: of its final runs in equal time. A method with more than the rest is compared closely: its learning rate
+            is chosen with more of them too (see `grid`).
+        more_lengths: other numbers of steps that it is run with, at the same learning rate.
     """
 
     method: Method
@@ -310,6 +313,7 @@ class Contestant:
     batch_size: int = BATCH_SIZE
     rate_from: str = ""
     seeds: int = FEW_SEEDS
+    more_lengths: tuple[int, ...] = ()
 
     @property
     def closely(self) -> bool:
@@ -318,7 +322,8 @@ class Contestant:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Steps of its final runs."""
-        return (self.steps_in_time,) if self.batch_size != BATCH_SIZE else (self.steps_in_time, STEPS)
+        usual = (self.steps_in_time,) if self.batch_size != BATCH_SIZE else (self.steps_in_time, STEPS)
+        return (*usual, *self.more_lengths)
 
 
 FULL = "full AdamW"
@@ -400,9 +405,10 @@ CONTESTANTS = {
         "no momentum; FFNs of the top two layers; streamed through 16 MB",
         15,
         seeds=16,
+        more_lengths=(LORAS_STEPS,),
     ),
     LORA_NO_DROPOUT: Contestant(
-        without_dropout(lora(rank=16)), 3, 440, 1, "rank 16, the largest batch within its peak", 10, seeds=16
+        without_dropout(lora(rank=16)), 3, LORAS_STEPS, 1, "rank 16, the largest batch within its peak", 10, seeds=16
     ),
     "DoRA": Contestant(lora(rank=16, dora=True), 3, 160, 1, "rank 16"),
     "GaLore": Contestant(galore(rank=32), 0, 150, 1, "rank 32"),

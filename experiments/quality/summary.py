@@ -11,6 +11,7 @@ from experiments.quality.comparison import (
     equal_steps,
     equal_time,
     less,
+    loras_steps,
     losses,
     mean,
     missing_in_steps,
@@ -20,7 +21,7 @@ from experiments.quality.comparison import (
 )
 from experiments.quality.cost import bytes_row, one_more
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
-from experiments.quality.grid import RUN_OFF_SEEDS
+from experiments.quality.grid import RUN_OFF_SEEDS, seeds_of
 from experiments.quality.methods import (
     CLIP_NORM,
     CONTESTANTS,
@@ -32,6 +33,7 @@ from experiments.quality.methods import (
     IN_MEMORY,
     LONG,
     LORA_NO_DROPOUT,
+    LORAS_STEPS,
     MOST_TEXTS,
     ONE_TURN,
     ONE_TURN_NO_DROPOUT,
@@ -101,7 +103,7 @@ def summary(data: Rows, search: Rows, final: Rows, variants: Rows, cost: Rows, p
             ],
         ),
         *_accuracies(in_time, lost, in_steps, cost, pairs),
-        *_in_memory(in_time, lost, peaks),
+        *_in_memory(in_time, final, peaks, pairs),
         *_over_others(in_time, lost),
         *_reasons(in_time, variants),
         "## What a step costs",
@@ -202,10 +204,39 @@ def _cells(found: Results, method: str, shown: Collection[str], common: Collecti
     yield less(found, method, other, common).signed() if complete and method != other else ""
 
 
-def _in_memory(in_time: Results, lost: Results, peaks: Rows) -> list[str]:
+def _in_memory(in_time: Results, final: Rows, peaks: Rows, pairs: Rows) -> list[str]:
+    lost = losses(final, equal_time)
     tables = [part for lora, method in MOST_TEXTS.items() for part in _within(in_time, lost, peaks, method, lora)]
     picture = "![Mean accuracy against peak memory](against_memory.png)"
-    return ["## In equal peak memory", picture, *tables] if tables else []
+    return ["## In equal peak memory", picture, *tables, *_in_loras_steps(final, peaks, pairs)] if tables else []
+
+
+def _in_loras_steps(final: Rows, peaks: Rows, pairs: Rows) -> list[str]:
+    """HiFT beside LoRA in as much memory and as many steps."""
+    methods = (TWO_IN_LORAS_TIME, LORA_NO_DROPOUT)
+    right, lost = (found(final, loras_steps) for found in (accuracies, losses))
+    common = complete_data_sets(right, methods)
+    if not common:
+        return []
+    lines = [
+        [
+            method.removesuffix(", in LoRA's time"),
+            _mib(peaks[bytes_row(method)]),
+            str(CONTESTANTS[method].batch_size),
+            *_cells(right, method, common, common, LORA_NO_DROPOUT),
+            *_cells(lost, method, [], common, LORA_NO_DROPOUT),
+        ]
+        for method in methods
+    ]
+    of_each = [f"{name} {less(right, *methods, [name]).signed()}" for name in common]
+    return [
+        f"The same two in equal peak memory and equal steps, {LORAS_STEPS} each, so that what a method does not need "
+        "for gradients and activations goes into texts: a step of HiFT takes "
+        f"{statistics.fmean(ratios(pairs, TWO_IN_LORAS_TIME)):.3f} times as long there. HiFT has "
+        f"{len(seeds_of(TWO_IN_LORAS_TIME, LORAS_STEPS))} seeds, and the learning rates of its runs in LoRA's time. "
+        f"Over LoRA by data set: {', '.join(of_each)}.",
+        markdown(["method", "peak MiB", "batch", *common, "mean", "over LoRA", "mean loss", "over LoRA"], lines),
+    ]
 
 
 def _within(in_time: Results, lost: Results, peaks: Rows, method: str, lora: str) -> list[str]:
