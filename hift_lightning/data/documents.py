@@ -62,26 +62,24 @@ class Split:
         return {"train": (0, validation), "validation": (validation, test), "test": (test, size)}
 
 
-def check_files(paths: Sequence[Path], name: str = "data.path") -> None:
-    """Raise unless every file can be a source of documents.
+def find_files(paths: Sequence[Path], name: str = "data.path") -> list[Path]:
+    """Find the sources of documents: files, and of folders all files of known kinds that are not hidden, by name.
 
     Args:
-        paths: the files.
+        paths: files and folders.
         name: of the setting that names them, for messages.
 
     Raises:
-        ConfigurationError: no file is given, one does not exist, is empty, or has an ending that is not known.
+        ConfigurationError: nothing is given, a file does not exist, is empty, cannot be read or has an ending that is
+            not known, or a folder has none.
     """
     if not paths:
         raise ConfigurationError(f"`{name}=[]` names no file; give the path of one, or several in a list.")
-    for path in paths:
-        if path.is_dir():
-            raise ConfigurationError(
-                f"The data file `{path}` is a folder; give `{name}` a file in it, or several as `[one.txt,two.txt]`."
-            )
+    known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
+    files = [file for path in paths for file in (_files_in(path, known, name) if path.is_dir() else [path])]
+    for path in files:
         if not path.is_file():
             raise ConfigurationError(f"The data file `{path}` does not exist; give `{name}` the path of a file.")
-        known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
         if path.suffix.lower() not in known:
             raise ConfigurationError(
                 f"`{path}` is of no kind that can be read; give `{name}` a file that ends with one of "
@@ -93,6 +91,17 @@ def check_files(paths: Sequence[Path], name: str = "data.path") -> None:
             raise cannot_be_read(path, error) from error
         if not path.stat().st_size:
             raise ConfigurationError(f"The data file `{path}` is empty; give `{name}` another one.")
+    return files
+
+
+def _files_in(folder: Path, known: Sequence[str], name: str) -> list[Path]:
+    visible = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
+    files = sorted(path for path in visible if path.is_file() and path.suffix.lower() in known)
+    if not files:
+        raise ConfigurationError(
+            f"No file in the folder `{folder}` ends with one of {', '.join(known)}; give `{name}` another, or a file."
+        )
+    return files
 
 
 def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Iterator[Document]:
@@ -107,7 +116,7 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
     - Parquet (`.parquet`), where the package `pyarrow` is installed: a document a row, with such columns.
 
     Args:
-        paths: the files, as `check_files` takes them.
+        paths: the files, as `find_files` gives them.
         encoder: writes conversations down.
         split: how much is for validation and test.
 

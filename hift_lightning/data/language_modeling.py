@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, RandomSampler
 
 from hift_lightning.cache import cache_root, digest_of_file, made_once
-from hift_lightning.data.documents import Document, Split, check_files, read_documents
+from hift_lightning.data.documents import Document, Split, find_files, read_documents
 from hift_lightning.data.encoding import encoder_of
 from hift_lightning.data.loading import TrainingLoader, evaluation_loader
 from hift_lightning.data.packing import PARTS, ExampleRows, PackedRows, Row, batch_of, write_tokens
@@ -43,9 +43,9 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         tokenizer: the model's own, of transformers; `None` to take the bytes of UTF-8 as tokens.
-        path: a file as `hift_lightning.data.documents.read_documents` takes it, or a list of several; `None` for the
-            packaged chapters of Moby-Dick.
-        validation_path: files of the same kinds, all for validation, so that nothing of `path` is; `None` for
+        path: a file as `hift_lightning.data.documents.read_documents` takes it, a folder of such, or a list of these;
+            `None` for the packaged chapters of Moby-Dick.
+        validation_path: likewise, all for validation, so that nothing of `path` is; `None` for
             `validation_fraction` of it.
         test_path: likewise for the test.
         batch_size: rows in a training batch.
@@ -58,7 +58,7 @@ class TextDataModule(L.LightningDataModule):
         seed: decides the order of the training rows, whatever else draws random numbers.
 
     Raises:
-        ConfigurationError: a file cannot be used (see `check_files` and `read_documents`), a number is out of range,
+        ConfigurationError: a file cannot be used (see `find_files` and `read_documents`), a number is out of range,
             a part of the split is empty, the tokenizer has no end-of-text token, or the cache cannot be written.
     """
 
@@ -85,12 +85,9 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        shared = [MOBY_DICK] if path is None else _paths(path)
-        own: dict[Part, list[Path]] = {"validation": _paths(validation_path), "test": _paths(test_path)}
-        check_files(shared, "data.path")
-        for part, files in own.items():
-            if files:
-                check_files(files, f"data.{part}_path")
+        shared = [MOBY_DICK] if path is None else find_files(_paths(path), "data.path")
+        given: dict[Part, list[Path]] = {"validation": _paths(validation_path), "test": _paths(test_path)}
+        own = {part: find_files(paths, f"data.{part}_path") if paths else [] for part, paths in given.items()}
         everything = [*shared, *own["validation"], *own["test"]]
         encoder = encoder_of(tokenizer)
         self.vocab_size = encoder.vocab_size
@@ -103,7 +100,8 @@ class TextDataModule(L.LightningDataModule):
                     yield dataclasses.replace(document, part=part)
 
         def tokenise(folder: Path) -> None:
-            rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in everything)}.")
+            more = f" and {len(everything) - 3} more files" if len(everything) > 3 else ""
+            rank_zero_info(f"Reading and tokenising {', '.join(f'`{one}`' for one in everything[:3])}{more}.")
             with PreparationBar("tokenising") as bar:
                 # of what is no text in the files (keys, quotes) the bar never hears, so it goes before it is full
                 bar.is_at(0, of=sum(one.stat().st_size for one in everything))

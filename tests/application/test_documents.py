@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hift_lightning.data import documents
-from hift_lightning.data.documents import Document, Split, check_files, read_documents
+from hift_lightning.data.documents import Document, Split, find_files, read_documents
 from hift_lightning.data.encoding import ByteEncoder, Piece
 from hift_lightning.data.labelled import read_sentences
 from hift_lightning.engine.errors import ConfigurationError
@@ -23,7 +23,7 @@ HALVES = Split(test_fraction=0.25, validation_fraction=1 / 3)
 
 
 def read(*paths: Path, split: Split = HALVES) -> list[Document]:
-    check_files(paths)
+    find_files(paths)
     return list(read_documents(paths, ByteEncoder(), split))
 
 
@@ -196,14 +196,29 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str, content: str) -> No
 
 def test_a_missing_file_another_kind_and_none_at_all_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"nothing\.txt` does not exist"):
-        check_files([tmp_path / "nothing.txt"])
-    with pytest.raises(ConfigurationError, match="is a folder; give `data.path` a file in it"):
-        check_files([tmp_path])
+        find_files([tmp_path / "nothing.txt"])
     (tmp_path / "book.pdf").write_text("text")
+    with pytest.raises(ConfigurationError, match=r"No file in the folder `.*` ends with one of \.txt, "):
+        find_files([tmp_path])
     with pytest.raises(ConfigurationError, match=r"book\.pdf` is of no kind.*\.jsonl"):
-        check_files([tmp_path / "book.pdf"])
+        find_files([tmp_path / "book.pdf"])
     with pytest.raises(ConfigurationError, match="names no file"):
-        check_files([])
+        find_files([])
+
+
+def test_of_a_folder_all_files_of_known_kinds_are_taken_by_name(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/2.MD", "a/10.jsonl", "cover.pdf", ".hidden.txt", ".git/c.txt", "z.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "texts" / name).write_text("text")
+    (tmp_path / "one.md").write_text("text")
+    found = find_files([tmp_path / "one.md", tmp_path / "texts"])
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "one.md",
+        "texts/a/10.jsonl",
+        "texts/a/2.MD",
+        "texts/b.txt",
+        "texts/z.txt",
+    ]
 
 
 def test_parquet_without_its_package_is_refused_with_the_command(
