@@ -19,7 +19,7 @@ _MAY_BE_NULL = ("strategy", "logger")
 _WITH_SWITCHES = ("strategy", "trainer", "callbacks", "optimizer", "scheduler")
 _LENGTHS = ("max_steps", "max_epochs", "limit_train_batches")
 # what is best of the numbers that the application measures
-_BEST = {"accuracy": "max", "loss": "min", "perplexity": "min"}
+_BEST = {"accuracy": "max", "f1": "max", "loss": "min", "perplexity": "min"}
 # callbacks that look for the best of a `monitor`, and take `mode=min` where none is given
 _LOOK_FOR_THE_BEST = ("Checkpoint", "EarlyStopping")
 # what a module measures begins with one of these

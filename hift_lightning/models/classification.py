@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from hift_lightning.models.optimization import OptimizedModule, OptimizerFactory, SchedulerFactory
 
@@ -11,10 +12,10 @@ Batch = dict[str, Tensor]
 
 
 class ClassificationModule(OptimizedModule):
-    """Train a classifier and measure its loss and accuracy.
+    """Train a classifier and measure its loss, its accuracy and its macro F1.
 
-    Logs `train/loss` at each step and `val/loss`, `val/accuracy`, `test/loss`, `test/accuracy` at the end of
-    an evaluation.
+    Logs `train/loss` at each step and `val/loss`, `val/accuracy`, `val/f1`, and these of `test/`, at the end of an
+    evaluation. F1 is the mean over classes, however many examples each has.
 
     Args:
         network: called with all of a batch but `labels`, it returns logits (batch x classes).
@@ -26,7 +27,7 @@ class ClassificationModule(OptimizedModule):
         ConfigurationError: the optimizer or the scheduler refuses its arguments.
     """
 
-    measured = ("loss", "accuracy")
+    measured = ("loss", "accuracy", "f1")
 
     def __init__(
         self,
@@ -36,8 +37,14 @@ class ClassificationModule(OptimizedModule):
         num_classes: int = 2,
     ) -> None:
         super().__init__(network, optimizer, scheduler)
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+                "f1": MulticlassF1Score(num_classes, average="macro"),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
 
     @staticmethod
     def blank_batch(rows: int, tokens: int) -> Batch:
@@ -52,19 +59,19 @@ class ClassificationModule(OptimizedModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to `val/loss` and `val/accuracy`."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        """Add the batch to what is measured of `val/`."""
+        self._evaluate(batch, "val", self.val_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to `test/loss` and `test/accuracy`."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        """Add the batch to what is measured of `test/`."""
+        self._evaluate(batch, "test", self.test_metrics)
 
     def _loss_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.network(**{name: value for name, value in batch.items() if name != "labels"})
         return cross_entropy(logits, batch["labels"]), logits
 
-    def _evaluate(self, batch: Batch, part: str, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch: Batch, part: str, metrics: MetricCollection) -> None:
         loss, logits = self._loss_and_logits(batch)
-        accuracy(logits, batch["labels"])
+        metrics.update(logits, batch["labels"])
         self.log(f"{part}/loss", loss, batch_size=len(batch["labels"]), on_step=False, on_epoch=True, sync_dist=True)
-        self.log(f"{part}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=part == "val")
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=part == "val")

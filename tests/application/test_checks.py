@@ -126,7 +126,14 @@ def test_what_can_work_passes(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("monitor", "mode"),
-    [("val/accuracy", "max"), ("val/loss", "min"), ("train/loss", "min"), ("val/f1", "min"), ("val/f1", "max")],
+    [
+        ("val/accuracy", "max"),
+        ("val/loss", "min"),
+        ("train/loss", "min"),
+        ("val/bleu", "min"),
+        ("val/bleu", "max"),
+        ("val/f1", "max"),
+    ],
 )
 def test_a_monitor_that_looks_for_the_best_passes(monitor: str, mode: str) -> None:
     check_that_it_is_measured(
@@ -188,7 +195,11 @@ def test_it_is_refused_by_other_strategies_before_anything_is_built(strategy: st
 @pytest.mark.parametrize(
     ("objective", "module", "remedy"),
     [
-        ("val/accurcy", ClassificationModule, "train/loss, val/loss, val/accuracy, test/loss, test/accuracy"),
+        (
+            "val/accurcy",
+            ClassificationModule,
+            "train/loss, val/loss, val/accuracy, val/f1, test/loss, test/accuracy, test/f1",
+        ),
         ("accuracy", ClassificationModule, "val/accuracy"),
         ("val/accuracy", LanguageModelingModule, "val/perplexity"),
         ("train/los", LanguageModelingModule, "train/loss"),

@@ -101,6 +101,17 @@ def test_accuracy_and_loss_are_those_of_all_rows(tmp_path: Path) -> None:
     assert result["test/loss"] == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
+def test_f1_is_the_mean_over_classes_of_all_rows(tmp_path: Path) -> None:
+    labels = [0] * 9 + [1] * 3
+    said = [0] * 8 + [1] + [0, 1, 1]  # of class 0 8 of 9 right, and one more said; of class 1 2 of 3 right
+    logits = torch.nn.functional.one_hot(torch.tensor(said)).float()
+    rows = [{"input": row, "labels": torch.tensor(label)} for row, label in zip(logits, labels, strict=True)]
+    module = ClassificationModule(nn.Identity(), partial(torch.optim.SGD, lr=0.1))
+    (result,) = quiet_trainer(tmp_path).test(module, DataLoader(rows, batch_size=5), verbose=False)  # type: ignore[arg-type]
+    assert result["test/f1"] == pytest.approx((2 * 8 / (9 + 9) + 2 * 2 / (3 + 3)) / 2)
+    assert result["test/accuracy"] == pytest.approx(10 / 12)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "scheduler", "named"),
     [
