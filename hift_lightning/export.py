@@ -22,6 +22,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hift_lightning.checkpoint_io import META, StreamingCheckpointIO
 from hift_lightning.data.sentences import SentenceDataModule
@@ -73,7 +74,7 @@ def export(
 
     Raises:
         ConfigurationError: the folder is not empty or cannot be written, the network is of another kind, the weights do
-            not fit it, a weight has no value in the dtype, or the size of a file cannot be read.
+            not fit it or are sharded, a weight has no value in the dtype, or the size of a file cannot be read.
     """
     from transformers import PreTrainedModel
 
@@ -189,6 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _rounded(network: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The network's state dict with these weights, on the host; what is tied is one tensor."""
     own = network.state_dict(keep_vars=True)
+    if any(isinstance(value, DTensor) for value in weights.values()):
+        raise ConfigurationError(
+            "The weights are sharded, and one process writes them; have all ranks call "
+            "`trainer.strategy.master_state_dict()`, and the first one give `export` what it gets as `weights`."
+        )
     check_weights(network, dict(weights))
     done: dict[int, Tensor] = {}
     for name, tensor in own.items():

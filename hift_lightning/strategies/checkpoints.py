@@ -65,7 +65,8 @@ class BlockwiseCheckpoints(_Base):
         """The module's state dict, with the fp32 master in place of every weight that has one.
 
         See :meth:`HiFT.master_state_dict <hift_lightning.engine.hift.HiFT.master_state_dict>`. With
-        ``shard_parked_state`` all ranks of a machine call it together, and the first has all masters.
+        ``shard_parked_state`` all ranks of a machine call it together, and the first has all masters; under
+        ``hift_fsdp2`` all ranks do, and the first has all weights.
 
         Raises:
             MisconfigurationException: before ``fit`` has set the training up.

@@ -75,16 +75,24 @@ class ShardedCheckpoints(SeveralRanks):
 
     @override
     def master_state_dict(self) -> dict[str, Any]:
-        """The module's state dict, with the fp32 master in place of every weight that has one; sharded host tensors.
+        """The module's state dict, with the fp32 master in place of every weight that has one; whole on the first rank.
+
+        All ranks call it together. On the first one, what is sharded is put together in host memory, one weight at a
+        time; the others get what is not sharded alone.
 
         Raises:
             MisconfigurationException: before ``fit`` has set the training up.
         """
         weights = super().master_state_dict()
-        parameters = dict(self._sharded_parameters())
-        for name, value in weights.items():
-            if name in parameters:
-                weights[name] = in_ranks_mesh(local(value).cpu(), parameters[name], self._host_mesh)
+        whole: dict[DTensor, Tensor | None] = {}  # a tied weight has several names
+        for name, parameter in self._sharded_parameters():
+            shard = weights.pop(name, None)
+            if shard is None:
+                continue
+            if parameter not in whole:
+                whole[parameter] = whole_on_first_rank(local(shard), parameter, self._ranks.host_group)
+            if (put_together := whole[parameter]) is not None:
+                weights[name] = put_together
         return weights
 
     # --- saving -----------------------------------------------------------------------------------------------------

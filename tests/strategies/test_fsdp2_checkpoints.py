@@ -441,10 +441,17 @@ def _go_on_in_another_precision(folder, kind):
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_was_saved_in_32_bits_comes_back_in_32_bits_in_another_precision(tmp_path, kind):
-    for rank in run(_go_on_in_another_precision, 2, tmp_path, kind):
-        for saved, loaded in rank.values():
-            assert {value.dtype for value in loaded.values()} == {torch.float32}
-            assert_same(loaded, saved)
+    first, second = run(_go_on_in_another_precision, 2, tmp_path, kind)
+    for saved, loaded in first.values():
+        assert {value.dtype for value in loaded.values()} == {torch.float32}
+        assert_same(loaded, saved)
+    # masters are whole on the first rank alone
+    assert [len(weights) for found in second.values() for weights in found] == [
+        len(first["fp32"][0]),
+        0,
+        0,
+        len(first["fp32"][0]),
+    ]
 
 
 def _go_on_from_averages(folder):

@@ -6,6 +6,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from hift_lightning import HiFTFSDP2Strategy, HiFTStrategy
+from hift_lightning.engine.errors import ConfigurationError
+from hift_lightning.export import export
 from tests.processes import run
 from tests.strategies.test_fsdp2 import MODELS, distance, fit, of_all_ranks, of_this_rank, whole
 
@@ -62,3 +64,31 @@ def test_models_of_transformers_equal_one_process():
         module, _ = fit(HiFTStrategy(), batches, model, dtype=torch.float64)
         assert distance(results[0][model][0], module.state_dict()) < 1e-10
         assert results[0][model][1] == sharded
+
+
+def _export(folder, master_weights):
+    precision = "bf16-true" if master_weights else "32-true"
+    strategy = HiFTFSDP2Strategy(master_weights=master_weights, save_distributed_checkpoint=False)
+    module, trainer = fit(strategy, of_this_rank(_batches()), "tied", devices=2, precision=precision)
+    trainer.save_checkpoint(folder / "whole.ckpt")
+    weights = strategy.master_state_dict()
+    if trainer.is_global_zero:
+        export(module.network, folder / "exported", weights=weights, dtype=torch.float32)
+        with pytest.raises(ConfigurationError, match="The weights are sharded, and one process writes them; have all"):
+            export(module.network, folder / "other")
+    return len(weights)
+
+
+@pytest.mark.parametrize("master_weights", [False, True])
+def test_the_network_of_a_sharded_module_is_exported_by_the_first_rank(tmp_path, master_weights):
+    from transformers import LlamaForCausalLM
+
+    counts = run(_export, 2, tmp_path, master_weights)
+    checkpoint = torch.load(tmp_path / "whole.ckpt", weights_only=True)
+    (engine,) = checkpoint["hift"]["engines"]
+    expected = {**checkpoint["state_dict"], **engine["masters"]}
+    assert len(engine["masters"]) == (len(expected) - 1 if master_weights else 0)  # the head is the embedding
+    exported = LlamaForCausalLM.from_pretrained(tmp_path / "exported")
+    for name, parameter in exported.named_parameters():
+        assert torch.equal(parameter, expected[f"network.{name}"]), name
+    assert counts == [len(expected), 0]
