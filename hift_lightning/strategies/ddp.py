@@ -25,7 +25,8 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
     The module is not wrapped in ``DistributedDataParallel``, whose buckets have the size of the model and whose set of
     parameters is fixed. Gradients are averaged beside backward, bucket by bucket
     (:class:`~hift_lightning.engine.reduction.GradientReduction`), once per optimizer step whatever is accumulated.
-    Weights are those of rank 0 from the start; buffers (BatchNorm's averages) are those of rank 0 at each batch.
+    Weights are those of rank 0 from the start; buffers (BatchNorm's averages) are those of rank 0 at each batch after
+    which gradients are sent.
 
     Args:
         shard_parked_state: split the parked state and masters over the ranks of a machine: each keeps and updates its

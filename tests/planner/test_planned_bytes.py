@@ -1,6 +1,7 @@
 """The planner's peak against the bytes that the same run takes on the simulated accelerator."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -161,6 +162,11 @@ def test_the_planned_peak_is_that_on_the_simulated_accelerator(case):
         trainer.fit(module, DataLoader([batch] * (2 * cycle), batch_size=None))
     counted = peak.bytes - before
     assert planned.peak_bytes == pytest.approx(counted, rel=0.001)
+
+
+def test_there_are_as_many_cases_as_the_readme_says():
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    assert f"In {len(set(map(str, CASES)))} cases of model, optimizer, precision, strategy and batch the" in readme
 
 
 class ManyClasses(L.LightningModule):
