@@ -526,6 +526,8 @@ class HiFT:
 
     def _complete(self) -> None:
         """Free the gradients, park the state, and give the next block its turn."""
+        if not self._step.updated:  # gradients that state has come for may have been dropped since
+            self._update.give_up()
         self.steps_without_gradient = 0
         self._counts_changes = self._counts_changes or self._step.counts_changes(self._parameters)
         for parameter in self._block_parameters():
@@ -690,6 +692,8 @@ class HiFT:
         The optimizer's state is in ``optimizer.state_dict()``, as ever; call ``residency.synchronize()`` before
         that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
         """
+
+        self.residency.synchronize()
 
         def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
             return self.residency.master(parameter), self.residency.dtypes(parameter)

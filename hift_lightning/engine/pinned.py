@@ -2,8 +2,10 @@
 
 import torch
 
-_ROUNDED_MIB = 16
+_ROUNDED_MIB = 64
 """Up to which torch may round the size of a pinned tensor: such are batches of data loaders, which take turns in it."""
+
+_SIZES = ("pinned_max_round_threshold_mb", "pinned_max_cached_size_mb")
 
 _pinning: dict[str, bool] = {}
 
@@ -11,9 +13,10 @@ _pinning: dict[str, bool] = {}
 def can_pin(device_type: str) -> bool:
     """Whether host memory can be pinned for this kind of device; asked of the device once, by trying.
 
-    From then on torch pins what is large in its own size. By itself it takes the next power of two of bytes for every
-    pinned tensor (https://github.com/pytorch/pytorch/issues/150517): 256 MiB for each of the 288 moments and masters of
-    LLaMA-7B that have 172 MiB.
+    From then on torch pins what is large in its own size, and gives it back when it is freed. By itself it takes the
+    next power of two of bytes for every pinned tensor (https://github.com/pytorch/pytorch/issues/150517): 256 MiB for
+    each of the 288 moments and masters of LLaMA-7B that have 172 MiB. Were memory of odd sizes kept for others, torch
+    2.13 would give it to larger tensors too (https://github.com/pytorch/pytorch/pull/192722).
     """
     if device_type not in _pinning:
         accelerator = torch.accelerator.current_accelerator()
@@ -33,6 +36,6 @@ def _try_to_pin() -> bool:
 def _pin_in_own_size() -> None:
     # what the user has set stays; torch takes some settings back that are not named again
     settings = torch._C._accelerator_getAllocatorSettings()
-    if "pinned_max_round_threshold_mb" not in settings:
-        own = f"pinned_max_round_threshold_mb:{_ROUNDED_MIB}"
+    if not any(name in settings for name in _SIZES):
+        own = ",".join(f"{name}:{_ROUNDED_MIB}" for name in _SIZES)
         torch._C._accelerator_setAllocatorSettings(f"{settings},{own}" if settings else own)

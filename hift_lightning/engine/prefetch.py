@@ -83,8 +83,8 @@ class StatePrefetch:
         if (known := self._known.get(parameter)) is None:
             return
         more = max(0, moment.in_use - known.at_gradient)
-        needed = known.at_most + more + self._early + self._residency.device_bytes(parameter)
-        if more > _DRIFT or needed > memory.peak:
+        state = self._residency.device_bytes(parameter) + self._residency.conversion_bytes(parameter)
+        if more > _DRIFT or known.at_most + more + self._early + state > memory.peak:
             return
 
         def copy_beside_backward(source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,7 +92,11 @@ class StatePrefetch:
             with side.copying():
                 return target.copy_(source, non_blocking=True)
 
-        self._residency.page_in([parameter], copy_beside_backward)
+        try:
+            self._residency.page_in([parameter], copy_beside_backward)
+        except torch.OutOfMemoryError:  # memory is in pieces, and at the update more of it is free
+            side.join()
+            return
         after = side.memory()
         assert after is not None
         self._early += after.current - memory.current

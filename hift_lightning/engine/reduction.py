@@ -41,7 +41,8 @@ class Ranks:
         self.group = group
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
-        in_host_memory = "cpu:" in dist.get_backend_config(self.group)
+        # of several backends in one group `monitored_barrier` takes none
+        in_host_memory = "cpu:" in dist.get_backend_config(self.group) and ":" not in dist.get_backend(self.group)
         members = dist.get_process_group_ranks(self.group)
         self.host_group = (
             self.group if in_host_memory else dist.new_group(members, backend="gloo", use_local_synchronization=True)

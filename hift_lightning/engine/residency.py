@@ -293,6 +293,12 @@ class Residency:
         known = self._parked_leaves.get(parameter, [])
         return sum(leaf.buffer.tensor.numel() * leaf.dtype.itemsize for leaf in known if leaf is not None)
 
+    def conversion_bytes(self, parameter: Tensor) -> int:
+        """Most bytes on the device of a copy in :attr:`parked_dtype`, which a tensor passes through on its way."""
+        known = (leaf for leaf in self._parked_leaves.get(parameter, []) if leaf is not None)
+        parked = (leaf.buffer.tensor for leaf in known if leaf.buffer.tensor.dtype != leaf.dtype)
+        return max((tensor.nbytes for tensor in parked), default=0)
+
     # --- whole parameters, in place in `optimizer.state` -------------------------------------------------------------
 
     def page_in(self, parameters: Iterable[Tensor], place: Place | None = None) -> None:
@@ -476,6 +482,7 @@ class Residency:
         if parameter not in self._masters:
             self._masters[parameter] = self._tier.allocate(weights, torch.float32, parameter.device)
         self._masters[parameter].write(weights)
+        self._copying_from.add(weights.device)
 
     def make_master_when_updated(self, parameter: Tensor) -> None:
         """Have a master from the next update on; until then the 16-bit weights, which were never rounded, are it."""

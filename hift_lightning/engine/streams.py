@@ -13,7 +13,7 @@ def device_module(device: torch.device) -> Any:
 
 
 class DeviceMemory(NamedTuple):
-    """Bytes of a device's memory, by the names of ``torch.cuda.memory_stats``."""
+    """Bytes of a device's memory, by the names of ``torch.cuda.memory_stats``; not rounded up, where it tells these."""
 
     current: int
     peak: int
@@ -57,4 +57,7 @@ class SideStream:
         if not hasattr(self._module, "memory_stats"):
             return None
         stats = self._module.memory_stats(self._device)
-        return DeviceMemory(*(int(stats.get(f"allocated_bytes.all.{count}", 0)) for count in DeviceMemory._fields))
+        # blocks of CUDA's allocator are rounded up by as much as is left of what they are cut from
+        kind = "requested_bytes" if "requested_bytes.all.allocated" in stats else "allocated_bytes"
+        memory = DeviceMemory(*(int(stats.get(f"{kind}.all.{count}", 0)) for count in DeviceMemory._fields))
+        return memory if memory.allocated else None  # other allocators leave counts at 0

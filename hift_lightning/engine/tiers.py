@@ -8,6 +8,7 @@ import functools
 import inspect
 import os
 import sys
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -144,9 +145,17 @@ class HostMemory(Tier):
     in_host_memory = True
 
     def allocate(self, like: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
-        """See :meth:`Tier.allocate`."""
-        pin = can_pin(device.type)
-        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=pin))
+        """See :meth:`Tier.allocate`; what can no longer be pinned lies in other memory, which a warning tells."""
+        if can_pin(device.type):
+            try:
+                return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=True))
+            except RuntimeError as error:
+                warnings.warn(
+                    f"Host memory for what is parked can no longer be pinned ({str(error).splitlines()[0]}), so it is "
+                    "copied more slowly; make more host memory free, or park in files (`offload`).",
+                    stacklevel=2,
+                )
+        return HostBuffer(torch.empty_like(like, dtype=dtype, device="cpu"))
 
     def adopt(self, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Buffer:
         """See :meth:`Tier.adopt`; a host tensor that is as it should be becomes the buffer itself, not a copy."""

@@ -128,6 +128,7 @@ class PieceUpdate:
         self.window = window
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
         self._checked: set[nn.Parameter] = set()
+        self._side: SideStream | None = None
         self._loading_ms = 0.0
         self.held_bytes = 0
         """Most bytes of state and masters that were on the device at one time since this was last set to 0."""
@@ -262,16 +263,20 @@ class PieceUpdate:
         if not pieces:
             return
         device = pieces[0].parameter.device
+        # one for all updates: what is converted on the way to the device lies in memory of this stream's own
+        side = self._side = self._side or SideStream(device)
         arena = _Arena(self.residency, device, max(map(self._bytes, pieces)), window, len(pieces))
         self.held_bytes = max(self.held_bytes, arena.nbytes)
         loaded = self._load(pieces[0], arena.place(0))
         for turn, following in enumerate([*pieces[1:], None], start=1):
             current = loaded
-            if following is not None and arena.holds_two:
-                with arena.prefetching():
-                    loaded = self._load(following, arena.place(turn))
-            self._step([current])
-            arena.finish_prefetch()
+            try:
+                if following is not None and arena.holds_two:
+                    with side.copying():
+                        loaded = self._load(following, arena.place(turn))
+                self._step([current])
+            finally:  # the next user of this memory may come after an error too
+                side.join()
             if following is not None and not arena.holds_two:
                 loaded = self._load(following, arena.place(turn))
 
@@ -365,7 +370,6 @@ class _Arena:
         self._piece_bytes = _in_window(piece_bytes)
         self.holds_two = pieces > 1 and 2 * self._piece_bytes <= window
         self._memory: Tensor | None = None
-        self._side = SideStream(device)
         if device.type != "cpu" and piece_bytes > 0:  # otherwise nothing is copied, or nothing is parked yet
             self._memory = residency.window(self._piece_bytes * (1 + self.holds_two), device)
 
@@ -389,11 +393,3 @@ class _Arena:
             return target.copy_(source, non_blocking=True)
 
         return copy_in
-
-    def prefetching(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, copies are issued beside the compute."""
-        return self._side.copying()
-
-    def finish_prefetch(self) -> None:
-        """Make what is issued from now on wait for the prefetched copies."""
-        self._side.join()

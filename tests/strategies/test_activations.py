@@ -240,3 +240,34 @@ def test_reentrant_checkpoints_of_a_models_own_are_named_where_they_keep_a_block
 
     with pytest.warns(UserWarning, match=r"`use_reentrant=True`, give `use_reentrant=False`, or `activation_check"):
         trainer().fit(Checkpointed(), loader(make_batches(4)))
+
+
+def test_the_devices_of_keyword_arguments_have_their_random_numbers_again(monkeypatch):
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, hidden, *, masks):
+            return torch.dropout(self.norm(self.linear(hidden)) + masks["own"][0], 0.5, True)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+        def forward(self, hidden):
+            for layer in self.layers:
+                hidden = layer(hidden=hidden, masks={"own": (torch.ones(4),)})
+            return hidden
+
+    given = []
+    states = torch.utils.checkpoint.get_device_states
+    monkeypatch.setattr("torch.utils.checkpoint.get_device_states", lambda *args: given.append(args) or states(*args))
+    monkeypatch.setattr("torch.utils.checkpoint._get_device_module", lambda device: torch)
+    monkeypatch.setattr(torch, "_initialized", True, raising=False)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=True)):
+        model(torch.ones(2, 4)).sum().backward()
+    assert [[type(value) for value in values] for values in given] == [[torch.Tensor, dict]]

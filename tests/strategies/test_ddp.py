@@ -860,3 +860,14 @@ def test_modules_and_optimizers_that_do_not_go_with_it_are_refused() -> None:
         assert "has a sparse gradient" in told[1]
         assert "`update='fused'` frees each gradient inside backward" in told[2]
         assert "could not be shown to treat parameters one by one" in told[3]
+
+
+def _waits_in_host_memory():
+    group = dist.new_group(backend="cpu:gloo,cuda:gloo", use_local_synchronization=True)
+    ranks = Ranks(group)
+    dist.monitored_barrier(ranks.host_group)
+    return ranks.host_group is group, Ranks().host_group is dist.group.WORLD
+
+
+def test_of_a_group_of_several_backends_one_is_made_for_host_memory():
+    assert run(_waits_in_host_memory, 2) == [(False, True)] * 2
