@@ -41,8 +41,9 @@ class Ranks:
         self.group = group
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
-        # of several backends in one group `monitored_barrier` takes none
-        in_host_memory = "cpu:" in dist.get_backend_config(self.group) and ":" not in dist.get_backend(self.group)
+        # where gloo is one of several backends of a group, `monitored_barrier` does not take it
+        one_of_several = "cpu:gloo" in dist.get_backend(self.group)
+        in_host_memory = "cpu:" in dist.get_backend_config(self.group) and not one_of_several
         members = dist.get_process_group_ranks(self.group)
         self.host_group = (
             self.group if in_host_memory else dist.new_group(members, backend="gloo", use_local_synchronization=True)
