@@ -106,8 +106,9 @@ class StatePrefetch:
         if not self._moments:
             return
         assert self._side is not None
-        memory = self._side.memory()
-        assert memory is not None
+        if (memory := self._side.memory()) is None:  # its counts have been set back since
+            self._moments, self._early = [], 0
+            return
         end = _Moment(self._moments[-1].parameter, memory.current - self._early, memory.allocated - self._early)
         at_most = end.in_use
         for moment, following in reversed(list(itertools.pairwise([*self._moments, end]))):
