@@ -68,9 +68,8 @@ def _results(rows: Rows, steps_of: Callable[[str], int], column: str) -> Results
         found.setdefault(key, {})[int(row["seed"])] = 100 * float(row[column])
     results: Results = {}
     for data_set, method in itertools.product(DATA_SETS, CONTESTANTS):
-        steps = steps_of(method)
-        by_seed = found.get((data_set, method, steps), {})
-        seeds = seeds_of(method, steps)
+        by_seed = found.get((data_set, method, steps_of(method)), {})
+        seeds = seeds_of(method)
         if set(by_seed) == set(seeds):
             results[data_set, method] = [by_seed[seed] for seed in seeds]
     return results

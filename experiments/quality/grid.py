@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, PLANNED_SEEDS, STEPS, rate_of
+from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, STEPS, rate_of
 from experiments.quality.training import describe, run
 from experiments.table import Row, Table
 
@@ -63,10 +63,9 @@ FINAL = Table(HERE / "final.csv", tuple(_FINAL), _measure)
 DATA = Table(HERE / "data.csv", tuple(DATA_SETS), describe)
 
 
-def seeds_of(method: str, steps: int) -> tuple[int, ...]:
-    """Seeds of a method's final runs with so many steps: other than in equal time, not more than were planned."""
-    contestant = CONTESTANTS[method]
-    return SEEDS[: contestant.seeds if steps == contestant.steps_in_time else min(contestant.seeds, PLANNED_SEEDS)]
+def seeds_of(method: str) -> tuple[int, ...]:
+    """Seeds of a method's final runs."""
+    return SEEDS[: CONTESTANTS[method].seeds]
 
 
 def best_exponent(data_set: str, method: str, again: bool = False) -> int:
@@ -149,7 +148,7 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
             Run(data_set, method, exponents[data_set, method], steps_of(method), seed).name
             for data_set, method in pairs
             if steps_of(method) in CONTESTANTS[method].lengths
-            for seed in seeds_of(method, steps_of(method))
+            for seed in seeds_of(method)
         }
 
     done: set[str] = set()

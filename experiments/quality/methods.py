@@ -283,7 +283,7 @@ STEPS = 200
 FEW_SEEDS = 5
 """Of the final runs of a method that is not compared closely."""
 PLANNED_SEEDS = 8
-"""Of the final runs of a method that is; what is above was added in equal time when these were known."""
+"""Of the final runs of a method that is; what is above was added when these were known."""
 LORAS_STEPS = 440
 """Steps of LoRA without dropout in the memory of HiFT with two layers a block."""
 
@@ -300,8 +300,8 @@ class Contestant:
         remark: for the page.
         batch_size: texts in a batch; with other batches than the rest it is run in equal time only.
         rate_from: the method whose learning rate it takes, where it does not search for its own.
-        seeds: of its final runs in equal time. A method with more than the rest is compared closely: its learning rate
-            is chosen with more of them too (see `grid`).
+        seeds: of its final runs. A method with more than the rest is compared closely: its learning rate is chosen with
+            more of them too (see `grid`).
         more_lengths: other numbers of steps that it is run with, at the same learning rate.
     """
 

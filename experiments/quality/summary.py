@@ -21,7 +21,7 @@ from experiments.quality.comparison import (
 )
 from experiments.quality.cost import bytes_row, one_more
 from experiments.quality.data_sets import BATCH_SIZE, DATA_SETS, MAX_LENGTH
-from experiments.quality.grid import RUN_OFF_SEEDS, seeds_of
+from experiments.quality.grid import RUN_OFF_SEEDS
 from experiments.quality.methods import (
     CLIP_NORM,
     CONTESTANTS,
@@ -232,10 +232,10 @@ def _in_loras_steps(final: Rows, peaks: Rows, pairs: Rows) -> list[str]:
     return [
         f"The same two in equal peak memory and equal steps, {LORAS_STEPS} each, so that what a method does not need "
         "for gradients and activations goes into texts: a step of HiFT takes "
-        f"{statistics.fmean(ratios(pairs, TWO_IN_LORAS_TIME)):.3f} times as long there. HiFT has "
-        f"{len(seeds_of(TWO_IN_LORAS_TIME, LORAS_STEPS))} seeds, and the learning rates of its runs in LoRA's time. "
-        f"Over LoRA by data set: {', '.join(of_each)}.",
+        f"{statistics.fmean(ratios(pairs, TWO_IN_LORAS_TIME)):.3f} times as long there. HiFT has the learning rates "
+        f"of its runs in LoRA's time. Over LoRA by data set: {', '.join(of_each)}.",
         markdown(["method", "peak MiB", "batch", *common, "mean", "over LoRA", "mean loss", "over LoRA"], lines),
+        *added_seeds(right, lost, *methods),
     ]
 
 
@@ -289,14 +289,14 @@ def _over_others(in_time: Results, lost: Results) -> list[str]:
     ]
 
 
-def added_seeds(in_time: Results, lost: Results, method: str, other: str) -> list[str]:
+def added_seeds(right: Results, lost: Results, method: str, other: str) -> list[str]:
     """What the seeds show that were planned, and what those that were added when these were known."""
-    common = complete_data_sets(in_time, [method, other])
+    common = complete_data_sets(right, [method, other])
     if not common:
         return []
 
     def lead(seeds: slice) -> str:
-        points, nats = (less(found, method, other, common, seeds).signed() for found in (in_time, lost))
+        points, nats = (less(found, method, other, common, seeds).signed() for found in (right, lost))
         return f"{points} points of accuracy and {nats} hundredths of a nat of test loss"
 
     added = CONTESTANTS[method].seeds - PLANNED_SEEDS
