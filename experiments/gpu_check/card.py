@@ -30,16 +30,19 @@ def measure_card(name: str, profile: Profile) -> dict[str, object]:
     """The identity, and the layers that the card has memory for under full fine-tuning."""
     found = identity(profile)
     with profile.device.in_use():
-        total = profile.device.total_bytes
-    return {**found, "host": host_memory("MemTotal"), "layers": layers_for(total, profile)}
+        free = profile.device.free_bytes
+    return {**found, "host": host_memory("MemTotal"), "layers": layers_for(free, profile)}
 
 
-def layers_for(total: int, profile: Profile) -> int:
-    """The first of the profile's depths at which full fine-tuning fits so many bytes by the plan, or the last."""
+def layers_for(free: int, profile: Profile) -> int:
+    """The first of the profile's depths at which full fine-tuning fits so many bytes by the plan, or the last.
+
+    A tenth is left free, since an allocator that has to look for memory takes time.
+    """
     for layers in profile.depths:
         job = profile.of_depth(CONTESTANTS["full"].job, layers)
         planned = job.plan(job.module(), profile.batch, profile.length)
-        if profile.device.needed_bytes(planned.peak_bytes) <= total:
+        if profile.device.needed_bytes(planned.peak_bytes) <= 0.9 * free:
             return layers
     return profile.depths[-1]
 
@@ -56,3 +59,12 @@ def host_memory(field: str) -> int:
     """Bytes of the machine's memory, by a field of `/proc/meminfo` (Linux)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(fields[field].split()[0]) * 1024
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that the machine has free, or the container, where it has less (cgroup v2)."""
+    free = host_memory("MemAvailable")
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free

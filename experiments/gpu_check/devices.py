@@ -27,6 +27,8 @@ class Bytes(NamedTuple):
     """In use on the whole card at this moment, as the driver tells; with the context, and with other processes."""
     pinned: int
     """Of pinned host memory that its allocator holds at this moment; of small tensors it rounds up to powers of two."""
+    retries: int
+    """No bytes: how often the allocator has given all back that it had free to find what was asked for."""
 
 
 class Device(ABC):
@@ -50,6 +52,11 @@ class Device(ABC):
     @abstractmethod
     def total_bytes(self) -> int:
         """Its memory."""
+
+    @property
+    @abstractmethod
+    def free_bytes(self) -> int:
+        """What of its memory nobody has."""
 
     @property
     @abstractmethod
@@ -115,11 +122,16 @@ class Cuda(Device):
         return torch.cuda.mem_get_info()[1]
 
     @property
+    def free_bytes(self) -> int:
+        return torch.cuda.mem_get_info()[0]
+
+    @property
     def driver_version(self) -> str:
         if shutil.which("nvidia-smi") is None:
             return "not told, since there is no nvidia-smi"
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+        told = subprocess.run(query, capture_output=True, text=True, check=False)
+        return told.stdout.splitlines()[0].strip() if told.returncode == 0 else "not told, since nvidia-smi failed"
 
     def needed_bytes(self, peak_bytes: int) -> int:
         return needed_bytes(peak_bytes)
@@ -133,6 +145,7 @@ class Cuda(Device):
             reserved=counters["reserved_bytes.all.peak"],
             driver=total - free,
             pinned=torch.cuda.host_memory_stats()["allocated_bytes.current"],
+            retries=counters["num_alloc_retries"],
         )
 
 
@@ -170,6 +183,10 @@ class Simulated(Device):
         return self._total_bytes
 
     @property
+    def free_bytes(self) -> int:
+        return self._total_bytes
+
+    @property
     def driver_version(self) -> str:
         return "none"
 
@@ -184,4 +201,5 @@ class Simulated(Device):
             reserved=peak,
             driver=peak,
             pinned=sim.pinned_memory_allocated() - self._pinned_before,
+            retries=0,
         )

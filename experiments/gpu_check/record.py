@@ -2,7 +2,8 @@
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from experiments.gpu_check.profiles import CONTESTANTS, COPIES, PAGING, Profile
 from experiments.gpu_check.speed import measure_speed
 from experiments.gpu_check.training import FAILED, KILLED
 from experiments.table import Row, Rows, Table
+
+Measure = Callable[[str], dict[str, object]]
+"""Called with the name of a row."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,15 @@ class Measured:
         return [name for rows in tables for name, row in rows.items() if row["outcome"].startswith(FAILED)]
 
 
+def measured_or_failed(measure: Measure, name: str) -> dict[str, object]:
+    """A row, or what has gone wrong outside of its run; the rows after it are measured all the same."""
+    try:
+        return measure(name)
+    except Exception as error:
+        traceback.print_exc()
+        return {"outcome": f"{FAILED}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
 def in_rounds(names: Mapping[str, object], rounds: int) -> tuple[str, ...]:
     """Names of rows, in the order in which they take turns."""
     return tuple(f"{name}, round {turn + 1}" for turn in range(rounds) for name in names)
@@ -63,17 +76,20 @@ class Record:
         Args:
             layers: of the model whose times are measured.
         """
-        profile, folder = self.profile, self.folder
+        profile = self.profile
+        copies = functools.partial(measure_copies, profile=profile)
         paging = functools.partial(measure_paging, profile=profile, layers=layers)
         speed = functools.partial(measure_speed, profile=profile, layers=layers)
+        memory = functools.partial(measure_memory, profile=profile)
         return (
-            Table(folder / "copies.csv", COPIES, functools.partial(measure_copies, profile=profile)),
-            Table(folder / "paging.csv", in_rounds(PAGING, profile.rounds), paging, KILLED),
-            Table(folder / "speed.csv", in_rounds(CONTESTANTS, profile.rounds), speed, KILLED),
-            Table(
-                folder / "memory.csv", tuple(profile.cells), functools.partial(measure_memory, profile=profile), KILLED
-            ),
+            self._table("copies.csv", COPIES, copies),
+            self._table("paging.csv", in_rounds(PAGING, profile.rounds), paging),
+            self._table("speed.csv", in_rounds(CONTESTANTS, profile.rounds), speed),
+            self._table("memory.csv", tuple(profile.cells), memory),
         )
+
+    def _table(self, file: str, rows: tuple[str, ...], measure: Measure) -> Table:
+        return Table(self.folder / file, rows, functools.partial(measured_or_failed, measure), KILLED)
 
     def load(self) -> Measured:
         """What has been measured so far."""

@@ -15,9 +15,17 @@ def measure_speed(name: str, profile: Profile, layers: int) -> dict[str, object]
     watch, times = Watch(profile.device), CycleTimes(profile.device, cycle)
     steps = (times.warm_up_cycles + profile.cycles) * cycle
     with profile.device.in_use():
+        before = profile.device.memory().driver
         outcome = outcome_of(lambda: train(job, profile, steps, [watch, times], contestant.adapt), watch)
     row: dict[str, object] = {"outcome": outcome, "package": package}
     if outcome != RAN:
         return row
     assert watch.memory is not None
-    return {**row, **times.figures(), "tokens": profile.batch * profile.length, "allocated": watch.memory.allocated}
+    return {
+        **row,
+        **times.figures(),
+        "tokens": profile.batch * profile.length,
+        "allocated": watch.memory.allocated,
+        "driver": watch.memory.driver - before,
+        "retries": watch.memory.retries,
+    }

@@ -79,9 +79,9 @@ def _memory(profile: Profile, rows: Rows) -> list[str]:
     head = ["cell", "paper", *columns, "off", ""]
     legend = (
         "GiB. The cells are those of [the paper's memory table](../paper_memory/summary.md); `paper` is its total. "
-        "Planned: the planner's peak. Allocated: `max_memory_allocated` of the run, two cycles under HiFT, and off: by "
-        "which part of the plan it is larger. Reserved: the most that torch's allocator took from the driver. Driver: "
-        "in use on the whole card at the end of the run, as the driver counts"
+        "Planned: the planner's peak. Allocated: `max_memory_allocated` of the run, three cycles under HiFT, and off: "
+        "by which part of the plan it is larger. Reserved: the most that torch's allocator took from the driver. "
+        "Driver: in use on the whole card at the end of the run, as the driver counts"
         + _before(rows)
         + ". Parked: state and masters in host memory by the plan; pinned: what their allocator holds for them."
     )
@@ -119,7 +119,8 @@ def _errors(profile: Profile, rows: Rows) -> list[str]:
         sentences.append(
             "What the planner says a GPU must have (the peak, 3 % and 1 GiB) is at least what the driver counts in "
             f"{sum(bytes_more <= 0 for bytes_more in more.values())} of {len(ran)}; the most beyond it is "
-            f"{more[most] / GIB:+.2f} GiB ({most}). Torch keeps what it has taken from the driver, needed or not."
+            f"{more[most] / GIB:+.2f} GiB ({most}). Torch keeps what it has taken from the driver, needed or not, and "
+            "what other processes have on the card is counted too."
         )
     return [" ".join(sentences)]
 
@@ -139,7 +140,7 @@ def _speed(profile: Profile, measured: Measured) -> list[str]:
         package = CONTESTANTS[times.name].package
         if times.outcome != RAN:
             remedy = f"; it needs `pip install {package}`" if package and times.outcome == NOT_YET else ""
-            lines.append([times.name, *[""] * 6, f"{times.outcome}{remedy}"])
+            lines.append([times.name, *[""] * 7, f"{times.outcome}{remedy}"])
             continue
         tokens = 1000 * int(times.rows[0]["tokens"])
         lines.append(
@@ -149,9 +150,9 @@ def _speed(profile: Profile, measured: Measured) -> list[str]:
                 f"{tokens / max(times.cycles_ms):,.0f} to {tokens / min(times.cycles_ms):,.0f}",
                 f"{full.median / times.median:.3f}" if full.outcome == RAN else "",
                 f"{times.median:.1f}",
-                _gib(max(int(row["allocated"]) for row in times.rows)),
+                *(_gib(max(int(row[column]) for row in times.rows)) for column in ("allocated", "driver")),
                 str(len(times.cycles_ms)),
-                times.rows[0]["package"],
+                ", ".join(filter(None, (times.rows[0]["package"], _retries(times)))),
             ]
         )
     head = [
@@ -161,10 +162,16 @@ def _speed(profile: Profile, measured: Measured) -> list[str]:
         "of full",
         "ms per step",
         "allocated, GiB",
+        "driver, GiB",
         "cycles",
         "",
     ]
     return [_how(profile, measured.card), markdown(head, lines)]
+
+
+def _retries(times: Times) -> str:
+    count = sum(int(row["retries"]) for row in times.rows)
+    return f"slowed down by a card that was full ({count} times)" if count else ""
 
 
 def _how(profile: Profile, card: Row) -> str:
@@ -172,11 +179,13 @@ def _how(profile: Profile, card: Row) -> str:
     layers = int(card["layers"])
     return (
         f"LLaMA-7B with {', '.join(f'`{word}`' for word in size)}: of the depths {', '.join(map(str, profile.depths))} "
-        "the first at which full fine-tuning fits the card by the plan, or the last. AdamW; bf16 autocast over fp32 "
-        "weights, or 16-bit weights where the name says so (Mixed^Hi: with fp32 masters). Medians of cycles of "
-        f"{layers + 2} steps in {profile.rounds} rounds, in which the contestants take turns, each in a process of its "
-        f"own, which warms up for {CycleTimes.warm_up_cycles} cycles. The device is waited for at the two ends of a "
-        "cycle only. A step of HiFT updates one block, one of the others all that they train."
+        "the first at which full fine-tuning fits nine tenths of the card by the plan, or the last. AdamW; bf16 "
+        "autocast over fp32 weights, or 16-bit weights where the name says so (Mixed^Hi: with fp32 masters). Medians "
+        f"of cycles of {layers + 2} steps in {profile.rounds} rounds, in which the contestants take turns, each in a "
+        f"process of its own, which warms up for {CycleTimes.warm_up_cycles} cycles. The device is waited for at the "
+        "two ends of a cycle only. A step of HiFT updates one block, one of the others all that they train. Adapters "
+        "are in 16 bit where the weights are. Driver: what a run has taken of the card at its end; the state of paged "
+        "Adam is in it, and not in what torch has allocated, and as long as the card is not full none of it is paged."
     )
 
 

@@ -21,7 +21,7 @@ from hift_lightning.engine.conversion import parameters_stay_themselves
 RAN, FAILED = "ran", "failed"
 """The outcome of a row that has figures, and how that of one begins which an error has ended."""
 
-KILLED = {"outcome": "its process was killed, which is what the system does where host memory is short"}
+KILLED = {"outcome": f"{FAILED}: its process was ended, which is what the system does where host memory is short"}
 
 
 class Watch(Callback):

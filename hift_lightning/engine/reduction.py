@@ -18,6 +18,7 @@ Follows the order of buckets in Li et al., "PyTorch Distributed", https://arxiv.
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,10 @@ class Ranks:
 
     Args:
         group: a process group of torch; ``None`` for the default one. All its ranks build this object together.
+        timeout: how long a rank waits for the others in what is sent from host memory; ``None`` for torch's default.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> None:
         group = group or dist.group.WORLD
         assert group is not None
         self.group = group
@@ -46,7 +48,9 @@ class Ranks:
         in_host_memory = "cpu:" in dist.get_backend_config(self.group) and not one_of_several
         members = dist.get_process_group_ranks(self.group)
         self.host_group = (
-            self.group if in_host_memory else dist.new_group(members, backend="gloo", use_local_synchronization=True)
+            self.group
+            if in_host_memory
+            else dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
         )
         """The same ranks, for what lies in host memory."""
 

@@ -76,7 +76,8 @@ class HiFTDDPStrategy(SeveralRanks, BlockwiseTraining, DDPStrategy):
         if self._shard_parked_state and self._of_machine is None:
             first = self.node_rank * self.num_processes
             members = list(range(first, first + self.num_processes))
-            self._of_machine = Ranks(dist.new_group(members, use_local_synchronization=True))
+            group = dist.new_group(members, self._timeout, use_local_synchronization=True)
+            self._of_machine = Ranks(group, self._timeout)
 
     @override
     def choose_group_size(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:

@@ -125,6 +125,14 @@ class HiFTFSDP2Strategy(ShardedCheckpoints, BlockwiseTraining, ModelParallelStra
         return {"mp_policy": self._mp_policy, "offload_params": self._offload_params, "whole": self._whole}
 
     @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        device = self.root_device.type
+        if self._process_group_backend is None and self._offload_params and device != "cpu":
+            return f"cpu:gloo,{device}:{backend}"  # norms of gradients in host memory are sums over the ranks too
+        return backend
+
+    @override
     def setup_environment(self) -> None:
         ranks = self.num_nodes * self.num_processes
         if self._data_parallel_size not in ("auto", ranks):

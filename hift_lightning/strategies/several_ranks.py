@@ -26,6 +26,8 @@ class SeveralRanks(BlockwiseCheckpoints):
     """
 
     _ranks: Ranks
+    _timeout: timedelta | None
+    """Of Lightning's strategy."""
     _alone = False
     """Whether this rank has failed and others have not."""
 
@@ -38,7 +40,7 @@ class SeveralRanks(BlockwiseCheckpoints):
     def setup_environment(self) -> None:
         super().setup_environment()
         if not hasattr(self, "_ranks"):  # called in every `fit` and `test`, and making groups is not for nothing
-            self._ranks = Ranks()
+            self._ranks = Ranks(timeout=self._timeout)
 
     @override
     def barrier(self, *args: Any, **kwargs: Any) -> None:

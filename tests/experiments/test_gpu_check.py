@@ -19,7 +19,7 @@ from experiments.gpu_check.memory import measure_memory
 from experiments.gpu_check.paging import measure_copies, measure_paging
 from experiments.gpu_check.plot import plot
 from experiments.gpu_check.profiles import CONTESTANTS, COPIES, CUDA, HERE, PAGING, SIM
-from experiments.gpu_check.record import Measured, Record, in_rounds, waiting_for_packages
+from experiments.gpu_check.record import Measured, Record, in_rounds, measured_or_failed, waiting_for_packages
 from experiments.gpu_check.speed import measure_speed
 from experiments.gpu_check.summary import WAITS, summary
 from experiments.gpu_check.training import Watch, outcome_of
@@ -147,12 +147,33 @@ def test_a_contestant_is_timed_over_whole_cycles_after_two(speed):
     full, hift, lora = (int(row["allocated"]) for row in speed.values())
     assert hift < full
     assert lora < full
+    assert all(row["driver"] == row["allocated"] and row["retries"] == "0" for row in speed.values())
     assert list(speed.values())[2]["package"].startswith("peft ")
 
 
-@pytest.mark.parametrize(("total", "layers"), [(2**40, 4), (1, 2)])
-def test_the_depth_is_the_first_that_fits_the_card(total, layers):
-    assert layers_for(total, SIM) == layers
+@pytest.mark.parametrize(("share", "layers"), [(2.0, 4), (1.12, 4), (1.1, 2), (0.0, 2)])
+def test_the_depth_is_the_first_at_which_a_tenth_of_the_card_is_left(share, layers):
+    assert SIM.depths == (4, 2)
+    job = SIM.of_depth(CONTESTANTS["full"].job, 4)
+    peak = job.plan(job.module(), SIM.batch, SIM.length).peak_bytes
+    assert layers_for(int(share * peak), SIM) == layers
+
+
+@pytest.mark.parametrize(("most", "free"), [("max", 2**62), ("3000", 2000)])
+def test_a_container_may_have_less_memory_than_the_machine(tmp_path, monkeypatch, most, free):
+    (tmp_path / "memory.max").write_text(f"{most}\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    monkeypatch.setattr(card, "Path", lambda name: tmp_path / name.rpartition("/")[2])
+    monkeypatch.setattr(card, "host_memory", lambda field: 2**62)
+    assert card.free_host_memory() == free
+
+
+def test_an_error_outside_of_a_run_ends_its_row_alone(capsys):
+    def measure(name):
+        raise ValueError(f"no {name}")
+
+    assert measured_or_failed(measure, "row") == {"outcome": "failed: ValueError: no row"}
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_what_is_hidden_is_what_a_step_is_not_longer_by():

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -740,3 +741,18 @@ def test_it_refuses_modules_and_optimizers():
     for told in run(_refused, 2):
         for model, (_, _, pattern) in REFUSED.items():
             assert re.search(pattern, told[model]), told[model]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        ({}, "nccl"),
+        ({"offload_params": True}, "cpu:gloo,cuda:nccl"),
+        ({"offload_params": True, "process_group_backend": "nccl"}, "nccl"),
+    ],
+)
+def test_gradients_in_host_memory_have_a_backend_that_adds_them_up(arguments, backend):
+    strategy = HiFTFSDP2Strategy(**arguments)
+    strategy.parallel_devices = [torch.device("cuda", 0)]
+    strategy.cluster_environment = LightningEnvironment()
+    assert strategy._get_process_group_backend() == backend
