@@ -13,8 +13,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     With `every_n_train_steps` Lightning's own saves at multiples of it alone, and what a run has learned after the last
     of them would be lost. A run that `max_steps` ends within an epoch is saved before Lightning counts that epoch as
-    done, so that it can go on. With `save_on_train_epoch_end=False` the end is not saved. Under a `monitor`, which
-    decides what is kept, it is saved only if nothing else ever was.
+    done, so that it can go on. With `save_on_train_epoch_end=False` and no `monitor` the end is not saved. Under a
+    `monitor`, which decides what is kept, it is saved only if nothing else ever was.
 
     Args:
         arguments: those of `ModelCheckpoint`.

@@ -62,9 +62,13 @@ def host_memory(field: str) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes of memory that the machine has free, or the container, where it has less (cgroup v2)."""
+    """Bytes of memory that the machine has free, or the container, where it has less (cgroup v2).
+
+    What files have left in the cache is free.
+    """
     free = host_memory("MemAvailable")
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        fields = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        free = min(free, int(most) - int(used.read_text()) + int(fields["inactive_file"]))
     return free

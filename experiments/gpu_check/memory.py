@@ -17,9 +17,9 @@ def measure_memory(name: str, profile: Profile) -> dict[str, object]:
     job = profile.cells[name]
     planned = job.plan(job.module(), profile.batch, profile.length)
     row: dict[str, object] = {"outcome": RAN, "planned": planned.peak_bytes, "parked": planned.parked_bytes}
-    free = free_host_memory()
-    if ROUNDED_UP * planned.parked_bytes > free:
-        short = f"not run: {planned.parked_bytes:,} bytes are parked, and the machine has {free:,} bytes of memory free"
+    needed, free = int(ROUNDED_UP * planned.parked_bytes), free_host_memory()
+    if needed > free:
+        short = f"not run: what is parked may take {needed:,} bytes, and {free:,} bytes of host memory are free"
         return {**row, "outcome": short}
     watch = Watch(profile.device)
     steps = CYCLES * len(planned.blocks) if job.hift() else FULL_STEPS

@@ -179,13 +179,14 @@ def _how(profile: Profile, card: Row) -> str:
     layers = int(card["layers"])
     return (
         f"LLaMA-7B with {', '.join(f'`{word}`' for word in size)}: of the depths {', '.join(map(str, profile.depths))} "
-        "the first at which full fine-tuning fits nine tenths of the card by the plan, or the last. AdamW; bf16 "
-        "autocast over fp32 weights, or 16-bit weights where the name says so (Mixed^Hi: with fp32 masters). Medians "
-        f"of cycles of {layers + 2} steps in {profile.rounds} rounds, in which the contestants take turns, each in a "
-        f"process of its own, which warms up for {CycleTimes.warm_up_cycles} cycles. The device is waited for at the "
-        "two ends of a cycle only. A step of HiFT updates one block, one of the others all that they train. Adapters "
-        "are in 16 bit where the weights are. Driver: what a run has taken of the card at its end; the state of paged "
-        "Adam is in it, and not in what torch has allocated, and as long as the card is not full none of it is paged."
+        "the first at which full fine-tuning fits nine tenths of what is free on the card by the plan, or the last. "
+        "AdamW; bf16 autocast over fp32 weights, or 16-bit weights where the name says so (Mixed^Hi: with fp32 "
+        f"masters). Medians of cycles of {layers + 2} steps in {profile.rounds} rounds, in which the contestants take "
+        f"turns, each in a process of its own, which warms up for {CycleTimes.warm_up_cycles} cycles. The device is "
+        "waited for at the two ends of a cycle only. A step of HiFT updates one block, one of the others all that they "
+        "train. Adapters are in 16 bit where the weights are. Driver: what a run has taken of the card at its end; the "
+        "state of paged Adam is in it, and not in what torch has allocated, and as long as the card is not full none "
+        "of it is paged."
     )
 
 

@@ -1,8 +1,9 @@
 """Texts from files: plain text, JSON lines and parquet, checked line by line and split in three parts."""
 
 import json
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hift_lightning.engine.errors import ConfigurationError
 TEXT_FILES = (".txt", ".md")
 LINE_FILES = (".jsonl",)
 TABLE_FILES = (".parquet",)
+_KNOWN_FILES = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
 KEYS_OF_FORMS = (("text",), ("prompt", "completion"), ("messages",))
 KEYS = tuple(key for form in KEYS_OF_FORMS for key in form)
 KEYS_OF_MESSAGE = ("role", "content")
@@ -62,44 +64,72 @@ class Split:
         return {"train": (0, validation), "validation": (validation, test), "test": (test, size)}
 
 
-def find_files(paths: Sequence[Path], name: str = "data.path") -> list[Path]:
-    """Find the sources of documents: files, and of folders all files of known kinds that are not hidden, by name.
+def find_files(paths: Sequence[Path], name: str = "data.path", taken: Collection[Path] = ()) -> list[Path]:
+    """Find the sources of documents: files, and those in folders and in theirs, in the order of their names.
+
+    Of a folder all `.jsonl` and `.parquet` files are taken, or where it has none all others of known kinds. Hidden
+    files and links to folders are passed over.
 
     Args:
         paths: files and folders.
         name: of the setting that names them, for messages.
+        taken: files of other settings, which are left out of folders.
 
     Raises:
-        ConfigurationError: nothing is given, a file does not exist, is empty, cannot be read or has an ending that is
-            not known, or a folder has none.
+        ConfigurationError: nothing is given, a file does not exist, is empty, cannot be read, has an ending that is
+            not known or is one of another setting, or a folder has none.
     """
     if not paths:
         raise ConfigurationError(f"`{name}=[]` names no file; give the path of one, or several in a list.")
-    known = (*TEXT_FILES, *LINE_FILES, *TABLE_FILES)
-    files = [file for path in paths for file in (_files_in(path, known, name) if path.is_dir() else [path])]
-    for path in files:
-        if not path.is_file():
-            raise ConfigurationError(f"The data file `{path}` does not exist; give `{name}` the path of a file.")
-        if path.suffix.lower() not in known:
+    elsewhere = {path.resolve() for path in taken}
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += [file for file in _files_in(path, name) if file.resolve() not in elsewhere]
+        elif path.resolve() in elsewhere:
             raise ConfigurationError(
-                f"`{path}` is of no kind that can be read; give `{name}` a file that ends with one of "
-                f"{', '.join(known)}."
+                f"The data file `{path}` is given for `{name}` and for another part; give it once."
             )
-        try:
-            path.open("rb").close()
-        except OSError as error:
-            raise cannot_be_read(path, error) from error
-        if not path.stat().st_size:
-            raise ConfigurationError(f"The data file `{path}` is empty; give `{name}` another one.")
+        else:
+            files.append(path)
+    if not files:
+        raise ConfigurationError(f"All files of `{name}` are given for other parts; give it more.")
+    for file in files:
+        _check_file(file, name)
     return files
 
 
-def _files_in(folder: Path, known: Sequence[str], name: str) -> list[Path]:
-    visible = (path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts))
-    files = sorted(path for path in visible if path.is_file() and path.suffix.lower() in known)
+def _check_file(path: Path, name: str) -> None:
+    try:
+        if not path.is_file():
+            raise ConfigurationError(f"The data file `{path}` does not exist; give `{name}` the path of a file.")
+        if path.suffix.lower() not in _KNOWN_FILES:
+            raise ConfigurationError(
+                f"`{path}` is of no kind that can be read; give `{name}` a file that ends with one of "
+                f"{', '.join(_KNOWN_FILES)}."
+            )
+        path.open("rb").close()
+        empty = not path.stat().st_size
+    except OSError as error:
+        raise cannot_be_read(path, error) from error
+    if empty:
+        raise ConfigurationError(f"The data file `{path}` is empty; give `{name}` another one.")
+
+
+def _files_in(folder: Path, name: str) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise cannot_be_read(Path(error.filename), error) from error
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        found += [Path(place, each) for each in names if not each.startswith(".")]
+    tables = [path for path in found if path.suffix.lower() in (*LINE_FILES, *TABLE_FILES)]
+    files = sorted(tables or [path for path in found if path.suffix.lower() in TEXT_FILES])
     if not files:
         raise ConfigurationError(
-            f"No file in the folder `{folder}` ends with one of {', '.join(known)}; give `{name}` another, or a file."
+            f"No file in the folder `{folder}` ends with one of {', '.join(_KNOWN_FILES)}; give `{name}` another, or a "
+            "file."
         )
     return files
 
@@ -127,7 +157,7 @@ def read_documents(paths: Sequence[Path], encoder: Encoder, split: Split) -> Ite
     bounds = split.bounds(sum(path.stat().st_size for path in texts))
     begin = 0
     for path in paths:
-        if path in texts:
+        if path.suffix.lower() in TEXT_FILES:
             yield from _documents_of_text(path, begin, bounds)
             begin += path.stat().st_size
             continue

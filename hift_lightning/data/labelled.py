@@ -72,7 +72,8 @@ def read_sentences(
     The header says how the column of labels is read. `label` holds classes 0, 1, ... as whole numbers, or words, of
     which the classes are numbered in the order of their characters' code points, which for words in small letters is
     the alphabetical one. `rating` holds numbers of which the negative ones are class 0 and the positive ones class 1.
-    The columns may stand in any order; others are not read, which a warning tells.
+    The columns may stand in any order; others are not read, which a warning tells. A column that is named in `columns`
+    holds classes, whatever it is called.
 
     A `.csv` file is read by the csv module. In a tab-separated one a field that is quoted as the csv module and pandas
     do it, `"The ""best"" film"`, is read as they read it, and the last column may have tabs or line breaks in such a
@@ -176,13 +177,14 @@ def _labelled(header: Sequence[str], rows: _Fields, path: Path, columns: Columns
         if len(fields) != len(header):
             raise ConfigurationError(
                 f"{place}: the number of columns is {len(fields)}, and that of the header {len(header)}: "
-                f"`{' '.join(fields)[:60]}`; mend or remove the row."
+                f"`{' '.join(fields)[:60]}`; mend or remove the row (in a tab-separated file only the last column has "
+                "line breaks or tabs in it)."
             )
         labelled.append(_row(place, fields[label], fields[text]))
     unread = [column for index, column in enumerate(header) if column and index not in (label, text)]
     if unread:
         rank_zero_warn(f"Nothing is made of {', '.join(f'`{column}`' for column in unread)} in `{path}`.")
-    return header[label] == "rating", labelled
+    return columns.label is None and header[label] == "rating", labelled
 
 
 def _column(kind: str, header: Sequence[str], path: Path, name: str | None, usual: Sequence[str]) -> int:
@@ -193,9 +195,11 @@ def _column(kind: str, header: Sequence[str], path: Path, name: str | None, usua
     setting = f"data.{kind}_column"
     told = f"{len(found)} columns" if found else "no column"
     wanted = " or ".join(f"`{column}`" for column in usual) if name is None else f"`{name}` (`{setting}`)"
-    between = "commas" if path.suffix.lower() == ".csv" else "tabs (the name of a file with commas ends with `.csv`)"
+    commas = path.suffix.lower() == ".csv"
+    between = "commas" if commas else "tabs (the name of a file with commas ends with `.csv`)"
+    shown = ("," if commas else "\t").join(header)[:60]
     raise ConfigurationError(
-        f"`{path}`, line 1: the header is {','.join(header)[:60]!r}, with {told} named {wanted}; name one so, or give "
+        f"`{path}`, line 1: the header is {shown!r}, with {told} named {wanted}; name one so, or give "
         f"its name as `{setting}`. Between columns stand {between}."
     )
 
@@ -223,7 +227,7 @@ def _end_of_row(lines: Sequence[str], start: int, columns: int, path: Path) -> i
                 break
             if any("\t" in line for line in further):
                 raise ConfigurationError(
-                    f"`{path}`, line {start + 1}: the sentence begins with a quotation mark, and whether it ends in "
+                    f"`{path}`, line {start + 1}: the last column begins with a quotation mark, and whether it ends in "
                     f"line {end + 1} cannot be told, since there are tabs on the way; write it without line breaks."
                 )
             return end + 1

@@ -45,7 +45,7 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: the model's own, of transformers; `None` to take the bytes of UTF-8 as tokens.
         path: a file as `hift_lightning.data.documents.read_documents` takes it, a folder of such, or a list of these;
             `None` for the packaged chapters of Moby-Dick.
-        validation_path: likewise, all for validation, so that nothing of `path` is; `None` for
+        validation_path: files or folders that are all for validation, so that nothing of `path` is; `None` for
             `validation_fraction` of it.
         test_path: likewise for the test.
         batch_size: rows in a training batch.
@@ -85,9 +85,10 @@ class TextDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        shared = [MOBY_DICK] if path is None else find_files(_paths(path), "data.path")
-        given: dict[Part, list[Path]] = {"validation": _paths(validation_path), "test": _paths(test_path)}
-        own = {part: find_files(paths, f"data.{part}_path") if paths else [] for part, paths in given.items()}
+        validation = find_files(_paths(validation_path), "data.validation_path") if validation_path else []
+        test = find_files(_paths(test_path), "data.test_path", validation) if test_path else []
+        shared = [MOBY_DICK] if path is None else find_files(_paths(path), "data.path", [*validation, *test])
+        own: dict[Part, list[Path]] = {"validation": validation, "test": test}
         everything = [*shared, *own["validation"], *own["test"]]
         encoder = encoder_of(tokenizer)
         self.vocab_size = encoder.vocab_size

@@ -83,21 +83,21 @@ def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
         args = tuple(None if _is_cache(value) else value for value in args)
         kwargs = {name: None if name in _CACHES or _is_cache(value) else value for name, value in kwargs.items()}
         norms = [norm for norm in layer.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-        # positional: `checkpoint` would take keyword arguments of its own names for its own, and it finds the devices
-        # whose random numbers come again by the tensors that it is given
-        given = (*args, *kwargs.values())
 
-        def function_of_inputs(*values: Any) -> Any:
-            return function(layer, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+        # as an argument, since `checkpoint` would take keywords of its own names for its own, and since it finds the
+        # devices whose random numbers come again by the tensors in what it is given
+        def function_of_inputs(kwargs: dict[str, Any], *args: Any) -> Any:
+            return function(layer, *args, **kwargs)
 
         if norms and not torch.compiler.is_compiling():  # a compiled layer updates them once by itself
             return checkpoint(
                 function_of_inputs,
-                *given,
+                kwargs,
+                *args,
                 use_reentrant=False,
                 context_fn=lambda: (contextlib.nullcontext(), _averages_left_alone(norms)),
             )
-        return checkpoint(function_of_inputs, *given, use_reentrant=False)
+        return checkpoint(function_of_inputs, kwargs, *args, use_reentrant=False)
 
     checkpointed.__name__ = "forward"  # as which it is pickled with the model, and found again in its class
     return checkpointed

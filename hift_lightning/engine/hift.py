@@ -693,7 +693,7 @@ class HiFT:
         that is read or saved. Where parked state is split, all ranks call this together, and it is whole on the first.
         """
 
-        self.residency.synchronize()
+        self.residency.synchronize()  # masters may still be on their way
 
         def kept_of(parameter: nn.Parameter) -> tuple[Tensor | None, list[str]]:
             return self.residency.master(parameter), self.residency.dtypes(parameter)

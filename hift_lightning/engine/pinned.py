@@ -1,11 +1,11 @@
 """Pinned host memory, from and to which a device copies while the host goes on."""
 
+import re
+
 import torch
 
 _ROUNDED_MIB = 64
 """Up to which torch may round the size of a pinned tensor: such are batches of data loaders, which take turns in it."""
-
-_SIZES = ("pinned_max_round_threshold_mb", "pinned_max_cached_size_mb")
 
 _pinning: dict[str, bool] = {}
 
@@ -36,6 +36,10 @@ def _try_to_pin() -> bool:
 def _pin_in_own_size() -> None:
     # what the user has set stays; torch takes some settings back that are not named again
     settings = torch._C._accelerator_getAllocatorSettings()
-    if not any(name in settings for name in _SIZES):
-        own = ",".join(f"{name}:{_ROUNDED_MIB}" for name in _SIZES)
-        torch._C._accelerator_setAllocatorSettings(f"{settings},{own}" if settings else own)
+    if "pinned_max_cached_size_mb" in settings:
+        return
+    given = re.search(r"pinned_max_round_threshold_mb:(\d+)", settings)
+    own = [f"pinned_max_cached_size_mb:{given[1] if given else _ROUNDED_MIB}"]
+    if given is None:
+        own.append(f"pinned_max_round_threshold_mb:{_ROUNDED_MIB}")
+    torch._C._accelerator_setAllocatorSettings(",".join([*([settings] if settings else []), *own]))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -96,6 +97,7 @@ class StatePrefetch:
             self._residency.page_in([parameter], copy_beside_backward)
         except torch.OutOfMemoryError:  # memory is in pieces, and at the update more of it is free
             side.join()
+            self._known[parameter] = known._replace(at_most=sys.maxsize)  # so that it is not tried again
             return
         after = side.memory()
         assert after is not None

@@ -44,8 +44,8 @@ class Ranks:
         self.rank = dist.get_rank(self.group)
         self.size = dist.get_world_size(self.group)
         # where gloo is one of several backends of a group, `monitored_barrier` does not take it
-        one_of_several = "cpu:gloo" in dist.get_backend(self.group)
-        in_host_memory = "cpu:" in dist.get_backend_config(self.group) and not one_of_several
+        config = dist.get_backend_config(self.group)
+        in_host_memory = "cpu:" in config and ("cpu:gloo" not in config or dist.get_backend(self.group) == "gloo")
         members = dist.get_process_group_ranks(self.group)
         self.host_group = (
             self.group

@@ -128,7 +128,7 @@ class PieceUpdate:
         self.window = window
         self._probes: dict[tuple[int, torch.device, torch.dtype], Probe] = {}
         self._checked: set[nn.Parameter] = set()
-        self._side: SideStream | None = None
+        self._sides: dict[torch.device, SideStream] = {}
         self._loading_ms = 0.0
         self.held_bytes = 0
         """Most bytes of state and masters that were on the device at one time since this was last set to 0."""
@@ -264,7 +264,9 @@ class PieceUpdate:
             return
         device = pieces[0].parameter.device
         # one for all updates: what is converted on the way to the device lies in memory of this stream's own
-        side = self._side = self._side or SideStream(device)
+        if device not in self._sides:
+            self._sides[device] = SideStream(device)
+        side = self._sides[device]
         arena = _Arena(self.residency, device, max(map(self._bytes, pieces)), window, len(pieces))
         self.held_bytes = max(self.held_bytes, arena.nbytes)
         loaded = self._load(pieces[0], arena.place(0))

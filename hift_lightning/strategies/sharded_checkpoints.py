@@ -77,8 +77,8 @@ class ShardedCheckpoints(SeveralRanks):
     def master_state_dict(self) -> dict[str, Any]:
         """The module's state dict, with the fp32 master in place of every weight that has one; whole on the first rank.
 
-        All ranks call it together. On the first one, what is sharded is put together in host memory, one weight at a
-        time; the others get what is not sharded alone.
+        All ranks call it together; one alone would wait for the others. On the first one, what is sharded is put
+        together in host memory, one weight at a time; the others get what is not sharded alone.
 
         Raises:
             MisconfigurationException: before ``fit`` has set the training up.
@@ -86,14 +86,12 @@ class ShardedCheckpoints(SeveralRanks):
         weights = super().master_state_dict()
         whole: dict[DTensor, Tensor | None] = {}  # a tied weight has several names
         for name, parameter in self._sharded_parameters():
-            shard = weights.pop(name, None)
-            if shard is None:
+            if name not in weights:
                 continue
             if parameter not in whole:
-                whole[parameter] = whole_on_first_rank(local(shard), parameter, self._ranks.host_group)
-            if (put_together := whole[parameter]) is not None:
-                weights[name] = put_together
-        return weights
+                whole[parameter] = whole_on_first_rank(local(weights[name]), parameter, self._ranks.host_group)
+            weights[name] = whole[parameter]
+        return {name: value for name, value in weights.items() if value is not None}
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

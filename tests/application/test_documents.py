@@ -206,19 +206,51 @@ def test_a_missing_file_another_kind_and_none_at_all_are_refused(tmp_path: Path)
         find_files([])
 
 
-def test_of_a_folder_all_files_of_known_kinds_are_taken_by_name(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/2.MD", "a/10.jsonl", "cover.pdf", ".hidden.txt", ".git/c.txt", "z.txt"):
+def folder_with(tmp_path: Path, *names: str) -> Path:
+    for name in names:
         (tmp_path / "texts" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "texts" / name).write_text("text")
+    return tmp_path / "texts"
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ([], ["a/2.MD", "b.txt", "z.txt"]),
+        (["a/10.jsonl", "c.parquet"], ["a/10.jsonl", "c.parquet"]),  # beside which other files tell of them
+    ],
+)
+def test_of_a_folder_files_of_one_kind_are_taken_by_name(tmp_path: Path, more: list[str], found: list[str]) -> None:
+    names = ("b.txt", "a/2.MD", "cover.pdf", ".hidden.txt", ".git/c.txt", "z.txt")
+    folder = folder_with(tmp_path, *names, *more)
     (tmp_path / "one.md").write_text("text")
-    found = find_files([tmp_path / "one.md", tmp_path / "texts"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "one.md",
-        "texts/a/10.jsonl",
-        "texts/a/2.MD",
-        "texts/b.txt",
-        "texts/z.txt",
-    ]
+    assert find_files([tmp_path / "one.md", folder]) == [tmp_path / "one.md", *(folder / name for name in found)]
+
+
+def test_a_file_of_another_part_is_left_out_of_a_folder_and_refused_by_itself(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "a.txt", "b.txt")
+    held_out = folder / ".." / "texts" / "b.txt"
+    assert find_files([folder], "data.path", [held_out]) == [folder / "a.txt"]
+    with pytest.raises(
+        ConfigurationError, match=r"b\.txt` is given for `data\.path` and for another part; give it once"
+    ):
+        find_files([folder / "b.txt"], "data.path", [held_out])
+    with pytest.raises(ConfigurationError, match=r"All files of `data\.path` are given for other parts"):
+        find_files([folder], "data.path", [held_out, folder / "a.txt"])
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(tmp_path, "a.txt", "below/b.txt")
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if str(path).endswith("below"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ConfigurationError, match=r"below` cannot be read \(Permission denied\)"):
+        find_files([folder])
 
 
 def test_parquet_without_its_package_is_refused_with_the_command(

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hift_lightning.data.labelled import read_sentences
+from hift_lightning.data.labelled import Columns, read_sentences
 from hift_lightning.data.sentences import (
     FILM_REVIEWS,
     LengthGroupedBatches,
@@ -128,6 +128,11 @@ def test_columns_may_have_names_of_their_own_and_stand_in_any_order(tmp_path: Pa
         SentenceDataModule(Letters(), **paths, label_column="sterne", text_column="review")
     with pytest.raises(ConfigurationError, match=r"line 1: `stars` would be the column of labels and of sentences"):
         SentenceDataModule(Letters(), **paths, label_column="stars", text_column="stars")
+
+
+def test_a_column_that_is_named_holds_classes_whatever_it_is_called(tmp_path: Path) -> None:
+    path = written(tmp_path, "rating\tsentence\n0\tbad\n2\tgood\n")
+    assert read_sentences(path, 3, columns=Columns(label="rating")).sentences == [("bad", 0), ("good", 2)]
 
 
 def test_in_a_tab_separated_file_of_several_columns_the_last_one_may_have_line_breaks(tmp_path: Path) -> None:
@@ -254,7 +259,7 @@ def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows
     ("text", "named"),
     [
         ("", ["line 1", "the header is '', with no column named `label` or `rating`"]),
-        ("text\tclass\n", ["line 1", "'text,class', with no column named `label` or `rating`"]),
+        ("text\tclass\n", ["line 1", r"'text\tclass', with no column named `label` or `rating`"]),
         ("label,sentence\n", ["line 1", "tabs (the name of a file with commas ends with `.csv`)"]),
         ("label\tsentence\n", ["empty"]),
         (
@@ -265,7 +270,10 @@ def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows
             "label\tsentence\n0\tfine\ttwo tabs\n",
             ["line 2", "columns is 3, and that of the header 2: `0 fine two tabs`"],
         ),
-        ('sentence\tlabel\n"two\nlines"\t1\n', ["line 2", "columns is 1, and that of the header 2"]),
+        (
+            'sentence\tlabel\n"two\nlines"\t1\n',
+            ["line 2", "columns is 1, and that of the header 2", "only the last column"],
+        ),
         ("label\tsentence\n0\t  \n", ["line 2", "the sentence is empty"]),
         ("label\tsentence\n1.5\tfine\n", ["line 2", "`1.5`", "whole number"]),
         ("label\tsentence\n-1\tfine\n", ["line 2", "`-1` is below 0", "`rating` in the header"]),

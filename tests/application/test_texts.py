@@ -51,6 +51,10 @@ def data_module(folder: Path, **arguments: Any) -> TextDataModule:
     return TextDataModule(**given)
 
 
+def texts(data: TextDataModule, part: Part) -> str:
+    return "".join(chr(token) for row in data.rows[part] for token in row["input_ids"].tolist() if token < 256)
+
+
 def book(folder: Path, lines: int = 300) -> str:
     path = folder / "book.txt"
     path.write_text("".join(f"This is line {number} of the book.\n" for number in range(lines)))
@@ -338,9 +342,6 @@ def test_files_of_their_own_are_all_for_validation_or_the_test_and_what_is_left_
         (tmp_path / name).write_text("".join(f'{{"text": "{word} {number}"}}\n' for number in range(count)))
         return str(tmp_path / name)
 
-    def texts(data: TextDataModule, part: Part) -> str:
-        return "".join(chr(token) for row in data.rows[part] for token in row["input_ids"].tolist() if token < 256)
-
     own = {"path": file("a.jsonl", "train", 50), "test_path": file("c.jsonl", "exam", 3)}
     data = data_module(tmp_path, max_length=2000, **own, validation_path=file("b.jsonl", "check", 2))
     assert [texts(data, part).count(word) for part, word in zip(PARTS, ("train", "check", "exam"), strict=True)] == [
@@ -436,3 +437,14 @@ def test_a_part_without_texts_is_refused(tmp_path: Path) -> None:
 def test_a_number_out_of_range_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"data.{name}={value}"):
         data_module(tmp_path, **{name: value})
+
+
+def test_what_is_held_out_is_not_trained_where_a_folder_has_it_too(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, letter in (("all.txt", "a"), ("validation.txt", "v"), ("test.txt", "t")):
+        (folder / name).write_text((letter * 39 + "\n") * 20)
+    own = {f"{part}_path": str(folder / f"{part}.txt") for part in ("validation", "test")}
+    data = data_module(tmp_path, path=str(folder), **own, max_length=40)
+    found = {part: {letter for letter in "avt" if letter in texts(data, part)} for part in PARTS}
+    assert found == {"train": {"a"}, "validation": {"v"}, "test": {"t"}}

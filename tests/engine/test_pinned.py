@@ -11,7 +11,7 @@ from hift_lightning.engine.tiers import HostMemory
 from tests import simulated_accelerator as sim
 
 MIB = 2**20
-OWN = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
+OWN = "pinned_max_cached_size_mb:64,pinned_max_round_threshold_mb:64"
 
 
 def test_a_large_tensor_is_pinned_in_its_own_size(sim_device):
@@ -37,7 +37,8 @@ def test_host_memory_is_pinned_whatever_the_default_device_is(sim_device):
     [
         ("", OWN),
         ("max_split_size_mb:200", f"max_split_size_mb:200,{OWN}"),
-        ("pinned_max_round_threshold_mb:1", "pinned_max_round_threshold_mb:1"),
+        # odd sizes must not be kept
+        ("pinned_max_round_threshold_mb:1", "pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1"),
         ("pinned_max_cached_size_mb:1024", "pinned_max_cached_size_mb:1024"),
     ],
 )

@@ -242,32 +242,57 @@ def test_reentrant_checkpoints_of_a_models_own_are_named_where_they_keep_a_block
         trainer().fit(Checkpointed(), loader(make_batches(4)))
 
 
-def test_the_devices_of_keyword_arguments_have_their_random_numbers_again(monkeypatch):
+class ByKeyword(nn.Module):
+    """Two layers that are called with keyword arguments alone."""
+
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
 
-        def forward(self, hidden, *, masks):
-            return torch.dropout(self.norm(self.linear(hidden)) + masks["own"][0], 0.5, True)
+        def forward(self, hidden, *, sums=None):
+            sums["own"][0].add_(hidden.detach().sum(0))
+            return torch.dropout(self.norm(self.linear(hidden)), 0.5, True)
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(Layer() for _ in range(2))
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(self.Layer() for _ in range(2))
+        self.register_buffer("sums", torch.zeros(4))
 
-        def forward(self, hidden):
-            for layer in self.layers:
-                hidden = layer(hidden=hidden, masks={"own": (torch.ones(4),)})
-            return hidden
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden=hidden, sums={"own": (self.sums,)})
+        return hidden
 
-    given = []
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_that_are_called_by_keyword_have_the_gradients_that_they_have_without_it(compiled):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = ByKeyword()
+        called = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=checkpointing, group_size=2)):
+            torch.manual_seed(1)
+            called(torch.ones(2, 4)).square().sum().backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_random_numbers_of_a_device_come_again_where_its_tensors_are_in_keyword_arguments(sim_device, monkeypatch):
+    found = []
+
+    def device_states(*args):
+        found.append(states(*args)[0])
+        return states(*args)
+
     states = torch.utils.checkpoint.get_device_states
-    monkeypatch.setattr("torch.utils.checkpoint.get_device_states", lambda *args: given.append(args) or states(*args))
-    monkeypatch.setattr("torch.utils.checkpoint._get_device_module", lambda device: torch)
-    monkeypatch.setattr(torch, "_initialized", True, raising=False)
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with HiFT(model, optimizer, HiFTSettings(activation_checkpointing=True)):
-        model(torch.ones(2, 4)).sum().backward()
-    assert [[type(value) for value in values] for values in given] == [[torch.Tensor, dict]]
+    monkeypatch.setattr("torch.utils.checkpoint.get_device_states", device_states)
+    monkeypatch.setattr(
+        torch.sim, "_initialized", True, raising=False
+    )  # which `checkpoint` asks of the device's module
+    model = ByKeyword().to("sim")
+    with HiFT(model, torch.optim.SGD(model.parameters()), HiFTSettings(activation_checkpointing=True, group_size=2)):
+        model(torch.ones(2, 4, device="sim")).sum().backward()
+    assert found == [[0, 0], [0, 0]]
