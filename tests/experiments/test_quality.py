@@ -13,6 +13,7 @@ from experiments.quality.comparison import (
     equal_steps,
     equal_time,
     less,
+    loras_steps,
     losses,
     mean,
     missing_in_steps,
@@ -382,6 +383,11 @@ def test_lora_in_as_much_memory_has_the_largest_batch_whose_peak_is_not_above_it
 def test_the_record_shows_what_is_claimed_of_the_mean_accuracy_over_all_data_sets(method, other, least):
     lead = less(accuracies(FINAL.load(), equal_time), method, other, DATA_SETS)
     assert lead.mean - 2 * lead.error > least
+
+
+def test_the_record_shows_a_lead_over_lora_in_equal_peak_memory_and_equal_steps():
+    lead = less(accuracies(FINAL.load(), loras_steps), TWO_IN_LORAS_TIME, LORA_NO_DROPOUT, DATA_SETS)
+    assert lead.mean - 2 * lead.error > 0
 
 
 @pytest.mark.parametrize(
