@@ -12,15 +12,7 @@ from experiments.language_model import methods as of_language_model
 from experiments.language_model.page import perplexities
 from experiments.memory.tables import PEAKS
 from experiments.paper_memory.jobs import LLAMA7B
-from experiments.quality.comparison import (
-    accuracies,
-    complete_data_sets,
-    equal_time,
-    loras_steps,
-    losses,
-    mean,
-    over_data_sets,
-)
+from experiments.quality.comparison import accuracies, complete_data_sets, losses, mean, over_data_sets
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import BATCH_SIZE, MAX_LENGTH
 from experiments.quality.grid import FINAL
@@ -34,6 +26,8 @@ from experiments.quality.methods import (
     LORA_NO_DROPOUT,
     ONE_TURN,
     TWO_IN_LORAS_TIME,
+    equal_time,
+    loras_steps,
 )
 from experiments.step_cost.runs import SIZES, TIMES
 from experiments.step_cost.summary import ratios

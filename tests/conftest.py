@@ -9,7 +9,6 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores, and so do the processes that they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-
 from hift_lightning.engine.layers import LAYOUTS
 from hift_lightning.engine.rotation import ORDERS
 from hift_lightning.engine.tiers import TIERS

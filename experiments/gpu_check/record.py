@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from experiments.gpu_check.memory import measure_memory
 from experiments.gpu_check.paging import measure_copies, measure_paging
 from experiments.gpu_check.profiles import CONTESTANTS, COPIES, PAGING, Profile
 from experiments.gpu_check.speed import measure_speed
-from experiments.gpu_check.training import FAILED, KILLED
+from experiments.gpu_check.training import FAILED, KILLED, failed
 from experiments.table import Row, Rows, Table
 
 Measure = Callable[[str], dict[str, object]]
@@ -49,8 +48,7 @@ def measured_or_failed(measure: Measure, name: str) -> dict[str, object]:
     try:
         return measure(name)
     except Exception as error:
-        traceback.print_exc()
-        return {"outcome": f"{FAILED}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        return {"outcome": failed(error)}
 
 
 def in_rounds(names: Mapping[str, object], rounds: int) -> tuple[str, ...]:

@@ -154,9 +154,14 @@ def outcome_of(run: Callable[[], None], watch: Watch) -> str:
     except Exception as error:  # the rows after this one are measured all the same
         if is_out_of_memory(error):
             return f"out of memory {watch.place}"
-        traceback.print_exc()
-        return f"{FAILED} {watch.place}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return failed(error, f" {watch.place}")
     return RAN
+
+
+def failed(error: Exception, where: str = "") -> str:
+    """The outcome of a row that an error has ended, which is printed."""
+    traceback.print_exception(error)
+    return f"{FAILED}{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -14,11 +14,11 @@ themselves, and `python -m experiments.quality.variants`. Three of the methods a
 
 import argparse
 
-from experiments.quality.comparison import accuracies, equal_steps, equal_time
+from experiments.quality.comparison import accuracies
 from experiments.quality.cost import BYTES, times
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import DATA, FINAL, HERE, SEARCH, complete
-from experiments.quality.methods import CONTESTANTS
+from experiments.quality.methods import CONTESTANTS, equal_steps, equal_time
 from experiments.quality.pair_times import TABLE as PAIRS
 from experiments.quality.plot import against_memory, plot
 from experiments.quality.summary import summary

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from experiments.quality.cost import bytes_row
 from experiments.quality.data_sets import DATA_SETS
 from experiments.quality.grid import seeds_of
-from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, STEPS
+from experiments.quality.methods import CONTESTANTS, STEPS, equal_steps, equal_time
 from experiments.table import Rows
 
 
@@ -29,21 +29,6 @@ class Mean:
 
 Results = dict[tuple[str, str], list[float]]
 """What all seeds of a method have, in hundredths, by data set and method."""
-
-
-def equal_time(method: str) -> int:
-    """Steps of a method in the time of `STEPS` of full fine-tuning."""
-    return CONTESTANTS[method].steps_in_time
-
-
-def equal_steps(method: str) -> int:
-    """As many as full fine-tuning, whatever the method."""
-    return STEPS
-
-
-def loras_steps(method: str) -> int:
-    """As many as LoRA without dropout, whatever the method."""
-    return LORAS_STEPS
 
 
 def accuracies(rows: Rows, steps_of: Callable[[str], int]) -> Results:

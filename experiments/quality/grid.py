@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.quality.data_sets import DATA_SETS
-from experiments.quality.methods import CONTESTANTS, LORAS_STEPS, STEPS, rate_of
+from experiments.quality.methods import CONTESTANTS, equal_steps, equal_time, loras_steps, rate_of
 from experiments.quality.training import describe, run
 from experiments.table import Row, Table
 
@@ -152,10 +152,6 @@ def complete(data_sets: Collection[str], methods: Collection[str], again: bool, 
         }
 
     done: set[str] = set()
-    for steps_of in (
-        lambda method: CONTESTANTS[method].steps_in_time,
-        lambda method: STEPS,
-        lambda method: LORAS_STEPS,
-    ):
+    for steps_of in (equal_time, equal_steps, loras_steps):
         FINAL.complete(names(steps_of) - done, again, jobs)
         done |= names(steps_of)

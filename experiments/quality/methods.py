@@ -418,6 +418,21 @@ CONTESTANTS = {
 }
 
 
+def equal_time(method: str) -> int:
+    """Steps of a method in the time of `STEPS` of full fine-tuning."""
+    return CONTESTANTS[method].steps_in_time
+
+
+def equal_steps(method: str) -> int:
+    """As many as full fine-tuning, whatever the method."""
+    return STEPS
+
+
+def loras_steps(method: str) -> int:
+    """As many as LoRA without dropout, whatever the method."""
+    return LORAS_STEPS
+
+
 def rate_of(exponent: int) -> float:
     """The learning rates of the grid that all methods share: 1e-4 times a power of 2."""
     return 1e-4 * 2.0**exponent

@@ -8,10 +8,7 @@ from experiments.quality.comparison import (
     accuracies,
     chosen_exponents,
     complete_data_sets,
-    equal_steps,
-    equal_time,
     less,
-    loras_steps,
     losses,
     mean,
     missing_in_steps,
@@ -45,6 +42,9 @@ from experiments.quality.methods import (
     TOP_NO_DROPOUT,
     TWO_IN_LORAS_TIME,
     WARMUP,
+    equal_steps,
+    equal_time,
+    loras_steps,
     rate_of,
 )
 from experiments.quality.pair_times import IN_LORAS_TIME, ratios, steps_in_loras_time

@@ -93,7 +93,7 @@ def read_sentences(
     """
     path = Path(path)
     text = _text(path, name)
-    separated = _comma_separated if path.suffix.lower() == ".csv" else _tab_separated
+    separated = _comma_separated if _has_commas(path) else _tab_separated
     rated, rows = _labelled(*separated(text, path), path, columns)
     if not rows:
         raise ConfigurationError(f"The data set `{path}` is empty; give a file with at least one row below the header.")
@@ -131,6 +131,10 @@ def _text(path: Path, name: str) -> str:
         raise ConfigurationError(f"The data file `{path}` is not UTF-8 ({error}); save it as UTF-8.") from error
     except OSError as error:
         raise cannot_be_read(path, error) from error
+
+
+def _has_commas(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
 
 
 def _comma_separated(text: str, path: Path) -> tuple[list[str], _Fields]:
@@ -172,13 +176,13 @@ def _labelled(header: Sequence[str], rows: _Fields, path: Path, columns: Columns
             f"`{path}`, line 1: `{header[text]}` would be the column of labels and of sentences; name two, with "
             "`data.label_column` and `data.text_column`."
         )
+    remedy = "" if _has_commas(path) else "; line breaks and tabs in a field take the last column, or a `.csv` file"
     labelled = []
     for place, fields in rows:
         if len(fields) != len(header):
             raise ConfigurationError(
                 f"{place}: the number of columns is {len(fields)}, and that of the header {len(header)}: "
-                f"`{' '.join(fields)[:60]}`; mend or remove the row (in a tab-separated file only the last column has "
-                "line breaks or tabs in it)."
+                f"`{' '.join(fields)[:60]}`; mend or remove the row{remedy}."
             )
         labelled.append(_row(place, fields[label], fields[text]))
     unread = [column for index, column in enumerate(header) if column and index not in (label, text)]
@@ -195,9 +199,8 @@ def _column(kind: str, header: Sequence[str], path: Path, name: str | None, usua
     setting = f"data.{kind}_column"
     told = f"{len(found)} columns" if found else "no column"
     wanted = " or ".join(f"`{column}`" for column in usual) if name is None else f"`{name}` (`{setting}`)"
-    commas = path.suffix.lower() == ".csv"
-    between = "commas" if commas else "tabs (the name of a file with commas ends with `.csv`)"
-    shown = ("," if commas else "\t").join(header)[:60]
+    between = "commas" if _has_commas(path) else "tabs (the name of a file with commas ends with `.csv`)"
+    shown = ("," if _has_commas(path) else "\t").join(header)[:60]
     raise ConfigurationError(
         f"`{path}`, line 1: the header is {shown!r}, with {told} named {wanted}; name one so, or give "
         f"its name as `{setting}`. Between columns stand {between}."

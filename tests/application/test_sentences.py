@@ -272,7 +272,7 @@ def test_lines_are_counted_where_a_quoted_field_has_several(tmp_path: Path, rows
         ),
         (
             'sentence\tlabel\n"two\nlines"\t1\n',
-            ["line 2", "columns is 1, and that of the header 2", "only the last column"],
+            ["line 2", "columns is 1, and that of the header 2", "take the last column"],
         ),
         ("label\tsentence\n0\t  \n", ["line 2", "the sentence is empty"]),
         ("label\tsentence\n1.5\tfine\n", ["line 2", "`1.5`", "whole number"]),

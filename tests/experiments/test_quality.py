@@ -10,10 +10,7 @@ from experiments.quality import cost, grid
 from experiments.quality.comparison import (
     accuracies,
     chosen_exponents,
-    equal_steps,
-    equal_time,
     less,
-    loras_steps,
     losses,
     mean,
     missing_in_steps,
@@ -44,7 +41,10 @@ from experiments.quality.methods import (
     TOP_NO_DROPOUT,
     TWO_IN_LORAS_TIME,
     adamw_with,
+    equal_steps,
+    equal_time,
     hift,
+    loras_steps,
     loss_of,
     rate_of,
 )
